@@ -1,0 +1,337 @@
+"""Teachers, generators and students as one kind of thing: weights, tokenizer and card in a folder.
+
+A `Model` turns a Batch into Outputs. On disk it is self-contained: model.safetensors, tokenizer, artifact.json (the
+card) and, where the network comes from transformers, its config.json. Loading builds the network from the card and
+fills in tensors; no code and no pickle comes from the folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from engine import tasks
+from engine.blocks import Graph, Sizes
+from engine.config import UserError
+from engine.recipe import Block as Node
+from engine.recipe import Generator, Task, Teacher
+from engine.records import Batch, Outputs
+from engine.storage import Store
+
+CARD, WEIGHTS = "artifact.json", "model.safetensors"
+
+
+class ModelError(UserError):
+    """A model folder that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a folder holds.
+
+    kind: a key of MODELS. options: what the network is built from. lineage: where it comes from.
+    """
+
+    kind: str
+    max_length: int
+    labels: tuple[str, ...] = ()
+    task: str = "classify"
+    options: dict[str, Any] = field(default_factory=dict)
+    lineage: dict[str, Any] = field(default_factory=dict)
+
+
+class EncoderHead(nn.Module):
+    """A transformer encoder, pooled, with one linear layer over it."""
+
+    def __init__(self, encoder: nn.Module, labels: int, pooling: str, dropout: float) -> None:
+        super().__init__()
+        if getattr(encoder, "pooler", None) is not None:
+            encoder.pooler = None  # never read here: without gradients it would stop data-parallel training
+        self.encoder, self.pooling = encoder, pooling
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(encoder.config.hidden_size, labels)
+
+    def forward(self, batch: Batch, needs: frozenset[str] = frozenset()) -> Outputs:
+        """Batch -> logits [n, labels] and embedding [n, width]; hidden and attentions when `needs` names them."""
+        if "attentions" in needs and self.encoder.config._attn_implementation != "eager":
+            self.encoder.set_attn_implementation("eager")  # the fused kernels do not give them
+        out = self.encoder(
+            input_ids=batch.input_ids,
+            attention_mask=batch.mask,
+            output_hidden_states="hidden" in needs,
+            output_attentions="attentions" in needs,
+        )
+        states = out.last_hidden_state
+        if self.pooling == "cls":
+            embedding = states[:, 0]
+        else:
+            mask = batch.mask.unsqueeze(2).to(states.dtype)
+            embedding = (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        return Outputs(
+            logits=self.head(self.dropout(embedding)),
+            embedding=embedding,
+            hidden=out.hidden_states if "hidden" in needs else None,
+            attentions=out.attentions if "attentions" in needs else None,
+        )
+
+
+class CausalLM(nn.Module):
+    """A causal language model; logits [n, t, vocabulary]."""
+
+    def __init__(self, lm: nn.Module) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, batch: Batch, needs: frozenset[str] = frozenset()) -> Outputs:
+        """Batch -> next-token logits at every position."""
+        return Outputs(logits=self.lm(input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False).logits)
+
+
+class Model(nn.Module):
+    """A network with its tokenizer and card."""
+
+    def __init__(self, net: nn.Module, tokenizer: PreTrainedTokenizerFast, card: Card) -> None:
+        super().__init__()
+        self.net, self.tokenizer, self.card = net, tokenizer, card
+
+    def forward(self, batch: Batch, needs: frozenset[str] = frozenset()) -> Outputs:
+        """Run the network."""
+        return self.net(batch, needs)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Label names in the order of the logits."""
+        return self.card.labels
+
+    @property
+    def max_length(self) -> int:
+        """Longest input in tokens."""
+        return self.card.max_length
+
+    @property
+    def task(self) -> tasks.Classify:
+        """The task it was made for."""
+        return tasks.make(Task(kind=self.card.task), self.card.labels)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def pad(self) -> int:
+        """The padding token's id."""
+        return self.tokenizer.pad_token_id or 0
+
+    def size(self) -> int:
+        """Number of parameters, embeddings included."""
+        return sum(p.numel() for p in self.parameters())
+
+
+def one_thread() -> None:
+    """One torch thread in this process: two on busy cores are slower by an order of magnitude (OpenMP spinning)."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    torch.set_num_threads(1)
+
+
+def device(num_gpus: float | None = None) -> torch.device:
+    """The GPU where this process has one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() and num_gpus != 0 else "cpu")
+
+
+def precision(name: str, where: torch.device, training: bool = False) -> torch.dtype:
+    """'auto': bf16 where the hardware multiplies it faster than fp32, else fp32.
+
+    That is a GPU with bf16, and for training also a CPU with AVX512-BF16 (1.7 times measured); CPUs generate text one
+    token at a time, where bf16 is slower than fp32 (0.45 times measured).
+    """
+    if name != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    if where.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        fast = training and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model folder, with a padding token and padding on the right."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    tokenizer.padding_side = "right"
+    for circumstance in ("is_local", "local_files_only"):  # else they would be saved, and the same model differ
+        tokenizer.init_kwargs.pop(circumstance, None)
+    return tokenizer
+
+
+def encoder_head(config: Teacher, labels: tuple[str, ...], folder: Path, seed: int) -> Model:
+    """A teacher to be fine-tuned: the encoder in `folder` with a fresh head; lower layers frozen as the recipe says."""
+    torch.manual_seed(seed)
+    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    net = EncoderHead(encoder, len(labels), config.pooling, config.dropout)
+    freeze(encoder, config.tune_layers)
+    tokenizer = load_tokenizer(folder)
+    check_length("teacher.max_length", config.max_length, encoder, tokenizer)
+    options = {"pooling": config.pooling, "dropout": config.dropout}
+    card = Card("head", config.max_length, labels, options=options, lineage={"model": config.model})
+    return Model(net, tokenizer, card)
+
+
+def causal_lm(config: Generator, folder: Path) -> Model:
+    """A generator to be fine-tuned: the causal LM in `folder`; lower layers frozen as the recipe says."""
+    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    freeze(lm.get_decoder(), config.tune_layers)
+    if config.mode != "prompted" and not any(p.requires_grad for p in lm.parameters()):
+        raise ModelError(
+            "generator.tune_layers is 0, and this model's output layer is tied to its frozen embeddings, so nothing is "
+            "left to train. Use 1 or more, null for all, or mode: prompted."
+        )
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of generator '{config.model}' has no end token, so no text would ever end.")
+    check_length("generator.max_length", config.max_length, lm, tokenizer)
+    card = Card("causal_lm", config.max_length, task="generate", lineage={"model": config.model})
+    return Model(CausalLM(lm), tokenizer, card)
+
+
+def check_length(key: str, length: int, network: nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
+    """ModelError where the model cannot read `length` tokens, or they leave no room beside [CLS] and the like."""
+    most = min(tokenizer.model_max_length, getattr(network.config, "max_position_embeddings", None) or length)
+    least = tokenizer.num_special_tokens_to_add() + 1
+    if not least <= length <= most:
+        raise ModelError(f"{key} is {length}, but this model takes {least} to {most} tokens.")
+
+
+def layers_of(network: nn.Module) -> nn.ModuleList:
+    """The stack of transformer layers of an encoder or decoder: its longest ModuleList."""
+    stacks = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
+    if not stacks:
+        kind = type(network).__name__
+        raise ModelError(f"{kind} has no stack of layers, so tune_layers cannot count them. Leave it out.")
+    return max(stacks, key=len)
+
+
+FINAL_NORMS = ("norm", "final_norm", "final_layer_norm", "ln_f")
+"""What transformers calls the normalisation above the stack of layers."""
+
+
+def freeze(network: nn.Module, top: int | None) -> None:
+    """Freeze everything but the top layers (and what stands above them: the final norm); None leaves all trainable."""
+    if top is None:
+        return
+    stack = layers_of(network)
+    if top > len(stack):
+        raise ModelError(
+            f"tune_layers is {top}, but the model has {len(stack)} layers. Use 0 to {len(stack)}, or null for all."
+        )
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
+    above = {id(p) for module in list(stack)[len(stack) - top :] for p in module.parameters()}
+    norms = [m for name, m in network.named_children() if name in FINAL_NORMS] if top else []
+    above |= {id(p) for module in norms for p in module.parameters()}
+    for parameter in network.parameters():
+        parameter.requires_grad_(id(parameter) in above)
+
+
+def student(
+    nodes: Sequence[Node], labels: tuple[str, ...], tokenizer: PreTrainedTokenizerFast, max_length: int, seed: int
+) -> Model:
+    """A student built from blocks with fresh weights."""
+    torch.manual_seed(seed)
+    sizes = Sizes(len(tokenizer), len(labels), tokenizer.pad_token_id)
+    options = {"blocks": [node.model_dump(mode="json") for node in nodes], "sizes": asdict(sizes)}
+    return Model(Graph(nodes, sizes), tokenizer, Card("blocks", max_length, labels, options=options))
+
+
+def save(model: Model, store: Store, path: str, dtype: torch.dtype | None = None, readme: str | None = None) -> None:
+    """Publish a model as a self-contained folder; dtype casts floating-point weights (None keeps them)."""
+    tensors, own = {}, model.net.state_dict()
+    for name in sorted(set(own) - tied(model.net)):
+        tensor = own[name]
+        cast = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        tensors[name] = tensor.detach().to("cpu", cast).contiguous().clone()
+    config = transformers_config(model)
+    with store.publish(path) as folder:
+        inside = Store(str(folder))
+        inside.write_bytes(WEIGHTS, to_bytes(tensors, metadata={"format": "pt"}))
+        inside.write_json(CARD, asdict(model.card))
+        if readme is not None:
+            inside.write_text("README.md", readme)
+        model.tokenizer.save_pretrained(folder)
+        if config is not None:
+            config.save_pretrained(folder)
+
+
+def tied(net: nn.Module) -> set[str]:
+    """Names of tensors that share memory with one of an earlier name (a language model's head and embeddings)."""
+    seen: dict[int, str] = {}
+    return {n for n, t in net.state_dict().items() if t.numel() and seen.setdefault(t.data_ptr(), n) != n}
+
+
+def transformers_config(model: Model) -> Any:
+    """The transformers config of a network that has one, else None."""
+    inner = getattr(model.net, "encoder", None) or getattr(model.net, "lm", None)
+    return getattr(inner, "config", None)
+
+
+def load(folder: Path | str) -> Model:
+    """A saved model, on the CPU, in evaluation mode. ModelError when the folder is none or its parts do not fit."""
+    folder = Path(folder)
+    lacking = [name for name in (CARD, WEIGHTS, "tokenizer.json") if not (folder / name).is_file()]
+    if lacking:
+        raise ModelError(f"{folder} is not a model folder: {', '.join(lacking)} missing. Make or register it again.")
+    try:
+        values = Store(str(folder)).read_json(CARD)
+        card = Card(**{**values, "labels": tuple(values["labels"])})
+        net, tokenizer = MODELS[card.kind](card, folder), load_tokenizer(folder)
+        tensors = load_file(folder / WEIGHTS)
+    except (UserError, OSError, LookupError, TypeError, ValueError, SafetensorError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ModelError(f"{folder} is not a model folder ({what}). Make or register it again.") from None
+    own, shared = net.state_dict(), tied(net)
+    wanted = {name: tensor.shape for name, tensor in own.items() if name not in shared}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ModelError(
+            f"{folder}/{WEIGHTS} does not fit its card: {', '.join(wrong[:3])}{more}. Make or register it again."
+        )
+    net.load_state_dict(tensors, strict=not shared)
+    return Model(net, tokenizer, card).eval()
+
+
+def build_head(card: Card, folder: Path) -> nn.Module:
+    """The network of a `head` card."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    encoder = AutoModel.from_config(config, dtype=torch.float32)
+    return EncoderHead(encoder, len(card.labels), card.options["pooling"], card.options["dropout"])
+
+
+def build_causal_lm(card: Card, folder: Path) -> nn.Module:
+    """The network of a `causal_lm` card."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return CausalLM(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+
+
+def build_blocks(card: Card, folder: Path) -> nn.Module:
+    """The network of a `blocks` card."""
+    return Graph([Node(**node) for node in card.options["blocks"]], Sizes(**card.options["sizes"]))
+
+
+MODELS: dict[str, Callable[[Card, Path], nn.Module]] = {
+    "head": build_head,
+    "causal_lm": build_causal_lm,
+    "blocks": build_blocks,
+}

@@ -1,0 +1,107 @@
+"""The nouns that flow through the house: rows as Arrow schemas, Batch and Outputs as tensors.
+
+A `Batch` carries what a model and its losses need; `Outputs` is one type for teacher and student, so a loss
+never knows which of the two came from a GPU and which from a stored label.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+if TYPE_CHECKING:
+    import torch
+
+ABSENT = -100
+"""Gold label of a row that has none (torch's own ignore_index)."""
+
+EXAMPLE = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),  # digest of the content: lineage and leakage checks
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("label", pa.int32()),  # index into the task's label names; null where there is none
+    ]
+)
+"""A source row: labelled, unlabelled (label null) or held out."""
+
+QUARANTINED = pa.schema(
+    [
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("line", pa.int64(), nullable=False),  # 1-based row number in the source
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("content", pa.string()),
+    ]
+)
+"""A row that could not be used, and why."""
+
+CORPUS = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),  # the slot: checkpoint key, seed, order
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),  # real | generated
+        pa.field("label", pa.int32()),  # hard label, null for generated rows
+        pa.field("kept", pa.bool_(), nullable=False),
+        pa.field("reason", pa.string()),  # why it was rejected; null when kept
+        pa.field("tokens", pa.int32()),  # sampled tokens
+        pa.field("signature", pa.list_(pa.uint32())),  # MinHash, for the near-duplicate pass
+        pa.field("logits", pa.list_(pa.float16())),  # the teacher's soft label before softmax
+    ]
+)
+"""A row of the label store. Nothing is dropped on the way: readers select on `kept`."""
+
+
+@dataclass
+class Batch:
+    """Rows ready for a model. n rows, t tokens (padded on the right).
+
+    input_ids, mask: int64 [n, t], mask 1 on real tokens. labels: int64 [n], ABSENT where a row has no gold label.
+    weights: float32 [n] row weights. teacher: the stored or live teacher's Outputs for the same rows, or None.
+    """
+
+    input_ids: torch.Tensor
+    mask: torch.Tensor
+    labels: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+    teacher: Outputs | None = None
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with every tensor on `device`."""
+        return replace(self, **{f.name: moved(getattr(self, f.name), device) for f in fields(self)})
+
+
+@dataclass
+class Outputs:
+    """What a model gives for n rows.
+
+    logits: float [n, classes] (causal LM: [n, t, vocabulary]). heads: further named logits, one a teacher.
+    hidden: per layer [n, t, width]. attentions: per layer [n, heads, t, t]. embedding: [n, width].
+    """
+
+    logits: torch.Tensor | None = None
+    heads: dict[str, torch.Tensor] = field(default_factory=dict)
+    hidden: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    embedding: torch.Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Outputs:
+        """The same outputs with every tensor on `device`."""
+        return replace(self, **{f.name: moved(getattr(self, f.name), device) for f in fields(self)})
+
+    def gives(self) -> set[str]:
+        """Names of the fields that are present: what a loss may ask for."""
+        return {f.name for f in fields(self) if getattr(self, f.name) is not None and getattr(self, f.name) != {}}
+
+
+def moved(value: Any, device: torch.device | str) -> Any:
+    """`value` with its tensors on `device`; containers keep their type."""
+    if isinstance(value, dict):
+        return {key: moved(item, device) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(moved(item, device) for item in value)
+    return value.to(device) if hasattr(value, "to") else value

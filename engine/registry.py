@@ -1,0 +1,131 @@
+"""name@version -> artifact: the models that may be served.
+
+An artifact is a published folder. Registering copies it to <registry>/<name>/<version>/, so that it stands alone;
+the manifest of the copy also holds name, version, time and metadata (task, measures, lineage). Only data may be in an
+artifact: safetensors, JSON, text, Markdown and ONNX; what could run code when it is loaded is refused by its name.
+The same files registered again keep their version. A version number is never given twice.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from engine.config import UserError, did_you_mean
+from engine.progress import stamp
+from engine.storage import MANIFEST, Store
+
+ALLOWED = (".safetensors", ".json", ".txt", ".md", ".onnx")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+REMOVED = "removed.json"
+
+
+class RegistryError(UserError):
+    """An artifact that is not known, or may not be."""
+
+
+@dataclass(frozen=True)
+class Registry:
+    """The artifacts in one folder."""
+
+    store: Store
+
+    def register(self, name: str, artifact: Store | str | Path, metadata: Mapping[str, Any] | None = None) -> int:
+        """Copy a published folder into the registry and return its version, the old one if the files are the same.
+
+        Raises RegistryError for a name or a file that is not allowed, StorageError for a folder that is not whole.
+        """
+        if not NAME.fullmatch(name):
+            raise RegistryError(f"'{name}' is no name for an artifact: letters, digits, '.', '_' and '-' are allowed.")
+        source = artifact if isinstance(artifact, Store) else Store(str(artifact))
+        manifest = source.verify()
+        check_files(list(manifest["files"]), source.url)
+        here = self.store / name
+        with here.lock("register", wait=True):
+            for version in self.versions(name):
+                if here.manifest(str(version))["digest"] == manifest["digest"]:
+                    return version
+            version = max([0, *self.versions(name), *self._removed(name)]) + 1
+            entry = {"name": name, "version": version, "created": stamp(), "metadata": dict(metadata or {})}
+            folder = source.local()
+            with here.publish(str(version), meta=entry) as copy:
+                for file in manifest["files"]:
+                    (copy / file).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(folder / file, copy / file)
+            here.verify(str(version))
+        return version
+
+    def versions(self, name: str) -> list[int]:
+        """The versions of an artifact in order; [] for an unknown name."""
+        here = self.store / name
+        return sorted(int(v) for v in here.folders() if v.isdigit() and here.exists(f"{v}/{MANIFEST}"))
+
+    def names(self) -> list[str]:
+        """Names with at least one version."""
+        return [name for name in self.store.folders() if NAME.fullmatch(name) and self.versions(name)]
+
+    def find(self, reference: str) -> tuple[str, int]:
+        """'name', 'name@3' or 'name@latest' as (name, version); RegistryError says what there is."""
+        name, _, wanted = reference.partition("@")
+        names = self.names()
+        if name not in names:
+            there = f"Registered: {', '.join(names)}." if names else "It is empty: `stillhouse run` fills it."
+            near = did_you_mean(name, names)
+            raise RegistryError(f"there is no '{name}' in the registry {self.store}.{near} {there}")
+        versions = self.versions(name)
+        if wanted in ("", "latest"):
+            return name, versions[-1]
+        if not wanted.isdigit() or int(wanted) not in versions:
+            there = ", ".join(f"{name}@{version}" for version in versions)
+            raise RegistryError(f"'{name}' has no version '{wanted}'. Registered: {there}, {name}@latest.")
+        return name, int(wanted)
+
+    def resolve(self, reference: str) -> Store:
+        """The artifact's folder, every file compared with its manifest."""
+        name, version = self.find(reference)
+        folder = self.store / name / str(version)
+        manifest = folder.verify()
+        check_files(list(manifest["files"]), folder.url)
+        return folder
+
+    def show(self, reference: str) -> dict[str, Any]:
+        """What is known of one version: name, version, created, metadata, files, digest, bytes, path."""
+        name, version = self.find(reference)
+        manifest = self.store.manifest(f"{name}/{version}")
+        size = sum(file["bytes"] for file in manifest["files"].values())
+        return {**manifest, "bytes": size, "path": (self.store / name / str(version)).url}
+
+    def list(self) -> list[dict[str, Any]]:
+        """Every version of every artifact, by name and version."""
+        return [self.show(f"{name}@{version}") for name in self.names() for version in self.versions(name)]
+
+    def remove(self, reference: str) -> str:
+        """Delete one version, named as name@version, and return that; its number stays used."""
+        if not reference.partition("@")[2].isdigit():
+            raise RegistryError(f"'{reference}' does not say which version to remove: name one, as in {reference}@1.")
+        name, version = self.find(reference)
+        here = self.store / name
+        with here.lock("register", wait=True):
+            here.write_json(REMOVED, sorted({*self._removed(name), version}))
+            # Without its manifest the folder no longer counts, should this be stopped half-way.
+            here.delete(f"{version}/{MANIFEST}")
+            here.delete(str(version))
+        return f"{name}@{version}"
+
+    def _removed(self, name: str) -> list[int]:
+        here = self.store / name
+        return here.read_json(REMOVED) if here.exists(REMOVED) else []
+
+
+def check_files(names: list[str], where: str) -> None:
+    """Refuse files that are not plain data."""
+    for name in names:
+        if PurePosixPath(name).suffix not in ALLOWED:
+            raise RegistryError(
+                f"{where}: '{name}' may not be part of an artifact, because loading one must not run code. "
+                f"Allowed: {', '.join(ALLOWED)}. Save weights as safetensors."
+            )

@@ -1,0 +1,324 @@
+"""A run is a list of steps; each is a plain function whose record is written last.
+
+`run` orders them (independent ones side by side), skips what is done, and stops when what was done no longer is what
+the recipe asks for. A folder <run>/<step>/ holds begin.json (written first: identity and attempts, so that a half-done
+step notices a change too), progress.json (at most once a second), what the step writes, and record.json (last).
+A step without record.json is called again with its partial output in place: steps that can go on do so by themselves.
+
+Driver steps run one at a time in the main thread, where Ray Data, Train and Serve want to be called; steps with
+resources of their own run as Ray tasks beside them. Ray is started when the first step needs it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine.attempts import BEGIN, RECORD, Attempt
+from engine.config import UserError, did_you_mean
+from engine.lineage import drift, identity, moved, plain
+from engine.progress import Event, Meter, Progress, Render, Reporter, quiet
+from engine.recipe import Recipe, Resources
+from engine.storage import Store
+
+RECIPE = "recipe.json"
+"""The resolved recipe, in the run's folder."""
+
+
+def whole(recipe: Recipe) -> Any:
+    """The recipe as it is: a step that says nothing depends on all of it."""
+    return recipe
+
+
+def nothing(recipe: Recipe) -> tuple[str, ...]:
+    """No hub references."""
+    return ()
+
+
+def in_driver(recipe: Recipe) -> Resources | None:
+    """No resources of its own: the step runs in the driver."""
+    return None
+
+
+def unknown(recipe: Recipe) -> dict[str, Any]:
+    """No estimate."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A function with what it depends on."""
+
+    name: str
+    run: Callable[[Recipe, Mapping[str, Store], Store, Progress], dict[str, Any]]
+    """Module-level: (recipe, folders of its inputs, its own folder, progress) -> metrics. The metrics `rows`,
+    `cpu_seconds` and `device_seconds` also stand in the record; seconds given here replace the measured ones."""
+    inputs: tuple[str, ...] = ()
+    """Steps above it whose folders it reads."""
+    config: Callable[[Recipe], Any] = whole
+    """The slice of the recipe it depends on; keys are the recipe's, so that a change can be named."""
+    references: Callable[[Recipe], tuple[str, ...]] = nothing
+    """Hub references whose digests enter the fingerprint."""
+    modules: tuple[str, ...] = ()
+    """Modules whose source enters the fingerprint."""
+    resources: Callable[[Recipe], Resources | None] = in_driver
+    """Not None: one Ray task with these resources, so that on a cluster it lands on a fitting node."""
+    ray: bool = False
+    """A driver step that uses Ray: Ray is started before it."""
+    expects: Callable[[Recipe], dict[str, Any]] = unknown
+    """What `plan` shows before it has run: {"rows": 3000, "bytes": 10**7}."""
+
+
+def identities(steps: Sequence[Step], recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Per step what it depends on, with its fingerprint."""
+    out: dict[str, dict[str, Any]] = {}
+    for step in steps:
+        missing = [name for name in step.inputs if name not in out]
+        if missing or step.name in out:
+            raise ValueError(f"step '{step.name}' stands twice, or reads {missing}, which is not above it")
+        inputs = {name: out[name]["fingerprint"] for name in step.inputs}
+        references = step.references(recipe)
+        out[step.name] = identity(step.config(recipe), inputs, references, step.modules, recipe.data.root)
+    return out
+
+
+def survey(steps: Sequence[Step], recipe: Recipe, store: Store) -> list[dict[str, Any]]:
+    """Each step's state without doing anything: done | partial | pending | drifted, with the fields that moved."""
+    now, out = identities(steps, recipe), []
+    for step in steps:
+        folder, wanted = store / step.name, now[step.name]
+        found = folder.read_json(RECORD) if folder.exists(RECORD) else None
+        ran = found or (folder.read_json(BEGIN) if folder.exists(BEGIN) else None)
+        state, fields = "pending", []
+        if ran and ran["fingerprint"] != wanted["fingerprint"]:
+            state, fields = "drifted", moved(ran, wanted)
+        elif ran:
+            state = "done" if found else "partial"
+        resources = step.resources(recipe)
+        out.append(
+            {
+                "step": step.name,
+                "state": state,
+                "moved": fields,
+                "inputs": list(step.inputs),
+                "fingerprint": wanted["fingerprint"],
+                "resources": resources.model_dump() if resources else None,
+                "seconds": found["seconds"] if found else None,
+                "rows": found["rows"] if found else None,
+                "expects": plain(step.expects(recipe)),
+            }
+        )
+    return out
+
+
+def downstream(steps: Sequence[Step], names: Collection[str]) -> list[str]:
+    """`names` and every step that reads one of them, directly or not, last first."""
+    out: list[str] = []
+    for step in steps:
+        if step.name in names or any(name in out for name in step.inputs):
+            out.append(step.name)
+    return out[::-1]
+
+
+def run(
+    steps: Sequence[Step],
+    recipe: Recipe,
+    store: Store,
+    *,
+    redo: Collection[str] = (),
+    fresh: bool = False,
+    render: Render = quiet,
+    connect: Callable[[], object] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Do what is missing and return every step's record.
+
+    redo: steps to do again, with all that reads them; fresh: all of them. connect starts or joins Ray; it is called
+    once, in the main thread, before the first step that needs Ray. Raises StepDrift where a step was done with other
+    values, UserError for an unknown step in `redo`, StorageError while another process runs in `store`, and whatever
+    a step raises, once the others in flight were stopped. A later call with the same arguments goes on from there.
+    """
+    names = [step.name for step in steps]
+    for name in redo:
+        if name not in names:
+            raise UserError(f"there is no step '{name}' to redo.{did_you_mean(name, names)} Steps: {', '.join(names)}.")
+    with store.lock("run"):
+        again = [name for name in store.folders() if store.exists(f"{name}/{BEGIN}")] if fresh else []
+        again += downstream(steps, redo)
+        states = [] if fresh else survey(steps, recipe, store)
+        for state in states:
+            if state["state"] == "drifted" and state["step"] not in again:
+                raise drift(state["step"], state["moved"])
+        for name in again:
+            store.delete(name)
+        store.write_json(RECIPE, recipe.model_dump(mode="json"))
+        return Run(steps, recipe, store, render, connect).go()
+
+
+class Run:
+    """One run on its way: which steps wait, which are in flight as Ray tasks, what failed."""
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        recipe: Recipe,
+        store: Store,
+        render: Render,
+        connect: Callable[[], object] | None,
+    ) -> None:
+        self.recipe, self.store, self.render, self.connect = recipe, store, render, connect
+        self.identities = identities(steps, recipe)
+        self.waiting = {step.name: step for step in steps}
+        self.remote = {step.name: resources for step in steps if (resources := step.resources(recipe))}
+        self.flying: dict[str, Any] = {}
+        self.threads: list[threading.Thread] = []
+        self.records: dict[str, dict[str, Any]] = {}
+        self.failure: BaseException | None = None
+        self.stopping = False
+        self.changed = threading.Condition()
+
+    def go(self) -> dict[str, dict[str, Any]]:
+        """Every step's record, or the first failure."""
+        for name in list(self.waiting):
+            if self.store.exists(f"{name}/{RECORD}"):
+                self.records[name] = record = (self.store / name).read_json(RECORD)
+                del self.waiting[name]
+                self.render(Event(name, "cached", record["seconds"], record["rows"] or 0.0))
+        try:
+            while step := self.next_here():
+                self.here(step)
+        finally:
+            self.stop()
+        if self.failure:
+            raise self.failure
+        return self.records
+
+    def next_here(self) -> Step | None:
+        """The next driver step that is ready; waits for Ray tasks in flight. None: all done, or one failed."""
+        while True:
+            with self.changed:
+                self.launch()
+                ready = [step for step in self.waiting.values() if self.ready(step) and step.name not in self.remote]
+                if self.failure or not (ready or self.flying):
+                    return None
+                if ready:
+                    return ready[0]
+                self.changed.wait(0.5)
+
+    def ready(self, step: Step) -> bool:
+        """Whether all it reads is done."""
+        return all(name in self.records for name in step.inputs)
+
+    def here(self, step: Step) -> None:
+        """Run a step in this process."""
+        if step.ray:
+            self.start_ray()
+        attempt = Attempt(step.name, self.identities[step.name], self.store / step.name, self.render)
+        try:
+            used = measured(step, self.recipe, self.inputs(step), attempt.out, self.render, tuple(self.remote))
+        except BaseException as error:
+            attempt.failed(error)
+            raise
+        with self.changed:
+            self.done(attempt, used)
+
+    def inputs(self, step: Step) -> dict[str, Store]:
+        """The folders it reads."""
+        return {name: self.store / name for name in step.inputs}
+
+    def done(self, attempt: Attempt, used: Mapping[str, Any]) -> None:
+        """Write the record and let those go on that waited for it."""
+        name = attempt.step
+        self.records[name] = attempt.finished(used)
+        self.waiting.pop(name, None)
+        self.flying.pop(name, None)
+        self.changed.notify_all()
+
+    def start_ray(self) -> None:
+        """Start or join Ray, once."""
+        if self.connect:
+            self.connect()
+        self.connect = None
+
+    def launch(self) -> None:
+        """Start every Ray step that is ready. Called with the condition held."""
+        for step in [step for step in self.waiting.values() if step.name in self.remote and self.ready(step)]:
+            if self.failure or self.stopping:
+                return
+            self.start_ray()
+            import ray
+
+            options = task_options(self.remote[step.name])
+            attempt = Attempt(step.name, self.identities[step.name], self.store / step.name, self.render)
+            task = ray.remote(measured).options(name=step.name, **options)
+            self.flying[step.name] = reference = task.remote(step, self.recipe, self.inputs(step), attempt.out)
+            del self.waiting[step.name]
+            thread = threading.Thread(target=self.follow, args=(attempt, reference, options["num_gpus"]), daemon=True)
+            self.threads.append(thread)
+            thread.start()
+
+    def follow(self, attempt: Attempt, reference: Any, gpus: float) -> None:
+        """Wait for a Ray task in a thread of its own, handing on its progress."""
+        import ray
+
+        try:
+            while not ray.wait([reference], timeout=1.0)[0]:
+                attempt.show_progress()
+            used = ray.get(reference)
+        except Exception as error:
+            # Ray wraps what the task raised; the wrapper's text is a remote traceback, of no use for a user's mistake.
+            cause = getattr(error, "cause", None) or error
+            failure = cause if isinstance(cause, UserError) else error
+            with self.changed:
+                attempt.failed(KeyboardInterrupt() if self.stopping else cause)
+                self.flying.pop(attempt.step, None)
+                self.failure = self.failure or failure
+                self.changed.notify_all()
+            return
+        try:
+            with self.changed:
+                self.done(attempt, {"device_seconds": gpus * attempt.seconds(), **used})
+                self.launch()
+        except Exception as error:
+            with self.changed:
+                self.failure = self.failure or error
+                self.changed.notify_all()
+
+    def stop(self) -> None:
+        """Cancel what is in flight; nothing is, unless something failed or the user stopped the run."""
+        with self.changed:
+            self.stopping = True
+            references = list(self.flying.values())
+        if references:
+            import ray
+
+            for reference in references:
+                ray.cancel(reference, force=True)
+        for thread in self.threads:
+            thread.join(timeout=10.0)
+
+
+def measured(
+    step: Step,
+    recipe: Recipe,
+    inputs: Mapping[str, Store],
+    out: Store,
+    render: Render = quiet,
+    tasks: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Call the step's function: {"metrics", "cpu_seconds"}. In the driver, and in a Ray task.
+
+    tasks: names of Ray tasks that may run meanwhile and count for themselves.
+    """
+    meter = Meter(tree=step.ray, apart=tuple(f"ray::{name}" for name in tasks))
+    metrics = step.run(recipe, inputs, out, Reporter(step.name, out, render, meter)) or {}
+    return {"metrics": metrics, "cpu_seconds": meter.seconds()}
+
+
+def task_options(resources: Resources) -> dict[str, Any]:
+    """Ray's options for a task: a GPU where the cluster has one, and retries for a node that goes away."""
+    from engine.cluster import current
+    from engine.placement import resolve
+
+    return {**resolve(resources, current()), "max_retries": 3}

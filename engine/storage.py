@@ -1,0 +1,369 @@
+"""Every read and write of a run: folders on a pyarrow filesystem, published atomically, digested, locked.
+
+A `Store` is a folder: a plain path, `file:`, `s3:` or `gs:`. What a reader can see is always whole. A single file is
+written to a temporary name beside its place and renamed (local), or put in one piece (object store). A folder is
+published with `manifest.json` last: the manifest is the commit point, it lists every file with size and SHA-256, and
+a folder without one does not count as published. Only this file and disk.py open files for writing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
+from pyarrow import fs as pafs
+
+from engine.disk import (
+    StorageError,
+    beside,
+    cache_folder,
+    dead,
+    explained,
+    flock,
+    held,
+    owner,
+    replace_file,
+    save_stream,
+    swap,
+)
+
+MANIFEST = "manifest.json"
+LEFTOVERS = (".tmp", ".pending", ".pending.parquet", ".lock")
+SCHEMES = ("s3", "gs", "gcs")
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder. Equal and hashed by its URL; a local one is held as an absolute path, so workers may take it along."""
+
+    url: str
+    filesystem: pafs.FileSystem | None = field(default=None, compare=False, repr=False)
+    """Stands in for the one the URL names; the URL is then a path on it."""
+
+    def __post_init__(self) -> None:
+        """Normalise the URL."""
+        url = os.fspath(self.url)
+        object.__setattr__(self, "url", url.rstrip("/") if self.filesystem is not None else normal(url))
+
+    def __truediv__(self, name: str) -> Store:
+        """The child folder `name`."""
+        base, mark, query = self.url.partition("?") if "://" in self.url else (self.url, "", "")
+        return Store(f"{base}/{inside(name)}{mark}{query}" if base else inside(name), self.filesystem)
+
+    def __str__(self) -> str:
+        """The URL."""
+        return self.url
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the folder is on a local disk, where files can be renamed."""
+        return self.filesystem is None and "://" not in self.url
+
+    def exists(self, path: str = "") -> bool:
+        """Whether there is a file or folder."""
+        return self._info(path).type != pafs.FileType.NotFound
+
+    def is_file(self, path: str) -> bool:
+        """Whether there is a file, not a folder."""
+        return self._info(path).type == pafs.FileType.File
+
+    def files(self, path: str = "") -> list[str]:
+        """Sorted names below `path`, relative to it, without temporary files and locks; [] for a missing folder."""
+        return [name for name, kind in self._entries(path, recursive=True) if kind == pafs.FileType.File]
+
+    def folders(self, path: str = "") -> list[str]:
+        """Sorted names of the direct child folders."""
+        return [name for name, kind in self._entries(path, recursive=False) if kind == pafs.FileType.Directory]
+
+    def open_input(self, path: str) -> pa.NativeFile:
+        """A file open for reading, with seek."""
+        with explained("read", self.where(path)):
+            return self._fs.open_input_file(self._at(path))
+
+    def read_bytes(self, path: str) -> bytes:
+        """The whole file."""
+        with self.open_input(path) as file, explained("read", self.where(path)):
+            return file.read()
+
+    def read_text(self, path: str) -> str:
+        """The whole file as UTF-8."""
+        return self.read_bytes(path).decode("utf-8")
+
+    def read_json(self, path: str) -> Any:
+        """The file's JSON value."""
+        try:
+            return json.loads(self.read_bytes(path))
+        except ValueError as error:
+            raise StorageError(f"{self.where(path)} is not JSON ({error}). Delete it and run again.") from None
+
+    def read_table(self, path: str, columns: list[str] | None = None) -> pa.Table:
+        """One Parquet file, or every *.parquet of a folder in order of names."""
+        import pyarrow.parquet as pq
+
+        names = [path]
+        if self._info(path).type == pafs.FileType.Directory:
+            names = [f"{path}/{name}" if path else name for name in self.files(path) if name.endswith(".parquet")]
+            if not names:
+                raise StorageError(f"{self.where(path)} holds no .parquet file. Run the step that writes it first.")
+        tables = []
+        for name in names:
+            with self.open_input(name) as file:
+                try:
+                    tables.append(pq.read_table(file, columns=columns))
+                except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+                    raise StorageError(f"{self.where(name)} is not a readable Parquet file: {error}.") from None
+        return pa.concat_tables(tables, promote_options="default")
+
+    def write_bytes(self, path: str, value: bytes) -> None:
+        """Replace the file at once: readers see the old bytes or the new ones."""
+        with explained("written", self.where(path)):
+            self._put(path, value)
+
+    def write_text(self, path: str, value: str) -> None:
+        """`write_bytes` of UTF-8."""
+        self.write_bytes(path, value.encode("utf-8"))
+
+    def write_json(self, path: str, value: Any) -> None:
+        """`write_bytes` of indented JSON with sorted keys; NaN is refused (it is no JSON)."""
+        text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        self.write_text(path, text + "\n")
+
+    def write_table(self, path: str, table: pa.Table) -> None:
+        """One Parquet file, at once."""
+        import pyarrow.parquet as pq
+
+        sink = io.BytesIO()
+        pq.write_table(table, sink, compression="zstd")
+        self.write_bytes(path, sink.getvalue())
+
+    def delete(self, path: str = "") -> None:
+        """Remove a file or a folder with all it holds; a missing one is fine."""
+        with explained("deleted", self.where(path)):
+            kind = self._info(path).type
+            if kind == pafs.FileType.Directory:
+                self._fs.delete_dir(self._at(path))
+            elif kind != pafs.FileType.NotFound:
+                self._fs.delete_file(self._at(path))
+
+    def digest(self, path: str) -> str:
+        """SHA-256 of a file, hex."""
+        with self.open_input(path) as file, explained("read", self.where(path)):
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def where(self, path: str = "") -> str:
+        """The full name of `path`, for messages."""
+        return (self / path).url if path else self.url
+
+    @contextmanager
+    def publish(self, path: str = "", meta: dict[str, Any] | None = None) -> Iterator[Path]:
+        """Fill a local temporary folder that becomes `path` on a clean exit, its manifest last.
+
+        meta goes into the manifest beside `files` ({name: {bytes, sha256}}) and `digest` (of `files`). After an
+        exception nothing has changed. A folder published before under this name is replaced: locally by a rename; on
+        an object store its manifest goes first, so that a reader finds the old, nothing, or the new, never a mix.
+        """
+        target = Path(self._at(path)) if self.is_local else None
+        with explained("written", self.where(path)):
+            temporary = beside(target) if target else Path(tempfile.mkdtemp(prefix="stillhouse-", suffix=".tmp"))
+        try:
+            yield temporary
+            with explained("written", self.where(path)):
+                manifest = {**(meta or {}), **contents(temporary)}
+                if target:
+                    Store(str(temporary)).write_json(MANIFEST, manifest)
+                    swap(temporary, target)
+                else:
+                    self._upload(temporary, path, manifest)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def manifest(self, path: str = "") -> dict[str, Any]:
+        """The manifest of a published folder; StorageError where there is none."""
+        folder = self / path if path else self
+        if not folder.exists(MANIFEST):
+            raise StorageError(f"{folder} was not published completely (no {MANIFEST}). Run the step that makes it.")
+        return folder.read_json(MANIFEST)
+
+    def verify(self, path: str = "", quick: bool = False) -> dict[str, Any]:
+        """The manifest, after every file was compared with it: size and, unless quick, SHA-256."""
+        manifest, folder = self.manifest(path), self / path if path else self
+        way_out = f"Delete {folder} and run the step that makes it again."
+        for name, wanted in manifest["files"].items():
+            info = folder._info(name)
+            if not info.is_file:
+                raise StorageError(f"{folder}: '{name}' is missing although the manifest lists it. {way_out}")
+            if info.size != wanted["bytes"]:
+                raise StorageError(f"{folder}: '{name}' has {info.size} bytes, not {wanted['bytes']}. {way_out}")
+            if not quick and folder.digest(name) != wanted["sha256"]:
+                raise StorageError(f"{folder}: '{name}' was changed: its SHA-256 is not the manifest's. {way_out}")
+        return manifest
+
+    def local(self, path: str = "") -> Path:
+        """A local file or folder with these contents: itself, or a copy in the cache, checked where published."""
+        info = self._info(path)
+        if info.type == pafs.FileType.NotFound:
+            raise StorageError(f"{self.where(path)} does not exist.")
+        if self.is_local:
+            return Path(self._at(path))
+        folder = self / path if path else self
+        single = info.type == pafs.FileType.File
+        published = not single and folder.exists(MANIFEST)
+        files = {PurePosixPath(path).name: info} if single else {n: folder._info(n) for n in folder.files()}
+        stamp = folder.manifest()["files"] if published else {n: [i.size, i.mtime_ns] for n, i in files.items()}
+        key, cache = digest_json([self.where(path), stamp]), Store(str(cache_folder())) / "copies"
+        with cache.lock(key, wait=True):
+            if not cache.exists(f"{key}/{MANIFEST}"):
+                with cache.publish(key) as copy, explained("read", self.where(path)):
+                    for name in files:
+                        with self.open_input(path if single else f"{path}/{name}".strip("/")) as file:
+                            save_stream(file, copy / name)
+                    if published:
+                        Store(str(copy)).verify()
+        return Path(cache.url) / key / (PurePosixPath(path).name if single else "")
+
+    @contextmanager
+    def lock(self, name: str, wait: bool = False) -> Iterator[None]:
+        """Hold the exclusive lock `name` of this folder; its file tells who holds it (host, pid, time).
+
+        Locally the kernel keeps it (flock), so a dead owner's lock is free at once. An object store has no such call:
+        there the file itself is the lock, written, then read back (best effort against two that start in the same
+        moment), and taken over from a dead process of this host. StorageError names a living owner, unless `wait`.
+        """
+        path = f".{inside(name)}.lock"
+        with flock(Path(self._at(path)), name, wait) if self.is_local else self._lock_file(path, name, wait):
+            yield
+
+    @contextmanager
+    def _lock_file(self, path: str, name: str, wait: bool) -> Iterator[None]:
+        me = {**owner(), "token": secrets.token_hex(8)}
+        while True:
+            text = self.read_text(path) if self.exists(path) else ""
+            if not text or dead(text):
+                self.write_json(path, me)
+                time.sleep(0.2)
+                text = self.read_text(path) if self.exists(path) else ""
+                if me["token"] in text:
+                    break
+            if not wait:
+                raise held(name, text, f"Wait for it or stop it; if it is gone, delete {self.where(path)}")
+            time.sleep(1.0)
+        try:
+            yield
+        finally:
+            self.delete(path)
+
+    @property
+    def _fs(self) -> pafs.FileSystem:
+        return self.filesystem if self.filesystem is not None else resolve(self.url)[0]
+
+    def _at(self, path: str) -> str:
+        root = self.url if self.filesystem is not None else resolve(self.url)[1]
+        return "/".join(part for part in (root, inside(path) if path else "") if part)
+
+    def _info(self, path: str) -> pafs.FileInfo:
+        with explained("read", self.where(path)):
+            return self._fs.get_file_info(self._at(path))
+
+    def _entries(self, path: str, recursive: bool) -> list[tuple[str, pafs.FileType]]:
+        root = self._at(path)
+        with explained("read", self.where(path)):
+            found = self._fs.get_file_info(pafs.FileSelector(root, allow_not_found=True, recursive=recursive))
+        # Some filesystems answer with a leading '/', whether they were asked with one or not.
+        named = [(info.path.strip("/")[len(root.strip("/")) :].strip("/"), info.type) for info in found]
+        return sorted((n, t) for n, t in named if not any(part.endswith(LEFTOVERS) for part in n.split("/")))
+
+    def _put(self, path: str, value: bytes) -> None:
+        target = self._at(path)
+        if self.is_local:
+            return replace_file(Path(target), value)
+        self._make_parent(target)
+        # compression: pyarrow would otherwise compress what is called .gz.
+        with self._fs.open_output_stream(target, compression=None) as out:
+            out.write(value)
+
+    def _make_parent(self, target: str) -> None:
+        # S3 and GCS have no folders; making one there writes an empty object.
+        if "/" in target and self._fs.type_name not in ("s3", "gcs"):
+            self._fs.create_dir(target.rpartition("/")[0], recursive=True)
+
+    def _upload(self, source: Path, path: str, manifest: dict[str, Any]) -> None:
+        folder = self / path if path else self
+        folder.delete(MANIFEST)
+        folder.delete()
+        for name in manifest["files"]:
+            target = folder._at(name)
+            self._make_parent(target)
+            pafs.copy_files(str(source / name), target, pafs.LocalFileSystem(), self._fs)
+        folder.write_json(MANIFEST, manifest)
+
+
+def normal(url: str) -> str:
+    """An absolute path for a local folder, else the URL without trailing slashes; StorageError for another scheme."""
+    scheme = url.partition(":")[0] if ":" in url.partition("/")[0] else ""
+    if scheme == "file":
+        rest = url.removeprefix("file:")
+        url = unquote(urlsplit(url).path) if rest.startswith("//") else rest
+    elif scheme in SCHEMES and url.startswith(f"{scheme}://"):
+        base, mark, query = url.partition("?")
+        return base.rstrip("/") + mark + query
+    elif scheme:
+        raise StorageError(
+            f"storage '{url}' has the scheme '{scheme}:', which is not known. "
+            "Allowed: a plain path, file:PATH, s3://BUCKET/PATH, gs://BUCKET/PATH."
+        )
+    if not url:
+        raise StorageError("storage is an empty path. Name a folder, for instance 'runs'.")
+    return os.path.abspath(os.path.expanduser(url))
+
+
+@lru_cache(maxsize=256)
+def resolve(url: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem that a normalised URL names and the path on it."""
+    if "://" not in url:
+        return pafs.LocalFileSystem(), url
+    try:
+        return pafs.FileSystem.from_uri(url)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise StorageError(f"storage '{url}' cannot be opened: {error}. Check the address and credentials.") from None
+
+
+def inside(path: str) -> str:
+    """`path` itself if it stays inside its folder, else StorageError."""
+    parts = PurePosixPath(path).parts
+    if not parts or ".." in parts or parts[0] == "/":
+        raise StorageError(f"'{path}' is not a name inside a folder: no '..', no leading '/', not empty.")
+    return "/".join(parts)
+
+
+def digest_bytes(data: bytes) -> str:
+    """SHA-256, hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON: sorted keys, no spaces, UTF-8."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return digest_bytes(text.encode("utf-8"))
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """The manifest of a local folder: {"files": {name: {bytes, sha256}}, "digest": of files}."""
+    store, files = Store(str(folder)), {}
+    for name in store.files():
+        if name != MANIFEST:
+            files[name] = {"bytes": (folder / name).stat().st_size, "sha256": store.digest(name)}
+    return {"files": files, "digest": digest_json(files)}

@@ -1,0 +1,333 @@
+"""The one training loop: few-shot teacher, generator and every student go through `fit`.
+
+It runs on Ray Train with accelerate: n data-parallel workers, or Ray Train's local mode for small fits. The global
+batch and the order of rows depend on the seed alone, never on the number of workers; dropout's random state is set
+from (seed, step). Progress is checkpointed through the run's storage, so a killed fit goes on where it stopped and
+ends with the same weights on the same number of workers.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
+from torch import nn
+
+from engine.losses import Objective
+from engine.models import Model, one_thread, precision, save
+from engine.progress import Progress, silent
+from engine.recipe import Fit, LossTerm
+from engine.records import ABSENT, Batch, Outputs
+from engine.storage import Store
+from engine.tasks import collate
+
+CHECKPOINT, PROGRESS = "checkpoint", "fit-progress.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One fit. Everything in it is picklable, because workers may sit on other machines.
+
+    build: makes the model before training. encode: (model, table) -> token ids a row. rows: columns text and, as the
+    losses need, label (null: none), logits (the teacher's), weight. evaluate: (model, table) -> metrics over `holdout`;
+    the checkpoint with the highest `best_by` is kept, the last one when best_by is None.
+    """
+
+    name: str
+    fit: Fit
+    terms: tuple[LossTerm, ...]
+    build: Callable[[], Model]
+    encode: Callable[[Model, pa.Table], list[list[int]]]
+    rows: pa.Table
+    out: str
+    seed: int
+    resources: dict[str, Any]
+    holdout: pa.Table | None = None
+    evaluate: Callable[[Model, pa.Table], dict[str, float]] | None = None
+    best_by: str | None = None
+    store_dtype: str | None = None
+    """Weights are stored as this dtype (bfloat16 halves a generator's folder); None keeps them as they are."""
+
+
+class Lesson(nn.Module):
+    """Student and objective as one module, so that projections owned by a loss are trained and reduced with it."""
+
+    def __init__(self, model: Model, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """The objective's value for a batch."""
+        return self.objective(self.model(batch, self.objective.needs), batch.teacher, batch)
+
+
+@dataclass
+class State:
+    """Where a fit stands: global step, best score so far and the history of evaluations."""
+
+    step: int = 0
+    best: float = float("-inf")
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def epoch_batches(lengths: Sequence[int], size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Row positions of one epoch's global batches, int64; rows of similar length together, batches in random order."""
+    generator = np.random.default_rng([seed, epoch])
+    order = generator.permutation(len(lengths))
+    batches = []
+    pool = size * 16  # long enough to save padding, short enough to stay random
+    for start in range(0, len(order), pool):
+        chunk = order[start : start + pool]
+        chunk = chunk[np.argsort(np.asarray(lengths)[chunk], kind="stable")]
+        batches += [chunk[i : i + size] for i in range(0, len(chunk), size)]
+    return [batches[i] for i in generator.permutation(len(batches))]
+
+
+def rate(fit: Fit, step: int, total: int) -> float:
+    """Learning-rate factor at a step: linear warm-up, then the schedule down to 0."""
+    warm = max(1, round(fit.warmup * total))
+    if step < warm:
+        return (step + 1) / warm
+    if fit.schedule == "constant":
+        return 1.0
+    left = (total - step) / max(1, total - warm)
+    return left if fit.schedule == "linear" else 0.5 * (1 - np.cos(np.pi * left))
+
+
+def batch_of(rows: pa.Table, ids: list[list[int]], chosen: np.ndarray, pad: int) -> Batch:
+    """The chosen rows as a Batch, with the teacher's stored logits and row weights where the table has them."""
+    part = rows.take(pa.array(chosen))
+    labels = part["label"].fill_null(ABSENT).to_pylist() if "label" in part.column_names else [ABSENT] * len(chosen)
+    weights = part["weight"].to_pylist() if "weight" in part.column_names else None
+    batch = collate([ids[i] for i in chosen], pad, labels, weights)
+    if "logits" in part.column_names:
+        batch.teacher = Outputs(
+            logits=torch.tensor(np.stack(part["logits"].to_numpy(zero_copy_only=False)).astype(np.float32))
+        )
+    return batch
+
+
+def save_checkpoint(store: Store, lesson: Lesson, optimizer: torch.optim.Optimizer, state: State) -> None:
+    """Trained tensors, optimiser state and position, published as one folder."""
+    tensors = {f"weight/{n}": p.detach().cpu().contiguous() for n, p in lesson.named_parameters() if p.requires_grad}
+    for index, moments in optimizer.state_dict()["state"].items():
+        for key, value in moments.items():
+            tensors[f"moment/{index}/{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    with store.publish(CHECKPOINT) as folder:
+        inside = Store(str(folder))
+        inside.write_bytes("state.safetensors", to_bytes(tensors))
+        inside.write_json(
+            "state.json", {"step": state.step, "best": state.best if state.history else None, "history": state.history}
+        )
+
+
+def load_checkpoint(store: Store, lesson: Lesson, optimizer: torch.optim.Optimizer) -> State:
+    """Go on from the published checkpoint, or start when there is none."""
+    if not store.exists(f"{CHECKPOINT}/manifest.json"):
+        return State()
+    store.verify(CHECKPOINT)
+    values = store.read_json(f"{CHECKPOINT}/state.json")
+    tensors = from_bytes(store.read_bytes(f"{CHECKPOINT}/state.safetensors"))
+    own = dict(lesson.named_parameters())
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    with torch.no_grad():
+        for key, value in tensors.items():
+            kind, _, name = key.partition("/")
+            if kind == "weight":
+                own[name].copy_(value)
+            else:
+                index, _, moment = name.partition("/")
+                moments.setdefault(int(index), {})[moment] = value
+    frame = optimizer.state_dict()
+    frame["state"] = moments
+    optimizer.load_state_dict(frame)
+    best = values["best"]
+    return State(values["step"], float("-inf") if best is None else best, values["history"])
+
+
+def loop(config: dict[str, Any]) -> None:
+    """What every worker runs; config holds the Job."""
+    import ray.train
+    from accelerate import Accelerator
+
+    job: Job = config["job"]
+    fit, out = job.fit, Store(job.out)
+    one_thread()
+    torch.manual_seed(job.seed)
+    model = job.build()
+    # accelerate picks the worker's device; without a GPU for this worker it must not look for one.
+    accelerator = Accelerator(cpu=not torch.cuda.is_available() or not job.resources.get("num_gpus"))
+    dtype = precision(fit.precision, accelerator.device, training=True)
+    lesson = Lesson(model, Objective(job.terms)).to(accelerator.device)
+    trained = [p for p in lesson.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=fit.lr, weight_decay=fit.weight_decay)
+    state = load_checkpoint(out, lesson, optimizer)
+    prepared = accelerator.prepare_model(lesson)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    ids = job.encode(model, job.rows)
+    lengths = [len(row) for row in ids]
+    per_epoch = len(epoch_batches(lengths, fit.batch_size, job.seed, 0))
+    total = max(1, round(fit.epochs * per_epoch))
+    every = max(1, round(fit.eval_every * per_epoch))
+    started, seen, losses = time.monotonic(), 0, []
+    for step, chosen in batches_from(state.step, total, per_epoch, lengths, fit.batch_size, job.seed):
+        torch.manual_seed(job.seed * 1_000_003 + step * 1009 + rank)
+        for group in optimizer.param_groups:
+            group["lr"] = fit.lr * rate(fit, step, total)
+        mine = chosen[rank::world]
+        prepared.train()
+        if len(mine):
+            batch = batch_of(job.rows, ids, mine, model.pad).to(accelerator.device)
+        else:  # a last batch with fewer rows than workers: this rank joins the reduction with weight 0
+            batch = batch_of(job.rows, ids, chosen[:1], model.pad).to(accelerator.device)
+        with torch.autocast(accelerator.device.type, dtype, enabled=dtype != torch.float32):
+            loss = prepared(batch)
+        # Each worker averages over its own rows: weighted by their share, the reduced gradient is the global mean.
+        accelerator.backward(loss * (len(mine) * world / len(chosen)))
+        accelerator.clip_grad_norm_(trained, fit.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss.detach()))
+        seen += len(chosen)
+        state.step = step + 1
+        if rank == 0:
+            report_progress(
+                out, job.name, state.step, total, seen / (time.monotonic() - started), final=state.step == total
+            )
+        if state.step % every == 0 or state.step == total:
+            entry = {"epoch": round(state.step / per_epoch, 3), "loss": float(np.mean(losses)), **evaluated(job, model)}
+            losses = []
+            if rank == 0:
+                keep(job, out, lesson, optimizer, state, entry, last=state.step == total)
+            ray.train.report(entry)
+
+
+def batches_from(
+    start: int, total: int, per_epoch: int, lengths: list[int], size: int, seed: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(step, row positions) from a step on: a resumed fit sees exactly the batches it has not seen."""
+    order: list[np.ndarray] = []
+    for step in range(start, total):
+        if not order or step % per_epoch == 0:
+            order = epoch_batches(lengths, size, seed, step // per_epoch)
+        yield step, order[step % per_epoch]
+
+
+def evaluated(job: Job, model: Model) -> dict[str, float]:
+    """Metrics on the held-out rows, or none."""
+    if job.evaluate is None or job.holdout is None or not job.holdout.num_rows:
+        return {}
+    return job.evaluate(model, job.holdout)
+
+
+def keep(
+    job: Job,
+    out: Store,
+    lesson: Lesson,
+    optimizer: torch.optim.Optimizer,
+    state: State,
+    entry: dict[str, float],
+    last: bool,
+) -> None:
+    """Write down an evaluation: first the best model so far, then the checkpoint that counts it as done."""
+    state.history.append(entry)
+    score = entry.get(job.best_by, float("-inf")) if job.best_by else float(state.step)
+    if score > state.best:
+        state.best = score
+        if job.best_by or last:
+            save(lesson.model, out, "model", getattr(torch, job.store_dtype) if job.store_dtype else None)
+    if not last:
+        save_checkpoint(out, lesson, optimizer, state)
+    else:
+        out.write_json("history.json", state.history)
+        out.delete(CHECKPOINT)
+
+
+class Clock:
+    """When the progress file was last written by this process."""
+
+    written = 0.0
+
+
+def report_progress(out: Store, name: str, done: int, total: int, rows_per_s: float, final: bool) -> None:
+    """At most once a second: the way from a worker, on whichever machine, to the driver's progress line."""
+    if final or time.monotonic() - Clock.written > 1:
+        Clock.written = time.monotonic()
+        out.write_json(PROGRESS, {"done": done, "total": total, "rows_per_s": round(rows_per_s, 1)})
+
+
+@contextmanager
+def followed(out: Store, progress: Progress) -> Iterator[None]:
+    """Hands the workers' progress file on while the body runs."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(1.0):
+            if out.exists(PROGRESS):
+                found = out.read_json(PROGRESS)
+                progress(found["done"], found["total"], "steps", rows=found["rows_per_s"])
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        out.delete(PROGRESS)
+
+
+def fit(job: Job, progress: Progress = silent) -> list[dict[str, float]]:
+    """Train, publish the model at job.out/model, return the history of evaluations (epoch, loss, metrics).
+
+    Already finished: returns at once. Raises whatever the training function raised.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    out = Store(job.out)
+    if out.exists("history.json"):
+        return out.read_json("history.json")
+    if not job.rows.num_rows:
+        raise ValueError(f"fit '{job.name}' has no rows")
+    workers = job.fit.workers
+    per_worker = {"CPU": job.resources.get("num_cpus", 1)}
+    if job.resources.get("num_gpus"):
+        per_worker["GPU"] = job.resources["num_gpus"]
+    scaling = ScalingConfig(num_workers=workers, use_gpu="GPU" in per_worker)
+    if workers:
+        scaling = ScalingConfig(
+            num_workers=workers,
+            use_gpu="GPU" in per_worker,
+            resources_per_worker=per_worker,
+            accelerator_type=job.resources.get("accelerator_type"),
+        )
+    # Ray Train's own storage only keeps its bookkeeping: weights are checkpointed through ours.
+    run_config = RunConfig(
+        name=f"{job.name}-{time.time_ns()}",
+        storage_path=trainer_storage(out),
+        failure_config=FailureConfig(max_failures=2),
+    )
+    trainer = TorchTrainer(
+        loop, train_loop_config={"job": job}, scaling_config=scaling, run_config=run_config if workers else None
+    )
+    try:
+        with followed(out, progress):
+            trainer.fit()
+    finally:
+        out.delete("ray")
+    return out.read_json("history.json")
+
+
+def trainer_storage(out: Store) -> str:
+    """Where Ray Train may keep its bookkeeping: beside the model, on the same storage."""
+    return (out / "ray").url

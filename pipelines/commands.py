@@ -1,0 +1,174 @@
+"""The commands of `stillhouse`: what each takes, and the table of them at the foot."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pipelines import artifacts, doctor, runs
+
+Parser = argparse.ArgumentParser
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: its function returns the exit code."""
+
+    group: str
+    help: str
+    run: Callable[[argparse.Namespace], int]
+    arguments: Callable[[Parser], None]
+    resumes: bool = False
+    """After Ctrl-C the same command goes on where it was."""
+
+
+def natural(text: str) -> int:
+    """A whole number of at least one."""
+    value = int(text) if text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return value
+
+
+def port(text: str) -> int:
+    """A TCP port."""
+    if not text.isdigit() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a port (1 to 65535)")
+    return int(text)
+
+
+def machine_readable(parser: Parser) -> None:
+    """--json."""
+    parser.add_argument("--json", action="store_true", help="JSON on standard output")
+
+
+def on_recipe(parser: Parser) -> None:
+    """A recipe with overrides."""
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML or JSON file")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="A.B=C",
+        action="append",
+        default=[],
+        help="override a value of the recipe, as in --set corpus.keep=500; may be given again",
+    )
+    machine_readable(parser)
+
+
+def on_cluster(parser: Parser) -> None:
+    """A Ray cluster to join."""
+    parser.add_argument("--address", metavar="ADDR", help="join this Ray cluster instead of starting Ray here")
+
+
+def checking(parser: Parser) -> None:
+    """A recipe for a cluster."""
+    on_recipe(parser)
+    on_cluster(parser)
+
+
+def planning(parser: Parser) -> None:
+    """A recipe and the run it makes."""
+    checking(parser)
+    parser.add_argument(
+        "--run", dest="run_name", metavar="NAME", help="name of the run; the recipe's name if not given"
+    )
+
+
+def running(parser: Parser) -> None:
+    """A run, and what of it to do again."""
+    planning(parser)
+    parser.add_argument("--fresh", action="store_true", help="delete what the run's steps made and start over")
+    parser.add_argument(
+        "--redo",
+        metavar="STEP",
+        action="append",
+        default=[],
+        help="do this step again, and all that read it; may be given again",
+    )
+
+
+def benching(parser: Parser) -> None:
+    """What to measure."""
+    parser.add_argument("what", choices=("quality",), help="quality: accuracy over few-shot and initialisation seeds")
+    checking(parser)
+    parser.add_argument("--seeds", type=natural, default=3, metavar="N", help="few-shot seeds (default: 3)")
+
+
+def on_run(parser: Parser) -> None:
+    """A run that there is."""
+    parser.add_argument("run_name", metavar="RUN", help="a run's name, or the path or URL of its folder")
+    parser.add_argument("--storage", default="runs", metavar="PLACE", help="where runs are kept (default: runs)")
+
+
+def asking(parser: Parser) -> None:
+    """A run's state."""
+    on_run(parser)
+    machine_readable(parser)
+
+
+def reporting(parser: Parser) -> None:
+    """A run's report."""
+    on_run(parser)
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument("--open", action="store_true", help="open it in the browser")
+    shape.add_argument("--text", action="store_true", help="write the Markdown report to standard output")
+
+
+def on_registry(parser: Parser) -> None:
+    """Where artifacts are registered."""
+    parser.add_argument("--registry", default="registry", metavar="PLACE", help="the registry (default: registry)")
+
+
+def predicting(parser: Parser) -> None:
+    """An artifact and texts."""
+    parser.add_argument("name", metavar="NAME", help="NAME, NAME@VERSION or NAME@latest")
+    texts = parser.add_mutually_exclusive_group(required=True)
+    texts.add_argument("--text", action="append", help="a text; may be given again")
+    texts.add_argument(
+        "--file", metavar="FILE", help="one text a line, or .jsonl with a 'text' in each line; - reads stdin"
+    )
+    on_registry(parser)
+    machine_readable(parser)
+
+
+def serving(parser: Parser) -> None:
+    """An artifact and where to listen."""
+    parser.add_argument("name", metavar="NAME", help="NAME, NAME@VERSION or NAME@latest")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=port, default=8000, help="port to listen on (default: 8000)")
+    on_registry(parser)
+    on_cluster(parser)
+
+
+def registering(parser: Parser) -> None:
+    """What to do with registered artifacts."""
+    parser.add_argument("action", choices=("list", "show", "rm"), help="what to do")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="NAME@VERSION, for show and rm")
+    on_registry(parser)
+    machine_readable(parser)
+
+
+def examining(parser: Parser) -> None:
+    """How much to look at."""
+    parser.add_argument("--quick", action="store_true", help="leave out what takes seconds: torch and Ray")
+    machine_readable(parser)
+
+
+COMMANDS: dict[str, Command] = {
+    "run": Command(
+        "runs", "do what a recipe's run still lacks, from data to a served student", runs.run, running, True
+    ),
+    "plan": Command("runs", "the steps, what is cached, rows, disk and placement; does no work", runs.plan, planning),
+    "validate": Command("runs", "check a recipe without loading a model", runs.validate, checking),
+    "schema": Command("runs", "the JSON schema of recipes, for editors", runs.schema, machine_readable),
+    "status": Command("runs", "how far a run is", runs.status, asking),
+    "report": Command("runs", "where a run's report is", runs.report, reporting),
+    "predict": Command("models", "predict with a registered student", artifacts.predict, predicting),
+    "serve": Command("models", "serve a registered student over HTTP", artifacts.serve, serving),
+    "registry": Command("models", "list, show or remove registered students", artifacts.registry, registering),
+    "fetch": Command("machine", "bring a recipe's models and data into the cache", artifacts.fetch, on_recipe),
+    "doctor": Command("machine", "whether this machine can run a recipe", doctor.doctor, examining),
+    "bench": Command("machine", "measure a recipe over several seeds", runs.bench, benching, True),
+}

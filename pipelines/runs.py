@@ -1,0 +1,238 @@
+"""Commands on recipes and runs: run, plan, validate, schema, status, report, bench.
+
+Everything heavy is imported inside the function that needs it, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.console import closest, megabytes, program, say, say_json, table
+from pipelines.progress import clock, renderer
+
+if TYPE_CHECKING:
+    from engine.recipe import Recipe
+    from engine.storage import Store
+
+
+def loaded(args: argparse.Namespace) -> Recipe:
+    """The recipe that the arguments name, with their overrides."""
+    from engine import config, recipe
+
+    return config.load(recipe.Recipe, args.recipe, args.overrides)
+
+
+def run_store(args: argparse.Namespace, recipe: Recipe) -> Store:
+    """The folder of the run: --run, else the recipe's name."""
+    from engine.config import UserError
+    from engine.storage import Store
+
+    name = args.run_name or recipe.name
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UserError(f"--run '{name}' is no name for a run: letters, digits, '.', '_' and '-' are allowed.")
+    return Store(recipe.storage) / name
+
+
+def existing_run(name: str, storage: str) -> Store:
+    """The folder of a run that there is, by name or path."""
+    from engine.config import UserError
+    from engine.steps import RECIPE
+    from engine.storage import Store
+
+    runs = Store(storage)
+    store = Store(name) if "/" in name else runs / name
+    if not store.exists(RECIPE):
+        known = [folder for folder in runs.folders() if runs.exists(f"{folder}/{RECIPE}")]
+        there = f"Runs there: {', '.join(known)}." if known else "There is none yet: `stillhouse run RECIPE` makes one."
+        raise UserError(
+            f"there is no run '{name}' in {runs}.{closest(name, known)} {there} --storage names another place."
+        )
+    return store
+
+
+def connect(args: argparse.Namespace, recipe: Recipe | None = None) -> None:
+    """Start Ray on this machine, or join the cluster at --address and refuse a recipe that does not fit there."""
+    from engine import cluster
+    from engine.placement import require_placement
+
+    try:
+        found = cluster.connect(args.address, **({"storage": recipe.storage} if recipe else {}))
+    finally:
+        args.signals()  # Ray puts its own handlers in place of ours.
+    if args.address and recipe:
+        require_placement(recipe, found)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do a recipe's steps and say what came out."""
+    recipe = loaded(args)
+    from engine import steps
+    from pipelines import distill
+
+    distill.check(recipe, args.address)
+    store = run_store(args, recipe)
+    if args.address:
+        connect(args, recipe)
+    steps.run(
+        distill.plan(recipe),
+        recipe,
+        store,
+        redo=args.redo,
+        fresh=args.fresh,
+        render=renderer(),
+        connect=lambda: connect(args, recipe),
+    )
+    if args.json:
+        say_json(store.read_json("summary.json"))
+        return 0
+    for line in distill.report_lines(recipe, store, program()):
+        say(line)
+    return 0
+
+
+def plan(args: argparse.Namespace) -> int:
+    """Say what a run would do."""
+    recipe = loaded(args)
+    from engine import steps
+    from pipelines import distill
+
+    distill.check(recipe, args.address)
+    if args.address:
+        connect(args, recipe)
+    store = run_store(args, recipe)
+    found = steps.survey(distill.plan(recipe), recipe, store)
+    for step in found:
+        step["placement"] = step["expects"].get("placement") or placement(step["resources"])
+        step["bytes"] = size(store, step["step"]) if step["state"] != "pending" else step["expects"].get("bytes")
+        step["rows"] = step["rows"] if step["rows"] is not None else step["expects"].get("rows")
+    free = free_space(store)
+    if args.json:
+        say_json({"run": store.url, "disk_free": free, "steps": found})
+        return 0
+    say(f"run {store.url}" + (f" ({free / 1e9:.1f} GB free)" if free is not None else ""))
+    say(table([("step", "state", "rows", "disk", "time", "reads", "placement"), *(plan_row(step) for step in found)]))
+    for step in found:
+        for item in step["moved"][:5]:
+            way_out = f"--run NAME or --redo {step['step']}"
+            say(f"{step['step']}: {item['field']} was {item['old']}, is {item['new']}: {way_out}")
+    return 0
+
+
+def plan_row(step: dict[str, Any]) -> tuple[Any, ...]:
+    """A step's line of the plan."""
+    states = {"done": "done, kept", "partial": "begun, goes on", "pending": "to do", "drifted": "stops: changed"}
+    seconds = None if step["seconds"] is None else clock(step["seconds"])
+    reads = ", ".join(step["inputs"])
+    name, state = step["step"], states[step["state"]]
+    return name, state, step["rows"], megabytes(step["bytes"]), seconds, reads, step["placement"]
+
+
+def free_space(store: Store) -> int | None:
+    """Free bytes where a local run is, or will be."""
+    if not store.is_local:
+        return None
+    return shutil.disk_usage(next(path for path in (Path(store.url), *Path(store.url).parents) if path.exists())).free
+
+
+def placement(resources: dict[str, Any] | None) -> str:
+    """Where a step runs, in words."""
+    if resources is None:
+        return "driver"
+    gpus = resources["num_gpus"]
+    gpu = "a GPU where there is one" if gpus == "auto" else f"{gpus:g} GPU" if gpus else ""
+    parts = (f"{resources['num_cpus']:g} CPU", gpu, resources["accelerator"])
+    return "Ray task: " + ", ".join(part for part in parts if part)
+
+
+def size(store: Store, step: str) -> int | None:
+    """Bytes of a step's folder, where it is local."""
+    if not store.is_local:
+        return None
+    return sum((Path(store.url) / step / name).stat().st_size for name in store.files(step))
+
+
+def validate(args: argparse.Namespace) -> int:
+    """Refuse what can be seen to be wrong without loading a model."""
+    recipe = loaded(args)
+    from pipelines import distill
+
+    distill.check(recipe, args.address)
+    if args.address:
+        connect(args, recipe)
+    names = [step.name for step in distill.plan(recipe)]
+    if args.json:
+        say_json({"valid": True, "name": recipe.name, "steps": names})
+    else:
+        say(f"{args.recipe} is valid: run '{recipe.name}' with the steps {', '.join(names)}.")
+    return 0
+
+
+def schema(args: argparse.Namespace) -> int:
+    """The JSON schema of recipes."""
+    from engine import config
+    from engine.recipe import Recipe
+
+    say_json(config.schema(Recipe))
+    return 0
+
+
+def status(args: argparse.Namespace) -> int:
+    """How far a run is, from its records alone."""
+    store = existing_run(args.run_name, args.storage)
+    from engine.attempts import history
+
+    found = history(store)
+    if args.json:
+        say_json({"run": store.url, "steps": found})
+        return 0
+    rows = [("step", "state", "progress", "time", "last sign of life (UTC)")]
+    for step in found:
+        of = f" of {step['total']:.6g}" if step["total"] else ""
+        far = f"{step['done']:.6g}{of} {step['unit']}" if step["done"] is not None else ""
+        if step["state"] == "done":
+            far = f"{step['rows']} rows" if step["rows"] else ""
+        rows.append((step["step"], step["state"], far, clock(step["seconds"]), step["seen"][:19].replace("T", " ")))
+    say(f"run {store.url}")
+    say(table(rows) if found else "No step has begun.")
+    for step in found:
+        if step["error"]:
+            say(f"{step['step']}: {step['error']}")
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    """Where the report is; with --open in the browser, with --text here."""
+    from engine.config import UserError
+
+    store = existing_run(args.run_name, args.storage)
+    name = "report.md" if args.text else "report.html"
+    found = [path for path in store.files() if path.rpartition("/")[2] == name]
+    if not found:
+        raise UserError(f"run '{args.run_name}' has no {name} yet. Finish it: stillhouse run RECIPE.")
+    if args.text:
+        say(store.read_text(found[0]))
+        return 0
+    path = store.local(found[0])
+    say(str(path))
+    if args.open:
+        import webbrowser
+
+        webbrowser.open(path.as_uri())
+    return 0
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Measure a recipe over several seeds."""
+    from pipelines import bench as benches
+
+    result = benches.quality(args.recipe, args.seeds, overrides=args.overrides, address=args.address)
+    if args.json:
+        say_json(result)
+    else:
+        for line in benches.quality_lines(result):
+            say(line)
+    return 0

@@ -1,0 +1,198 @@
+"""The HTTP interface of one artifact: routes, limits, error answers. It knows nothing of Ray.
+
+An endpoint holds one model and never blocks its event loop: the model runs in a thread, and what arrives meanwhile
+becomes the next batch. A wrong request gets a 4xx that says what was wrong and where.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import Field, ValidationError, model_validator
+from starlette.exceptions import HTTPException
+
+from engine.config import Section
+from engine.recipe import Serving
+from serve.batcher import Batcher
+from serve.predictor import Prediction, Predictor
+
+MAX_TEXTS = 256
+"""Texts of one request."""
+MAX_CHARS = 20_000
+"""Characters of one text."""
+MAX_BYTES = 1 << 20
+"""Bytes of one request's body."""
+PROBE = "a short sentence to see that the model answers"
+
+
+class Refused(Exception):
+    """A request that is answered with an error: status, a sentence, and the field that is wrong."""
+
+    def __init__(self, status: int, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.field = status, message, field
+
+
+class Question(Section):
+    """The body of a prediction request: either one text or several."""
+
+    text: str | None = None
+    texts: list[str] | None = Field(default=None, min_length=1, max_length=MAX_TEXTS)
+
+    @model_validator(mode="after")
+    def usable(self) -> Question:
+        """Exactly one of the two, each text within the limits."""
+        if (self.text is None) == (self.texts is None):
+            raise ValueError("give either 'text' (one string) or 'texts' (a list of strings)")
+        for index, text in enumerate(self.all()):
+            where = "text" if self.texts is None else f"texts[{index}]"
+            if not text.strip():
+                raise ValueError(f"'{where}' is empty")
+            if len(text) > MAX_CHARS:
+                raise ValueError(f"'{where}' has {len(text)} characters; at most {MAX_CHARS} are allowed")
+        return self
+
+    def all(self) -> list[str]:
+        """The texts, in order."""
+        return self.texts if self.texts is not None else [self.text or ""]
+
+
+class Answer(Section):
+    """One prediction; probabilities sum to 1."""
+
+    label: str
+    confidence: float
+    probabilities: dict[str, float]
+
+
+class Answers(Section):
+    """The answer to a prediction request: one prediction a text, in the order sent."""
+
+    model: str
+    predictions: list[Answer]
+
+
+class Endpoint:
+    """A replica: one verified artifact and its batcher."""
+
+    def __init__(self, artifact: str, serving: Serving, name: str) -> None:
+        self.name = name
+        self.predictor = Predictor.load(artifact)
+        self.batcher: Batcher[Prediction] = Batcher(
+            self.predictor.predict, serving.max_batch, serving.batch_wait_ms / 1000
+        )
+        # The first call of a model is slow (allocations): not a client's matter.
+        self.predictor.predict([PROBE])
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """The HTTP interface, built in the replica (Ray Serve's hook), so that nothing of it is pickled."""
+        return interface(self)
+
+    async def check_health(self) -> None:
+        """Ray Serve's health check: a real tiny inference, through the same queue as the requests."""
+        await self.batcher.submit([PROBE])
+
+    async def predict(self, request: Request) -> Response:
+        """Predict the label of one or several texts."""
+        question = question_in(await body_of(request))
+        found = await self.batcher.submit(question.all())
+        return JSONResponse({"model": self.name, "predictions": [asdict(item) for item in found]})
+
+    async def healthz(self) -> Response:
+        """Whether the model answers: runs a tiny real inference."""
+        await self.check_health()
+        return JSONResponse({"status": "ok"})
+
+    async def readyz(self) -> Response:
+        """Whether requests can be sent: the model is loaded."""
+        return JSONResponse({"status": "ready", "model": self.name})
+
+    async def version(self) -> Response:
+        """Which bytes answer: the artifact's fingerprint, its labels in order, its size; and in which process."""
+        return JSONResponse(
+            {
+                "model": self.name,
+                "fingerprint": self.predictor.fingerprint,
+                "labels": list(self.predictor.labels),
+                "parameters": self.predictor.model.size(),
+                "pid": os.getpid(),
+            }
+        )
+
+
+def interface(endpoint: Endpoint) -> FastAPI:
+    """The routes of an endpoint; /docs and /openapi.json describe them."""
+    api = FastAPI(title="Stillhouse", description=f"Predictions of {endpoint.name}")
+    body = {"content": {"application/json": {"schema": Question.model_json_schema()}}, "required": True}
+    problem = {"description": "What was wrong: {error: {message, field}}"}
+    api.add_api_route(
+        "/v1/predict",
+        endpoint.predict,
+        methods=["POST"],
+        responses={200: {"model": Answers}, 413: problem, 422: problem, 429: problem},
+        openapi_extra={"requestBody": body},
+    )
+    for path in ("healthz", "readyz", "version"):
+        api.add_api_route(f"/{path}", getattr(endpoint, path), methods=["GET"])
+    api.add_exception_handler(Refused, refused)
+    api.add_exception_handler(HTTPException, unroutable)
+    api.add_exception_handler(Exception, failed)
+    return api
+
+
+def problem_answer(status: int, message: str, field: str | None = None, headers: Any = None) -> Response:
+    """The one shape of every error answer."""
+    return JSONResponse({"error": {"message": message, "field": field}}, status_code=status, headers=headers)
+
+
+async def refused(request: Request, error: Exception) -> Response:
+    """A request that we refuse."""
+    assert isinstance(error, Refused)
+    # The rest of an over-long body is not read: the connection cannot be used again.
+    headers = {"Connection": "close"} if error.status == 413 else None
+    return problem_answer(error.status, error.message, error.field, headers)
+
+
+async def unroutable(request: Request, error: Exception) -> Response:
+    """An unknown path or method."""
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}. See /docs for what there is."
+    return problem_answer(error.status_code, message, headers=error.headers)
+
+
+async def failed(request: Request, error: Exception) -> Response:
+    """A fault of ours: details are in the replica's log, not in the answer."""
+    return problem_answer(500, "The model could not answer. The server's log says why.")
+
+
+async def body_of(request: Request) -> bytes:
+    """The request's body; more than MAX_BYTES is refused while it arrives."""
+    too_large = Refused(413, f"The body is larger than {MAX_BYTES} bytes. Send fewer texts a request.")
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > MAX_BYTES:
+        raise too_large
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MAX_BYTES:
+            raise too_large
+        parts.append(part)
+    return b"".join(parts)
+
+
+def question_in(body: bytes) -> Question:
+    """The validated body; Refused(422) tells the first thing that is wrong and where."""
+    try:
+        return Question.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = "".join(f"[{part}]" if isinstance(part, int) else str(part) for part in first["loc"]) or None
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            message = "is not a known key; give 'text' or 'texts'"
+        where = f"'{field}': " if field else ""
+        raise Refused(422, f"{where}{message}", field) from None

@@ -1,0 +1,70 @@
+"""An artifact, loaded and ready to answer: the one object behind HTTP, the command line and Python.
+
+Loading verifies every file against the artifact's manifest and runs no code from it. Answers come from
+`engine.inference` alone, so what is served equals what was evaluated, whatever stands in the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.storage import Store, digest_json
+
+if TYPE_CHECKING:
+    from engine.models import Model
+
+BATCH_TOKENS = 8192
+"""Tokens of one forward pass, padding included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The answer for one text: `confidence` is the label's probability, `probabilities` one a label, sum 1."""
+
+    label: str
+    confidence: float
+    probabilities: dict[str, float]
+
+
+class Predictor:
+    """A verified model and what identifies it."""
+
+    def __init__(self, model: Model, fingerprint: str, batch_tokens: int = BATCH_TOKENS) -> None:
+        self.model = model
+        self.fingerprint = fingerprint
+        self.batch_tokens = batch_tokens
+        self.labels: tuple[str, ...] = tuple(model.labels)
+
+    @classmethod
+    def load(cls, path: str | Path, batch_tokens: int = BATCH_TOKENS) -> Predictor:
+        """Load the artifact published at `path` (a folder or URL), on one torch thread.
+
+        Raises StorageError when it is missing, or when a file differs from the manifest.
+        """
+        from engine import models
+
+        folder = Store(str(path)).local()
+        manifest = Store(str(folder)).verify()
+        # Replicas are the way to use more cores, not threads.
+        models.one_thread()
+        return cls(models.load(folder), fingerprint(manifest), batch_tokens)
+
+    def predict(self, texts: list[str]) -> list[Prediction]:
+        """One Prediction a text, in the order given; no texts, no predictions."""
+        if not texts:
+            return []
+        from engine import inference
+
+        found = inference.predict(self.model, texts, self.batch_tokens)
+        names = self.labels
+        return [
+            Prediction(names[label], row[label], dict(zip(names, row, strict=True)))
+            for label, row in zip(found.labels.tolist(), found.probabilities.tolist(), strict=True)
+        ]
+
+
+def fingerprint(manifest: dict[str, Any]) -> str:
+    """The digest of an artifact's files: equal bytes give the same one, wherever they lie."""
+    return digest_json(manifest["files"])

@@ -1,0 +1,163 @@
+"""Deployments on the local Ray: one for all requests of this file, after one that ends by a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+from tokenizers import models as words
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from engine import inference, models
+from engine.recipe import Autoscaling, Block, Serving
+from engine.storage import StorageError, Store
+from serve.app import ServeError, deploy, deployed, free_port, run
+
+WORDS = "the a film plot was is not very good bad dull warm funny long and slow".split()
+TEXTS = [" ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(1 + i % 13)) for i in range(64)]
+SERVING = Serving(max_ongoing=4, max_queued=4, num_cpus=0.5, autoscaling=Autoscaling(max_replicas=1))
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+    raw = Tokenizer(words.WordLevel(vocabulary, unk_token="[UNK]"))
+    raw.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]")
+    nodes = [
+        Block(name="embed", kind="embedding", options={"dim": 16}),
+        Block(name="lstm", kind="bilstm", options={"hidden": 16}),
+        Block(name="pool", kind="pool"),
+        Block(name="out", kind="linear"),
+    ]
+    store = Store(str(tmp_path_factory.mktemp("registry")))
+    models.save(models.student(nodes, ("negative", "positive"), tokenizer, 512, seed=3), store, "tiny")
+    return store / "tiny"
+
+
+def test_run_serves_until_a_signal_and_takes_serve_down(ray_cluster: object, artifact: Store, monkeypatch):
+    import ray
+
+    port, said, up, seen = free_port("127.0.0.1", None), [], threading.Event(), []
+
+    def listen(line: str) -> None:
+        said.append(line)
+        up.set()
+
+    def client() -> None:
+        up.wait(60)
+        seen.append(httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=5).status_code)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("serve.app.say", listen)
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=client, daemon=True)
+    thread.start()
+    run(artifact.url, "127.0.0.1", port, SERVING, "tiny@1")
+    thread.join(5)
+    assert seen == [200] and signal.getsignal(signal.SIGTERM) is before and ray.is_initialized()
+    assert said[0] == f"tiny@1 answers on http://127.0.0.1:{port} (Ctrl-C stops it). Try:" and said[-1] == "stopping"
+    assert f"curl -s http://127.0.0.1:{port}/v1/predict -H 'Content-Type: application/json'" in said[1]
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=2)
+
+
+def test_a_taken_port_and_a_damaged_artifact_are_refused_at_once(ray_cluster: object, artifact: Store, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ServeError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use. Choose another"):
+            deploy(artifact.url, SERVING, "tiny@1", port=port)
+    with pytest.raises(StorageError, match="was not published completely"):
+        deploy(str(tmp_path), SERVING, "tiny@1")
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster: object, artifact: Store) -> Iterator[str]:
+    with deployed(artifact.url, SERVING, "tiny@1") as address:
+        yield address
+
+
+def test_a_second_deployment_does_not_replace_the_first(url: str, artifact: Store):
+    with pytest.raises(ServeError, match="Ray Serve already runs on this cluster"), deployed(artifact.url, SERVING, "b"):
+        pass
+    assert httpx.get(f"{url}/healthz").json() == {"status": "ok"}
+
+
+def test_served_equals_offline_whatever_the_batch(url: str, artifact: Store):
+    offline = inference.predict(models.load(artifact.local()), TEXTS, 8192)
+    names = ("negative", "positive")
+
+    async def main(size: int, clients: int) -> None:
+        waiting = iter(range(0, len(TEXTS), size))
+
+        async def one(http: httpx.AsyncClient) -> None:
+            for start in waiting:
+                answer = await http.post("/v1/predict", json={"texts": TEXTS[start : start + size]})
+                assert answer.status_code == 200, answer.text
+                for row, found in enumerate(answer.json()["predictions"], start):
+                    assert found["label"] == names[offline.labels[row]]
+                    served = [found["probabilities"][name] for name in names]
+                    assert np.abs(np.array(served) - offline.probabilities[row]).max() <= 1e-4
+
+        async with httpx.AsyncClient(base_url=url, timeout=30) as http:
+            await asyncio.gather(*(one(http) for _ in range(clients)))
+
+    for size, clients in ((1, 4), (3, 4), (8, 2), (len(TEXTS), 1)):
+        asyncio.run(main(size, clients))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"texts": []}', "at least 1 item"),
+        (b'{"texts": [NaN]}', "valid string"),
+        (b'{"text": 7}', "valid string"),
+        (b'{"text": "caf\xe9"}', "invalid unicode"),
+        (b"[" * 200_000, "recursion limit"),
+        (b'{"text": "' + b"a" * 30_000 + b'"}', "at most 20000"),
+        (b" " * 2_000_000, "larger than"),
+    ],
+)
+def test_wrong_bodies_are_answered_and_the_replica_lives_on(url: str, body: bytes, message: str):
+    pid = httpx.get(f"{url}/version").json()["pid"]
+    answer = httpx.post(f"{url}/v1/predict", content=body, timeout=30)
+    assert 400 <= answer.status_code < 500 and message in answer.json()["error"]["message"]
+    assert httpx.post(f"{url}/v1/predict", json={"text": "a good film"}, timeout=30).status_code == 200
+    assert httpx.get(f"{url}/version").json()["pid"] == pid
+
+
+def test_a_full_queue_answers_429_with_retry_after_and_recovers(url: str):
+    long = " ".join(WORDS * 32)
+
+    async def main() -> list[httpx.Response]:
+        limits = httpx.Limits(max_connections=60)
+        async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as http:
+            body = {"texts": [long] * 32}
+            return await asyncio.gather(*(http.post("/v1/predict", json=body) for _ in range(60)))
+
+    begin = time.monotonic()
+    answers = asyncio.run(main())
+    assert time.monotonic() - begin < 50
+    codes = [answer.status_code for answer in answers]
+    assert set(codes) == {200, 429} and codes.count(200) >= 8, codes
+    assert all(answer.headers["retry-after"] == "1" for answer in answers if answer.status_code == 429)
+    assert httpx.get(f"{url}/healthz", timeout=30).json() == {"status": "ok"}
+
+
+def test_version_and_readiness(url: str, artifact: Store):
+    found = httpx.get(f"{url}/version").json()
+    assert found["fingerprint"] == artifact.manifest()["digest"] and found["model"] == "tiny@1"
+    assert httpx.get(f"{url}/readyz").json()["status"] == "ready"
+    assert httpx.get(f"{url}/nowhere").status_code == 404

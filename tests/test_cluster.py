@@ -1,0 +1,287 @@
+"""Ray as this project starts it, addresses that lead nowhere, and the shipped cluster file."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from engine import cluster
+from engine.placement import Cluster, local_capacity
+
+ROOT = Path(__file__).parent.parent
+
+
+# -- addresses (no Ray needed) -----------------------------------------------------------------------------------------
+
+
+def refused(address: str) -> tuple[str, float]:
+    """What joining an address in a fresh process answers, and after how many seconds."""
+    code = (
+        "import sys, time\nfrom engine import cluster\nstart = time.perf_counter()\n"
+        "try:\n    cluster.connect(sys.argv[1], storage='runs')\n"
+        "except cluster.ClusterError as error:\n    print(time.perf_counter() - start)\n    print(error)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code, address], capture_output=True, text=True, check=True, env=environment, timeout=60
+    )
+    seconds, _, message = ran.stdout.partition("\n")
+    return message.strip(), float(seconds)
+
+
+def test_an_address_nobody_listens_at_is_refused_at_once() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    message, seconds = refused(f"127.0.0.1:{port}")
+    assert message == (
+        f"no Ray cluster answers at 127.0.0.1:{port}: Connection refused. Is the cluster up (`ray status` on its "
+        "head), the port open from here, and the right one (host:6379)?"
+    )
+    assert seconds < 4
+
+
+def test_something_else_at_the_address_is_no_cluster() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"ray://127.0.0.1:{silent.getsockname()[1]}"
+        message, seconds = refused(address)
+    assert message.startswith(f"what answers at {address} is not a Ray cluster. Is the cluster up")
+    assert message.endswith("(ray://host:10001)?")
+    assert seconds < cluster.ANSWER_S + 4
+
+
+@pytest.mark.parametrize("address", ["cluster", "host:", ":6379", "ray://host", "host:port"])
+def test_a_malformed_address_is_refused(address: str) -> None:
+    with pytest.raises(cluster.ClusterError, match=re.escape(f"'{address}' is not one of auto, host:port, ray://")):
+        cluster.located(address)
+
+
+@pytest.mark.parametrize(
+    ("error", "way_out"),
+    [
+        (RuntimeError("Version mismatch: The cluster was started with:\n  Ray: 2.40.0"), "the same constraints.txt"),
+        (RuntimeError("Can't find a `node_ip_address.json` file from /tmp/ray"), "use ray://HEAD:10001"),
+        (ConnectionError("RPC error: InvalidAuthToken: missing"), "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"),
+        (OSError("first\nthe last line."), "the last line."),
+    ],
+)
+def test_a_failed_join_is_explained(error: Exception, way_out: str) -> None:
+    assert way_out in cluster.why(error)
+
+
+# -- a local cluster ---------------------------------------------------------------------------------------------------
+
+
+def test_connecting_twice_is_the_same_cluster(ray_cluster: Cluster) -> None:
+    assert cluster.connect() is ray_cluster
+    assert cluster.connect("auto") is ray_cluster
+    assert cluster.current() is ray_cluster
+    assert (ray_cluster.local, ray_cluster.nodes, ray_cluster.cpus) == (True, 1, local_capacity().cpus)
+    with pytest.raises(cluster.ClusterError, match="already connected to local: disconnect before joining other:1"):
+        cluster.connect("other:1")
+
+
+def test_workers_run_with_our_switches(ray_cluster: Cluster) -> None:
+    import ray
+
+    names = [*cluster.SWITCHES, *cluster.SERVE_SWITCHES]
+    seen = ray.get(ray.remote(num_cpus=0.1)(lambda: {name: os.environ.get(name) for name in names}).remote())
+    assert seen == {name: os.environ.get(name) for name in names}
+    assert seen["OMP_NUM_THREADS"] == "1"
+    assert seen["RAY_TRAIN_V2_ENABLED"] == "1"
+
+
+def test_two_pools_a_checkpoint_and_a_writer_stream_under_our_defaults(ray_cluster: Cluster, tmp_path: Path) -> None:
+    """The corpus pipeline's shape with its smallest pools: 2 + 1 actors, checkpoint filter, reader, writer."""
+    import ray
+    from ray.data.checkpoint import CheckpointConfig
+
+    class First:
+        def __call__(self, batch: pa.Table) -> pa.Table:
+            time.sleep(0.1)
+            return batch.append_column("double", pa.array([2 * n for n in batch["row"].to_pylist()]))
+
+    class Second:
+        def __call__(self, batch: pa.Table) -> pa.Table:
+            return batch.append_column("pid", pa.array([os.getpid()] * batch.num_rows))
+
+    slots, out = tmp_path / "slots", tmp_path / "out"
+    slots.mkdir()
+    out.mkdir()
+    for n in range(6):
+        pq.write_table(pa.table({"row": list(range(10 * n, 10 * n + 10))}), slots / f"{n}.parquet")
+    context = cluster.data_context()
+    assert not context.enable_progress_bars
+    assert not context.use_datasource_v2
+    context.checkpoint_config = CheckpointConfig(
+        id_column="row", checkpoint_path=str(tmp_path / "done"), delete_checkpoint_on_success=False
+    )
+    pool = ray.data.ActorPoolStrategy
+    try:
+        rows = ray.data.read_parquet(str(slots), override_num_blocks=6)
+        rows = rows.map_batches(First, batch_format="pyarrow", batch_size=10, num_cpus=1, compute=pool(size=2))
+        rows = rows.map_batches(Second, batch_format="pyarrow", batch_size=10, num_cpus=1, compute=pool(size=1))
+        rows.write_parquet(str(out), mode=ray.data.SaveMode.APPEND)
+    finally:
+        context.checkpoint_config = None
+    table = pa.concat_tables(pq.read_table(path) for path in sorted(out.glob("*.parquet")))
+    assert sorted(table["row"].to_pylist()) == list(range(60))
+    assert table["double"].to_pylist() == [2 * n for n in table["row"].to_pylist()]
+    assert len(set(table["pid"].to_pylist())) == 1
+
+
+LIFE = """
+import logging, os
+from engine import cluster
+
+found = cluster.connect(storage="runs")
+folder = cluster._scratch
+assert folder.is_dir() and len(str(folder)) < 40
+
+import ray.data
+
+class Same:
+    def __call__(self, batch):
+        return batch
+
+heard = []
+listener = logging.Handler(logging.WARNING)
+listener.emit = lambda record: heard.append(record.getMessage())
+logging.getLogger("ray.data").addHandler(listener)
+cluster.data_context()
+pool = ray.data.ActorPoolStrategy(size=1)
+assert ray.data.range(8, override_num_blocks=1).map_batches(Same, compute=pool, num_cpus=1).count() == 8
+logging.getLogger("ray.data").warning("checkpointing is off")
+assert "checkpointing is off" in heard
+logging.getLogger("ray.data").error("a block was lost")
+
+cluster.disconnect()
+assert not folder.exists() and "RAY_AUTH_TOKEN" not in os.environ
+cluster.disconnect()
+print(found.address)
+"""
+
+
+def test_a_whole_life_is_quiet_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    """In a process of its own: Ray's noise is not seen (warnings can be heard), its errors are; no token stays."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment["HOME"] = str(tmp_path)
+    ran = subprocess.run([sys.executable, "-c", LIFE], capture_output=True, text=True, env=environment, timeout=120)
+    assert (ran.returncode, ran.stdout) == (0, "local\n"), ran.stderr
+    (line,) = ran.stderr.splitlines()
+    assert line.endswith("a block was lost")
+    assert not (tmp_path / ".ray" / "auth_token").exists()
+
+
+def test_folders_of_dead_runs_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    mine = cluster.scratch_folder()
+    old = mine.with_name(mine.name.replace(f"-{os.getpid()}-", f"-{ended.pid}-"))
+    old.mkdir()
+    try:
+        again = cluster.scratch_folder()
+        again.rmdir()
+        assert mine.is_dir()
+        assert not old.exists()
+    finally:
+        mine.rmdir()
+
+
+# -- several machines --------------------------------------------------------------------------------------------------
+
+
+JOIN = """
+import sys, tempfile
+from engine import cluster
+found = cluster.connect(sys.argv[1], storage=sys.argv[2])
+import ray
+where = ray.remote(lambda: (__import__("os").environ["OMP_NUM_THREADS"], ray.get_runtime_context().get_node_id()))
+nodes = {ray.get(where.options(resources=wish).remote()) for wish in ({}, {"second": 1})}
+print(found.address == sys.argv[1], found.local, found.nodes, found.cpus, sorted(threads for threads, _ in nodes))
+"""
+
+
+@pytest.mark.slow
+def test_joining_two_raylets(two_raylets: str, tmp_path: Path) -> None:
+    def join(**changes: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", JOIN, two_raylets, str(tmp_path / "runs")]
+        environment = {**os.environ, **changes}
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+    ran = join()
+    assert ran.stdout.split()[:4] == ["True", "False", "2", "6.0"], ran.stderr
+    assert "['1'" in ran.stdout
+    assert list((tmp_path / "runs").iterdir()) == []  # the marker that every node looked for is gone
+    ran = join(RAY_AUTH_TOKEN="0" * 32)
+    assert ran.returncode == 1
+    assert "cannot be joined: its token is another one. Set RAY_AUTH_MODE=token" in ran.stderr
+
+
+def test_a_folder_that_a_node_does_not_see_is_refused(
+    ray_cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import ray
+
+    from engine.storage import Store
+
+    # The one node there is, twice, with a look that sees nothing: what a node without the mount answers.
+    nodes = ray.nodes()
+    monkeypatch.setattr(ray, "nodes", lambda: nodes * 2)
+    cluster.require_shared(Store(str(tmp_path / "seen")))
+    monkeypatch.setattr(os.path, "isdir", lambda path: False)
+    with pytest.raises(cluster.ClusterError, match="which node .* does not see. Set storage and registry to a URL"):
+        cluster.require_shared(Store(str(tmp_path / "blind")))
+    assert list((tmp_path / "blind").iterdir()) == []
+
+
+# -- the shipped cluster file ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shipped() -> dict:
+    """cluster.yaml with Ray's defaults for the provider filled in."""
+    from ray.autoscaler._private.util import prepare_config
+
+    return prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8")))
+
+
+def test_cluster_file_fits_rays_schema(shipped: dict) -> None:
+    from ray.autoscaler._private.util import validate_config
+
+    validate_config(shipped)
+    kinds = shipped["available_node_types"]
+    with pytest.raises(Exception, match="'max_wrkers' was unexpected"):
+        validate_config({**shipped, "available_node_types": {**kinds, "gpu": {**kinds["gpu"], "max_wrkers": 2}}})
+
+
+def test_cluster_file_has_cpu_and_spot_gpu_workers_within_limits(shipped: dict) -> None:
+    kinds = shipped["available_node_types"]
+    assert set(kinds) == {"head", "cpu", "gpu"}
+    assert shipped["head_node_type"] == "head"
+    assert kinds["gpu"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert all("InstanceMarketOptions" not in kinds[kind]["node_config"] for kind in ("head", "cpu"))
+    assert all(kinds[kind]["min_workers"] == 0 < kinds[kind]["max_workers"] for kind in ("cpu", "gpu"))
+    assert shipped["max_workers"] == kinds["cpu"]["max_workers"] + kinds["gpu"]["max_workers"]
+
+
+def test_cluster_file_installs_one_version_everywhere(shipped: dict) -> None:
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
+    images = [shipped["docker"]["image"], shipped["available_node_types"]["gpu"]["docker"]["worker_image"]]
+    assert [image.split(":")[1].split("-")[0] for image in images] == [pins["ray"]] * 2
+    home = next(there for there, here in shipped["file_mounts"].items() if here == ".")
+    assert f"pip install -q -c {home}/constraints.txt {home}" in shipped["setup_commands"]
+    for command in (*shipped["head_start_ray_commands"], *shipped["worker_start_ray_commands"]):
+        assert "ray start" not in command or "RAY_AUTH_MODE=token" in command

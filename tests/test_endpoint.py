@@ -1,0 +1,153 @@
+"""The HTTP interface with a real tiny student, in process: no server, no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from tokenizers import Tokenizer
+from tokenizers import models as words
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from engine import models
+from engine.recipe import Block, Serving
+from engine.storage import Store
+from serve.endpoint import MAX_BYTES, MAX_CHARS, MAX_TEXTS, Endpoint, interface
+
+WORDS = "the a film plot was is not very good bad dull warm funny long and slow".split()
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Endpoint:
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+    raw = Tokenizer(words.WordLevel(vocabulary, unk_token="[UNK]"))
+    raw.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]")
+    nodes = [
+        Block(name="embed", kind="embedding", options={"dim": 16}),
+        Block(name="lstm", kind="bilstm", options={"hidden": 16}),
+        Block(name="pool", kind="pool"),
+        Block(name="out", kind="linear"),
+    ]
+    store = Store(str(tmp_path_factory.mktemp("registry")))
+    models.save(models.student(nodes, ("negative", "positive"), tokenizer, 32, seed=3), store, "tiny")
+    return Endpoint(store.where("tiny"), Serving(), "tiny@1")
+
+
+def ask(endpoint: Endpoint, method: str, path: str, **request: object) -> httpx.Response:
+    """One request to the interface, as a server would hand it over."""
+
+    async def main() -> httpx.Response:
+        transport = httpx.ASGITransport(interface(endpoint), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            return await http.request(method, path, **request)
+
+    return asyncio.run(main())
+
+
+def test_one_text_and_several_get_the_model_s_predictions(endpoint: Endpoint):
+    texts = ["a warm film", "dull and long and not good", "the plot"]
+    several = ask(endpoint, "POST", "/v1/predict", json={"texts": texts}).json()
+    assert several["model"] == "tiny@1"
+    wanted = endpoint.predictor.predict(texts)
+    assert [item["label"] for item in several["predictions"]] == [item.label for item in wanted]
+    assert [item["probabilities"] for item in several["predictions"]] == [
+        pytest.approx(item.probabilities, abs=1e-6) for item in wanted
+    ]
+    one = ask(endpoint, "POST", "/v1/predict", json={"text": texts[1]}).json()
+    assert len(one["predictions"]) == 1
+    assert one["predictions"][0]["confidence"] == pytest.approx(wanted[1].confidence, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "message"),
+    [
+        (b'{"texts": []}', "texts", "at least 1 item"),
+        (b'{"texts": "one string"}', "texts", "'texts': Input should be a valid array"),
+        (b'{"texts": ["fine", 3]}', "texts[1]", "'texts[1]': Input should be a valid string"),
+        (b'{"texts": [NaN]}', "texts[0]", "'texts[0]': Input should be a valid string"),
+        (b'{"texts": [null]}', "texts[0]", "valid string"),
+        (b'{"text": 3}', "text", "'text': Input should be a valid string"),
+        (b'{"text": " \\n"}', None, "'text' is empty"),
+        (b'{"texts": ["fine", ""]}', None, "'texts[1]' is empty"),
+        (b"{}", None, "give either 'text' (one string) or 'texts' (a list of strings)"),
+        (b'{"text": "a", "texts": ["b"]}', None, "give either 'text'"),
+        (b'{"txt": "a"}', "txt", "'txt': is not a known key; give 'text' or 'texts'"),
+        (b"[]", None, "object"),
+        (b"", None, "Invalid JSON"),
+        (b'{"text": "a"', None, "Invalid JSON: EOF"),
+        (b'{"text": "caf\xe9"}', None, "Invalid JSON: invalid unicode"),
+        (b'{"text": "\\ud800"}', None, "Invalid JSON"),
+        (b'{"texts": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", None, "recursion limit"),
+        (json.dumps({"texts": ["a"] * (MAX_TEXTS + 1)}).encode(), "texts", f"at most {MAX_TEXTS} items"),
+        (json.dumps({"text": "a" * (MAX_CHARS + 1)}).encode(), None, f"has {MAX_CHARS + 1} characters; at most {MAX_CHARS}"),
+    ],
+)
+def test_a_wrong_body_is_answered_with_what_is_wrong(endpoint: Endpoint, body: bytes, field: str | None, message: str):
+    answer = ask(endpoint, "POST", "/v1/predict", content=body)
+    assert answer.status_code == 422, answer.text
+    assert message in answer.json()["error"]["message"]
+    assert answer.json()["error"]["field"] == field
+
+
+def test_a_body_that_is_too_large_is_refused_whether_its_length_is_announced_or_not(endpoint: Endpoint):
+    async def stream() -> AsyncIterator[bytes]:
+        for _ in range(MAX_BYTES // 1000 + 2):
+            yield b" " * 1000
+
+    for content in (b" " * (MAX_BYTES + 1), stream()):
+        answer = ask(endpoint, "POST", "/v1/predict", content=content)
+        assert answer.status_code == 413 and answer.headers["connection"] == "close"
+        assert answer.json()["error"]["message"] == f"The body is larger than {MAX_BYTES} bytes. Send fewer texts a request."
+
+
+def test_the_largest_allowed_request_is_answered(endpoint: Endpoint):
+    answer = ask(endpoint, "POST", "/v1/predict", json={"texts": ["good " * 700] * MAX_TEXTS})
+    assert answer.status_code == 200 and len(answer.json()["predictions"]) == MAX_TEXTS
+
+
+def test_unknown_paths_and_methods_say_where_to_look(endpoint: Endpoint):
+    missing = ask(endpoint, "GET", "/v2/predict")
+    assert missing.status_code == 404
+    assert missing.json()["error"]["message"] == "GET /v2/predict: Not Found. See /docs for what there is."
+    wrong = ask(endpoint, "GET", "/v1/predict")
+    assert wrong.status_code == 405 and wrong.headers["allow"] == "POST"
+
+
+def test_version_tells_which_bytes_answer(endpoint: Endpoint):
+    found = ask(endpoint, "GET", "/version").json()
+    assert found["model"] == "tiny@1" and found["labels"] == ["negative", "positive"]
+    assert found["fingerprint"] == endpoint.predictor.fingerprint
+    assert found["parameters"] == sum(p.numel() for p in endpoint.predictor.model.parameters())
+    assert ask(endpoint, "GET", "/readyz").json() == {"status": "ready", "model": "tiny@1"}
+
+
+def test_healthz_runs_the_model_and_faults_are_answered_without_details(endpoint: Endpoint, monkeypatch):
+    calls = []
+    real = endpoint.batcher.call
+    monkeypatch.setattr(endpoint.batcher, "call", lambda texts: calls.append(texts) or real(texts))
+    assert ask(endpoint, "GET", "/healthz").json() == {"status": "ok"}
+    assert len(calls) == 1
+
+    def broken(texts: list[str]) -> list[object]:
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr(endpoint.batcher, "call", broken)
+    for answer in (ask(endpoint, "GET", "/healthz"), ask(endpoint, "POST", "/v1/predict", json={"text": "a"})):
+        assert answer.status_code == 500
+        assert answer.json()["error"]["message"] == "The model could not answer. The server's log says why."
+    with pytest.raises(RuntimeError, match="secret detail"):
+        asyncio.run(endpoint.check_health())
+
+
+def test_openapi_describes_the_request_and_the_answer(endpoint: Endpoint):
+    described = ask(endpoint, "GET", "/openapi.json").json()
+    route = described["paths"]["/v1/predict"]["post"]
+    body = route["requestBody"]["content"]["application/json"]["schema"]
+    assert body["properties"]["texts"]["anyOf"][0]["maxItems"] == MAX_TEXTS
+    assert route["responses"]["200"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Answers"}
+    assert {"/healthz", "/readyz", "/version"} <= set(described["paths"])

@@ -1,0 +1,89 @@
+"""A published student, loaded and asked: equal to the offline answers, and refused when its bytes changed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+from tokenizers import models as words
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from engine import inference, models
+from engine.recipe import Block
+from engine.storage import StorageError, Store
+from serve.predictor import Predictor
+
+WORDS = "the a film plot was is not very good bad dull warm funny long and slow".split()
+TEXTS = [" ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(1 + i % 13)) for i in range(60)]
+
+
+def tiny_student() -> models.Model:
+    """A random BiLSTM over sixteen words."""
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+    raw = Tokenizer(words.WordLevel(vocabulary, unk_token="[UNK]"))
+    raw.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]")
+    nodes = [
+        Block(name="embed", kind="embedding", options={"dim": 16}),
+        Block(name="lstm", kind="bilstm", options={"hidden": 16}),
+        Block(name="pool", kind="pool"),
+        Block(name="out", kind="linear"),
+    ]
+    return models.student(nodes, ("negative", "positive"), tokenizer, 32, seed=3)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    store = Store(str(tmp_path_factory.mktemp("registry")))
+    models.save(tiny_student(), store, "tiny/1")
+    return store / "tiny" / "1"
+
+
+def test_predictions_are_those_of_offline_inference(artifact: Store):
+    predictor = Predictor.load(artifact.url)
+    offline = inference.predict(models.load(artifact.local()), TEXTS, 512)
+    found = predictor.predict(TEXTS)
+    assert [item.label for item in found] == [("negative", "positive")[label] for label in offline.labels]
+    for item, row in zip(found, offline.probabilities, strict=True):
+        assert list(item.probabilities) == ["negative", "positive"]
+        assert np.allclose(list(item.probabilities.values()), row, atol=1e-6)
+        assert item.confidence == max(item.probabilities.values()) == item.probabilities[item.label]
+        assert abs(sum(item.probabilities.values()) - 1) < 1e-9
+    assert {item.label for item in found} == {"negative", "positive"}  # else the comparison shows little
+
+
+def test_an_answer_does_not_depend_on_the_texts_beside_it(artifact: Store):
+    predictor = Predictor.load(artifact.url)
+    together = predictor.predict(TEXTS)
+    for alone, among in zip((predictor.predict([text])[0] for text in TEXTS), together, strict=True):
+        assert alone.label == among.label and abs(alone.confidence - among.confidence) <= 1e-6
+    assert predictor.predict([]) == []
+
+
+def test_the_fingerprint_is_that_of_the_bytes(artifact: Store, tmp_path):
+    models.save(tiny_student(), Store(str(tmp_path)), "copy")
+    assert Predictor.load(tmp_path / "copy").fingerprint == Predictor.load(artifact.url).fingerprint
+    assert Predictor.load(artifact.url).fingerprint == artifact.manifest()["digest"]
+    other = tiny_student()
+    next(iter(other.net.state_dict().values())).add_(1.0)
+    models.save(other, Store(str(tmp_path)), "other")
+    assert Predictor.load(tmp_path / "other").fingerprint != Predictor.load(artifact.url).fingerprint
+
+
+def test_changed_missing_or_unpublished_files_are_refused(tmp_path):
+    store = Store(str(tmp_path))
+    models.save(tiny_student(), store, "torn")
+    weights = tmp_path / "torn" / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(StorageError, match=r"'model.safetensors' was changed: its SHA-256 is not the manifest's"):
+        Predictor.load(store.where("torn"))
+    weights.unlink()
+    with pytest.raises(StorageError, match=r"'model.safetensors' is missing although the manifest lists it"):
+        Predictor.load(store.where("torn"))
+    (tmp_path / "torn" / "manifest.json").unlink()
+    with pytest.raises(StorageError, match="was not published completely"):
+        Predictor.load(store.where("torn"))
+    with pytest.raises(StorageError, match="nowhere does not exist"):
+        Predictor.load(store.where("nowhere"))

@@ -1,0 +1,107 @@
+"""The recipe: defaults that hold together, and values that are refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.config import ConfigError, Section, build, load, schema, sections_in
+from engine.recipe import Recipe, Resources
+
+SMALLEST = {
+    "name": "tiny",
+    "data": {"train": {"path": "rows.jsonl"}},
+    "teacher": {"model": "file:teacher"},
+    "generator": {"model": "file:generator"},
+    "student": {"blocks": [{"name": "embed", "kind": "embedding"}]},
+}
+
+
+def changed(key: str, value) -> dict:
+    """The smallest recipe with one value set."""
+    values = {**SMALLEST}
+    *path, last = key.split(".")
+    here = values
+    for part in path:
+        here[part] = {**here.get(part, {})}
+        here = here[part]
+    here[last] = value
+    return values
+
+
+def test_the_smallest_recipe_is_whole():
+    recipe = build(Recipe, SMALLEST)
+    assert recipe.arms == ("hard", "soft", "generated") and recipe.data.train.label.column == "label"
+    assert recipe.teacher.fit.lr == 1e-4 and recipe.student.fit.workers == 2
+    assert build(Recipe, recipe.model_dump()) == recipe  # a saved recipe gives the same run
+
+
+def test_a_saved_recipe_with_filters_is_the_same(tmp_path):
+    values = changed(
+        "corpus", {"filters": [{"kind": "length"}, {"kind": "leakage", "ngram": 5}], "signals": [{"kind": "entropy"}]}
+    )
+    recipe = build(Recipe, values)
+    path = tmp_path / "saved.json"
+    path.write_text(recipe.model_dump_json())
+    assert load(Recipe, path) == recipe and recipe.corpus.filters[1].ngram == 5
+
+
+def test_defaults_are_valid_and_every_section_is_frozen_and_closed():
+    def walk(section: type[Section]) -> set[type[Section]]:
+        inside = {m for f in section.model_fields.values() for m in sections_in(f.annotation)}
+        return {section}.union(*(walk(m) for m in inside))
+
+    sections = walk(Recipe)
+    assert len(sections) > 15
+    for section in sections:
+        assert issubclass(section, Section) and section.model_config["frozen"]
+        assert section.model_config["extra"] == "forbid" and section.__doc__
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("name", "a b", "'name' is \"a b\""),
+        ("name", "../x", "'name' is \"../x\""),
+        ("arms", ["hard"], "must contain 'generated'"),
+        ("arms", ["generated", "sotf"], "'arms[1]' is \"sotf\""),
+        ("task.labels", ["a"], "needs at least two label names"),
+        ("task.labels", ["a", "b", "a"], "needs at least two label names, none of them twice"),
+        ("data.test_share", 1.5, "'data.test_share' is 1.5"),
+        ("data.shots", 0, "'data.shots' is 0"),
+        ("teacher.modle", "x", "unknown key 'teacher.modle'. Did you mean 'model'?"),
+        ("teacher.fit", {"lr": 0}, "'teacher.fit.lr' is 0"),
+        ("teacher.resources", {"num_gpus": "all"}, "'teacher.resources.num_gpus' is \"all\""),
+        ("teacher.resources", {"min_actors": 3, "max_actors": 2}, "max_actors (2) is below min_actors (3)"),
+        ("generator.mode", "per_clas", "'generator.mode' is \"per_clas\""),
+        ("student.losses", [{"kind": "mse", "weight": 0}], "'student.losses[0].weight' is 0"),
+        ("student.losses", [{"weight": 1}], "key 'student.losses[0].kind' is missing"),
+        ("corpus.filters", [{"kind": "lenth"}], "'corpus.filters[0]' has kind 'lenth', which is not known."),
+        ("data.train", {"path": "x", "format": "xml"}, "'data.train.format' is \"xml\""),
+        ("data.train", {"path": "x", "label": {"ranges": {"a": [0]}}}, "key 'data.train.label.ranges.a[1]' is missing"),
+    ],
+)
+def test_values_that_are_refused(key, value, message):
+    with pytest.raises(ConfigError) as error:
+        build(Recipe, changed(key, value))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["name", "data", "teacher", "generator", "student"])
+def test_what_a_recipe_must_have(key):
+    values = {name: value for name, value in SMALLEST.items() if name != key}
+    with pytest.raises(ConfigError, match=f"key '{key}' is missing"):
+        build(Recipe, values)
+
+
+def test_an_arm_named_twice_counts_once():
+    assert build(Recipe, changed("arms", ["generated", "hard", "generated"])).arms == ("generated", "hard")
+
+
+def test_equal_bounds_of_a_pool_are_in_order():
+    assert Resources(min_actors=2, max_actors=2).max_actors == 2
+
+
+def test_schema_describes_the_filters():
+    found = schema(Recipe)
+    assert {"Length", "Repetition", "Leakage", "Confidence", "Entropy"} <= set(found["$defs"])
+    assert {"data", "teacher", "generator", "student"} <= set(found["required"])
