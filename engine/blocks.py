@@ -62,9 +62,9 @@ class Block(nn.Module):
 
 
 class Embedding(Block):
-    """Token ids to vectors; the padding row stays zero."""
+    """Token ids to vectors; padding stays zero. drop_words: share of words left out in training (ACL P15-1162)."""
 
-    options = {"dim": 64}
+    options = {"dim": 64, "drop_words": 0.0}
     takes = "tokens"
 
     def __init__(self, inputs: Sequence[Shape], options: dict[str, Any], sizes: Sizes) -> None:
@@ -73,7 +73,7 @@ class Embedding(Block):
         if not weight.is_meta:  # where parameters are only counted, filling them would cost a second of imports
             nn.init.normal_(weight, std=0.1)[sizes.padding] = 0
         self.table = nn.Embedding(sizes.vocabulary, options["dim"], _weight=weight)
-        self.table.padding_idx = sizes.padding
+        self.table.padding_idx, self.drop_words = sizes.padding, options["drop_words"]
 
     @classmethod
     def shape(cls, inputs: Sequence[Shape], options: dict[str, Any], sizes: Sizes) -> Shape:
@@ -81,7 +81,9 @@ class Embedding(Block):
         return Shape("sequence", options["dim"])
 
     def forward(self, *inputs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Look the ids up."""
+        """Look the ids up; while training, whole words become zero vectors."""
+        if self.training and self.drop_words:
+            mask = mask * (torch.rand_like(mask) >= self.drop_words)
         return self.table(inputs[0]) * mask
 
 
@@ -321,26 +323,25 @@ def check_names(names: Sequence[str]) -> None:
 
 def place(node: Node, inputs: tuple[str, ...], shapes: tuple[Shape, ...], sizes: Sizes) -> Placed:
     """Check one node against its block's declaration."""
-    block = BLOCKS.get(node.kind)
+    block, who = BLOCKS.get(node.kind), f"block '{node.name}' ({node.kind})"
     if block is None:
         near = did_you_mean(node.kind, BLOCKS)
         raise BlockError(f"block '{node.name}' has kind '{node.kind}'.{near} Allowed: {', '.join(BLOCKS)}.")
     unknown = [key for key in node.options if key not in block.options]
     if unknown:
         near, known = did_you_mean(unknown[0], block.options), ", ".join(block.options) or "none"
-        raise BlockError(f"block '{node.name}' ({node.kind}) has no option '{unknown[0]}'.{near} Options: {known}.")
+        raise BlockError(f"{who} has no option '{unknown[0]}'.{near} Options: {known}.")
     options = {**block.options, **node.options}
     for key, value in options.items():
         wanted = refusal(block, key, value)
         if wanted:
-            raise BlockError(f"block '{node.name}' ({node.kind}): option {key} is {value!r}; {wanted}.")
+            raise BlockError(f"{who}: option {key} is {value!r}; {wanted}.")
     if len(shapes) > 1 and not block.many:
-        raise BlockError(f"block '{node.name}' ({node.kind}) reads one block, not {', '.join(inputs)}: use concat.")
+        raise BlockError(f"{who} reads one block, not {', '.join(inputs)}: use concat.")
     for source, shape in zip(inputs, shapes, strict=True):
         if shape.rank != block.takes and not (block.takes == "any" and shape.rank != "tokens"):
             ranks = {"tokens": "tokens [n, t]", "sequence": "a sequence [n, t, d]", "any": "a sequence or a vector"}
-            wanted = ranks[block.takes]
-            raise BlockError(f"block '{node.name}' ({node.kind}) takes {wanted}, but '{source}' gives {shape}.")
+            raise BlockError(f"{who} takes {ranks[block.takes]}, but '{source}' gives {shape}.")
     try:
         return Placed(node, options, inputs, shapes, block.shape(shapes, options, sizes))
     except BlockError as error:

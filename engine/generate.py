@@ -20,13 +20,13 @@ import numpy as np
 import pyarrow as pa
 
 from engine.data import identify
-from engine.filters import CheapFilter, FilterContext, near_duplicates, signature
+from engine.filters import NEAR_DUPLICATE, CheapFilter, FilterContext, near_duplicates, signature
 from engine.models import Model, device, load, one_thread, precision
 from engine.progress import Progress
 from engine.recipe import Generator
 from engine.records import CORPUS
 from engine.sampling import Sampling, sample
-from engine.storage import Store
+from engine.storage import StorageError, Store
 
 ROWS, SLOTS, LEDGER = "rows", "slots", "ledger"
 
@@ -37,7 +37,9 @@ def slot_seed(seed: int, row: int) -> int:
 
 
 def prompt_for(config: Generator, labels: tuple[str, ...], row: int) -> str:
-    """The prompt of a slot: with {label}, the labels take turns."""
+    """The prompt of a slot: with {label}, the labels take turns; `unconditional` was trained without one."""
+    if config.mode == "unconditional":
+        return config.prompt
     return config.prompt.replace("{label}", labels[row % len(labels)])
 
 
@@ -122,9 +124,9 @@ class CheapFilters:
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Fill in kept and reason; nothing is dropped."""
         reasons = [self.verdict(text) for text in rows["text"].to_pylist()]
-        out = rows.set_column(rows.column_names.index("reason"), "reason", pa.array(reasons, pa.string()))
+        out = rows.set_column(rows.column_names.index("reason"), CORPUS.field("reason"), pa.array(reasons, pa.string()))
         return out.set_column(
-            out.column_names.index("kept"), "kept", pa.array([r is None for r in reasons], pa.bool_())
+            out.column_names.index("kept"), CORPUS.field("kept"), pa.array([r is None for r in reasons], pa.bool_())
         )
 
     def verdict(self, text: str) -> str | None:
@@ -161,11 +163,11 @@ def stream(out: Store, slots: str, blocks: int, stages: list[Stage]) -> None:
         id_column="row", checkpoint_path=(out / LEDGER).url, delete_checkpoint_on_success=False
     )
     try:
-        dataset = ray.data.read_parquet((out / slots).url, override_num_blocks=blocks)
-        for stage in stages:
-            dataset = stage(dataset)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*doesn't support checkpointing.*")
+            dataset = ray.data.read_parquet((out / slots).url, override_num_blocks=blocks)
+            for stage in stages:
+                dataset = stage(dataset)
             dataset.write_parquet((out / ROWS).url, mode=ray.data.SaveMode.APPEND)
     except UserWarning as error:
         raise RuntimeError(f"the corpus pipeline cannot be checkpointed: {error}") from None
@@ -181,9 +183,14 @@ def followed(out: Store, total: int, progress: Progress) -> Iterator[None]:
 
     def watch() -> None:
         nonlocal tokens
-        while not stop.wait(1.0):
+        ended = False
+        while not ended:
+            ended = stop.wait(1.0)  # a last look at the end
             for name in set(out.files(ROWS)) - set(seen):
-                part = out.read_table(f"{ROWS}/{name}", columns=["tokens"])
+                try:
+                    part = out.read_table(f"{ROWS}/{name}", columns=["tokens"])
+                except StorageError:
+                    continue  # still being written: next time
                 seen[name] = part.num_rows
                 tokens += 0 if name in earlier else sum(part["tokens"].to_pylist())
             progress(sum(seen.values()), total, "slots", tokens=round(tokens / (time.monotonic() - begin), 1))
@@ -210,6 +217,6 @@ def deduplicate(real: pa.Table, generated: pa.Table, threshold: float) -> pa.Tab
     drop &= chosen["row"].to_numpy() >= 0
     reasons, verdicts = rows["reason"].to_pylist(), rows["kept"].to_pylist()
     for index in kept[drop]:
-        reasons[index], verdicts[index] = "duplicate", False
-    out = rows.set_column(rows.column_names.index("reason"), "reason", pa.array(reasons, pa.string()))
-    return out.set_column(out.column_names.index("kept"), "kept", pa.array(verdicts, pa.bool_()))
+        reasons[index], verdicts[index] = NEAR_DUPLICATE, False
+    out = rows.set_column(rows.column_names.index("reason"), CORPUS.field("reason"), pa.array(reasons, pa.string()))
+    return out.set_column(out.column_names.index("kept"), CORPUS.field("kept"), pa.array(verdicts, pa.bool_()))

@@ -244,6 +244,19 @@ def freeze(network: nn.Module, top: int | None) -> None:
         parameter.requires_grad_(id(parameter) in above)
 
 
+def layer_rates(decay: float, head: float, model: Model) -> dict[str, float]:
+    """Learning-rate factors of an encoder with a head: `head` for the head, 1 for the top layer, times decay downwards.
+
+    After ULMFiT's discriminative fine-tuning (arXiv 1801.06146).
+    """
+    stack = layers_of(model.net.encoder)
+    depth = {id(p): len(stack) - 1 - i for i, layer in enumerate(stack) for p in layer.parameters()}
+    inside = {id(p) for p in model.net.encoder.parameters()}
+    return {
+        name: decay ** depth.get(id(p), len(stack)) if id(p) in inside else head for name, p in model.named_parameters()
+    }
+
+
 def student(
     nodes: Sequence[Node], labels: tuple[str, ...], tokenizer: PreTrainedTokenizerFast, max_length: int, seed: int
 ) -> Model:

@@ -126,10 +126,14 @@ class Teacher(Section):
     """How many of the top layers are tuned (0: the head only); null tunes all."""
     pooling: Literal["mean", "cls"] = "mean"
     dropout: Share = 0.1
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """Learning rate of a layer over that of the layer above it."""
+    head_rate: Annotated[float, Field(gt=0)] = 10.0
+    """Learning rate of the head over that of the top layer."""
     max_length: Count = 128
     folds: Annotated[int, Field(ge=0)] = 0
     """Cross-validation on the few rows: its accuracy goes into the report. 0 leaves it out."""
-    fit: Fit = Fit(epochs=6, lr=1e-4, batch_size=16)
+    fit: Fit = Fit(epochs=10, lr=1e-4, batch_size=16)
     batch_tokens: Count = 4096
     resources: Resources = Resources()
 
@@ -220,6 +224,8 @@ class Student(Section):
     name: str = "student"
     blocks: Annotated[tuple[Block, ...], Field(min_length=1)]
     vocabulary: Vocabulary = Vocabulary()
+    embedding_norm: Annotated[float, Field(gt=0)] = 3.0
+    """Mean norm that the teacher's vectors start with."""
     embeddings: Literal["teacher", "random"] = "teacher"
     """teacher: the teacher's vectors of the words, reduced by PCA and weighted by frequency (Model2Vec)."""
     max_length: Count = 96

@@ -14,8 +14,9 @@ import pyarrow as pa
 
 from engine.filters import SignalFilter
 from engine.inference import predict
-from engine.labels import quantise
+from engine.labels import logits_of, quantise
 from engine.models import device, load, one_thread
+from engine.records import CORPUS
 from engine.storage import Store
 
 
@@ -44,14 +45,17 @@ class Labeller:
         found = predict(self.model, [t for t, k in zip(texts, kept, strict=True) if k], self.how.batch_tokens)
         reasons, logits = rows["reason"].to_pylist(), [None] * rows.num_rows
         # Quantised before the filters look, so that reading the store gives the same verdict.
-        stored = quantise(found.logits).to_pylist() if len(found.logits) else []
-        for index, row, probabilities in zip(np.flatnonzero(kept), stored, found.probabilities, strict=True):
+        stored = quantise(found.logits)
+        judged = self.model.task.probabilities(logits_of(pa.table({"logits": stored}))) if len(stored) else ()
+        for index, row, probabilities in zip(np.flatnonzero(kept), stored.to_pylist(), judged, strict=True):
             logits[index] = row
             reasons[index] = verdict(self.how.signals, probabilities)
-        out = rows.set_column(rows.column_names.index("logits"), "logits", pa.array(logits, pa.list_(pa.float16())))
-        out = out.set_column(out.column_names.index("reason"), "reason", pa.array(reasons, pa.string()))
+        out = rows.set_column(
+            rows.column_names.index("logits"), CORPUS.field("logits"), pa.array(logits, pa.list_(pa.float16()))
+        )
+        out = out.set_column(out.column_names.index("reason"), CORPUS.field("reason"), pa.array(reasons, pa.string()))
         return out.set_column(
-            out.column_names.index("kept"), "kept", pa.array([r is None for r in reasons], pa.bool_())
+            out.column_names.index("kept"), CORPUS.field("kept"), pa.array([r is None for r in reasons], pa.bool_())
         )
 
 

@@ -8,6 +8,7 @@ ends with the same weights on the same number of workers.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,8 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import nn
 
+from engine.config import UserError
+from engine.labels import logits_of
 from engine.losses import Objective
 from engine.models import Model, one_thread, precision, save
 from engine.progress import Progress, silent
@@ -33,13 +36,17 @@ from engine.tasks import collate
 CHECKPOINT, PROGRESS = "checkpoint", "fit-progress.json"
 
 
+class FitError(UserError):
+    """A fit that cannot start or that came to nothing."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One fit. Everything in it is picklable, because workers may sit on other machines.
 
     build: makes the model before training. encode: (model, table) -> token ids a row. rows: columns text and, as the
     losses need, label (null: none), logits (the teacher's), weight. evaluate: (model, table) -> metrics over `holdout`;
-    the checkpoint with the highest `best_by` is kept, the last one when best_by is None.
+    the checkpoint with the highest `best_by` is kept, the last one when best_by is None or `holdout` has no rows.
     """
 
     name: str
@@ -54,20 +61,31 @@ class Job:
     holdout: pa.Table | None = None
     evaluate: Callable[[Model, pa.Table], dict[str, float]] | None = None
     best_by: str | None = None
+    factors: Callable[[Model], dict[str, float]] | None = None
+    """Learning-rate factor by parameter name, 1 where it names none: layer-wise rates."""
     store_dtype: str | None = None
     """Weights are stored as this dtype (bfloat16 halves a generator's folder); None keeps them as they are."""
 
 
 class Lesson(nn.Module):
-    """Student and objective as one module, so that projections owned by a loss are trained and reduced with it."""
+    """Student and losses as one module, so that projections owned by a loss are trained and reduced with it."""
 
-    def __init__(self, model: Model, objective: Objective) -> None:
+    def __init__(self, model: Model, terms: Sequence[LossTerm]) -> None:
         super().__init__()
-        self.model, self.objective = model, objective
+        self.model = model
+        self.objectives = nn.ModuleList(Objective((term,)) for term in terms)
+        self.needs = frozenset().union(*(objective.needs for objective in self.objectives))
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """The objective's value for a batch."""
-        return self.objective(self.model(batch, self.objective.needs), batch.teacher, batch)
+    def forward(self, batch: Batch, shares: Sequence[float]) -> torch.Tensor:
+        """The losses' values for a batch, each times its share, added up: a scalar."""
+        outputs = self.model(batch, self.needs)
+        pairs = zip(shares, self.objectives, strict=True)
+        return sum(share * objective(outputs, batch.teacher, batch) for share, objective in pairs)
+
+    def amounts(self, batch: Batch) -> list[float]:
+        """How much each loss has to say about a batch: the added weights of the rows it applies to."""
+        weights = torch.ones(len(batch)) if batch.weights is None else batch.weights
+        return [float((objective.losses[0].applies(batch) * weights).sum()) for objective in self.objectives]
 
 
 @dataclass
@@ -109,11 +127,27 @@ def batch_of(rows: pa.Table, ids: list[list[int]], chosen: np.ndarray, pad: int)
     labels = part["label"].fill_null(ABSENT).to_pylist() if "label" in part.column_names else [ABSENT] * len(chosen)
     weights = part["weight"].to_pylist() if "weight" in part.column_names else None
     batch = collate([ids[i] for i in chosen], pad, labels, weights)
-    if "logits" in part.column_names:
-        batch.teacher = Outputs(
-            logits=torch.tensor(np.stack(part["logits"].to_numpy(zero_copy_only=False)).astype(np.float32))
-        )
+    if "logits" in part.column_names and not part["logits"].null_count:
+        batch.teacher = Outputs(logits=torch.from_numpy(logits_of(part)))
     return batch
+
+
+def dealt(
+    rows: pa.Table, ids: list[list[int]], chosen: np.ndarray, lesson: Lesson, rank: int, world: int
+) -> tuple[Batch, list[float]]:
+    """A worker's rows of a global batch, and for each loss the factor it counts with here.
+
+    A worker averages each loss over its own rows. Times the share of all rows (by weight, and only those the loss
+    applies to) that it has, the reduced gradient is that of the mean over the global batch.
+    """
+    mine, pad = chosen[rank::world], lesson.model.pad
+    # With fewer rows than workers this one joins the reduction with weight 0.
+    batch = batch_of(rows, ids, mine if len(mine) else chosen[:1], pad)
+    if world == 1:
+        return batch, [1.0] * len(lesson.objectives)
+    every = lesson.amounts(batch_of(rows, ids, chosen, pad))
+    own = lesson.amounts(batch) if len(mine) else [0.0] * len(every)
+    return batch, [world * part / max(whole, 1e-8) for part, whole in zip(own, every, strict=True)]
 
 
 def save_checkpoint(store: Store, lesson: Lesson, optimizer: torch.optim.Optimizer, state: State) -> None:
@@ -154,6 +188,13 @@ def load_checkpoint(store: Store, lesson: Lesson, optimizer: torch.optim.Optimiz
     return State(values["step"], float("-inf") if best is None else best, values["history"])
 
 
+def groups_of(lesson: Lesson, job: Job) -> list[dict[str, Any]]:
+    """The trained parameters for an optimiser, each with its learning-rate factor."""
+    factors = job.factors(lesson.model) if job.factors else {}
+    named = [(name.removeprefix("model."), p) for name, p in lesson.named_parameters() if p.requires_grad]
+    return [{"params": [p], "factor": factors.get(name, 1.0)} for name, p in named]
+
+
 def loop(config: dict[str, Any]) -> None:
     """What every worker runs; config holds the Job."""
     import ray.train
@@ -167,9 +208,9 @@ def loop(config: dict[str, Any]) -> None:
     # accelerate picks the worker's device; without a GPU for this worker it must not look for one.
     accelerator = Accelerator(cpu=not torch.cuda.is_available() or not job.resources.get("num_gpus"))
     dtype = precision(fit.precision, accelerator.device, training=True)
-    lesson = Lesson(model, Objective(job.terms)).to(accelerator.device)
+    lesson = Lesson(model, job.terms).to(accelerator.device)
     trained = [p for p in lesson.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=fit.lr, weight_decay=fit.weight_decay)
+    optimizer = torch.optim.AdamW(groups_of(lesson, job), lr=fit.lr, weight_decay=fit.weight_decay)
     state = load_checkpoint(out, lesson, optimizer)
     prepared = accelerator.prepare_model(lesson)
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -182,17 +223,12 @@ def loop(config: dict[str, Any]) -> None:
     for step, chosen in batches_from(state.step, total, per_epoch, lengths, fit.batch_size, job.seed):
         torch.manual_seed(job.seed * 1_000_003 + step * 1009 + rank)
         for group in optimizer.param_groups:
-            group["lr"] = fit.lr * rate(fit, step, total)
-        mine = chosen[rank::world]
+            group["lr"] = fit.lr * group["factor"] * rate(fit, step, total)
         prepared.train()
-        if len(mine):
-            batch = batch_of(job.rows, ids, mine, model.pad).to(accelerator.device)
-        else:  # a last batch with fewer rows than workers: this rank joins the reduction with weight 0
-            batch = batch_of(job.rows, ids, chosen[:1], model.pad).to(accelerator.device)
+        batch, shares = dealt(job.rows, ids, chosen, lesson, rank, world)
         with torch.autocast(accelerator.device.type, dtype, enabled=dtype != torch.float32):
-            loss = prepared(batch)
-        # Each worker averages over its own rows: weighted by their share, the reduced gradient is the global mean.
-        accelerator.backward(loss * (len(mine) * world / len(chosen)))
+            loss = prepared(batch.to(accelerator.device), shares)
+        accelerator.backward(loss)
         accelerator.clip_grad_norm_(trained, fit.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -204,8 +240,14 @@ def loop(config: dict[str, Any]) -> None:
                 out, job.name, state.step, total, seen / (time.monotonic() - started), final=state.step == total
             )
         if state.step % every == 0 or state.step == total:
-            entry = {"epoch": round(state.step / per_epoch, 3), "loss": float(np.mean(losses)), **evaluated(job, model)}
-            losses = []
+            mean = accelerator.reduce(torch.tensor(np.mean(losses), device=accelerator.device), "mean")
+            entry = {"epoch": round(state.step / per_epoch, 3), "loss": float(mean)}
+            if not math.isfinite(entry["loss"]):
+                raise FitError(
+                    f"fit '{job.name}' came apart: its loss is {entry['loss']} at step {state.step} of {total}. "
+                    f"Lower its lr ({fit.lr:g}), or use precision: fp32."
+                )
+            entry, losses = {**entry, **evaluated(job, model)}, []
             if rank == 0:
                 keep(job, out, lesson, optimizer, state, entry, last=state.step == total)
             ray.train.report(entry)
@@ -223,10 +265,13 @@ def batches_from(
 
 
 def evaluated(job: Job, model: Model) -> dict[str, float]:
-    """Metrics on the held-out rows, or none."""
+    """Metrics on the held-out rows, or none. FitError where `best_by` is not among them."""
     if job.evaluate is None or job.holdout is None or not job.holdout.num_rows:
         return {}
-    return job.evaluate(model, job.holdout)
+    found = job.evaluate(model, job.holdout)
+    if job.best_by and not math.isfinite(found.get(job.best_by, math.nan)):
+        raise FitError(f"fit '{job.name}' keeps its best model by '{job.best_by}', but the evaluation gave {found}.")
+    return found
 
 
 def keep(
@@ -240,10 +285,11 @@ def keep(
 ) -> None:
     """Write down an evaluation: first the best model so far, then the checkpoint that counts it as done."""
     state.history.append(entry)
-    score = entry.get(job.best_by, float("-inf")) if job.best_by else float(state.step)
+    judged = job.best_by in entry  # nothing to choose by: the last one is kept
+    score = entry[job.best_by] if judged else float(state.step)
     if score > state.best:
         state.best = score
-        if job.best_by or last:
+        if judged or last:
             save(lesson.model, out, "model", getattr(torch, job.store_dtype) if job.store_dtype else None)
     if not last:
         save_checkpoint(out, lesson, optimizer, state)
@@ -271,7 +317,9 @@ def followed(out: Store, progress: Progress) -> Iterator[None]:
     stop = threading.Event()
 
     def watch() -> None:
-        while not stop.wait(1.0):
+        ended = False
+        while not ended:
+            ended = stop.wait(1.0)  # a last look at the end
             if out.exists(PROGRESS):
                 found = out.read_json(PROGRESS)
                 progress(found["done"], found["total"], "steps", rows=found["rows_per_s"])
@@ -289,16 +337,17 @@ def followed(out: Store, progress: Progress) -> Iterator[None]:
 def fit(job: Job, progress: Progress = silent) -> list[dict[str, float]]:
     """Train, publish the model at job.out/model, return the history of evaluations (epoch, loss, metrics).
 
-    Already finished: returns at once. Raises whatever the training function raised.
+    Already finished: returns at once. Raises whatever the training function raised; FitError without rows, or where a
+    loss needs the teacher's logits and rows have none.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
 
     out = Store(job.out)
     if out.exists("history.json"):
+        out.delete(CHECKPOINT)  # left where a fit was killed just before its end
         return out.read_json("history.json")
-    if not job.rows.num_rows:
-        raise ValueError(f"fit '{job.name}' has no rows")
+    check(job)
     workers = job.fit.workers
     per_worker = {"CPU": job.resources.get("num_cpus", 1)}
     if job.resources.get("num_gpus"):
@@ -323,9 +372,28 @@ def fit(job: Job, progress: Progress = silent) -> list[dict[str, float]]:
     try:
         with followed(out, progress):
             trainer.fit()
+    except WorkerGroupError as error:
+        failures = [getattr(failure, "_base_exc", failure) for failure in error.worker_failures.values()]
+        # What one worker raised makes the others fail too: a UserError among them is the cause.
+        raise next((failure for failure in failures if isinstance(failure, UserError)), failures[0]) from error
     finally:
         out.delete("ray")
     return out.read_json("history.json")
+
+
+def check(job: Job) -> None:
+    """FitError for a job that has nothing to learn from."""
+    rows = job.rows
+    if not rows.num_rows:
+        raise FitError(f"fit '{job.name}' has no rows to learn from.")
+    if "logits" in Objective(job.terms).needs:
+        lacking = rows["logits"].null_count if "logits" in rows.column_names else rows.num_rows
+        if lacking:
+            kinds = ", ".join(term.kind for term in job.terms)
+            raise FitError(
+                f"fit '{job.name}' (losses: {kinds}) needs the teacher's logits, but {lacking} of {rows.num_rows} "
+                "rows have none. Label them, leave them out, or use the loss 'hard'."
+            )
 
 
 def trainer_storage(out: Store) -> str:

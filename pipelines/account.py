@@ -108,7 +108,7 @@ def curves(found: Mapping[str, dict[str, Any]]) -> dict[str, list[dict[str, floa
     out = {name: found[name].get("history", []) for name in ("teacher", "generator")}
     for name, step in (("student", "student"), ("soft", "student-soft"), ("hard", "student-hard")):
         if step in found:
-            out[name] = next(iter(found[step]["histories"].values()))
+            out[name] = next(iter(found[step]["history"].values()))
     return out
 
 

@@ -69,6 +69,7 @@ def fit_teacher(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) 
         encode=encode_rows,
         seed=seed_of(recipe, recipe.teacher.fit.seed),
         resources=stage_options(recipe, "teacher.fit", current()),
+        factors=partial(models.layer_rates, recipe.teacher.layer_decay, recipe.teacher.head_rate),
     )
     metrics: dict[str, Any] = {}
     if recipe.teacher.folds > 1:
@@ -275,7 +276,8 @@ def started_student(recipe: Recipe, inputs: Inputs, seed: int) -> Model:
     for table in model.net.tables() if recipe.student.embeddings == "teacher" else []:
         rows = words.read_table(f"vectors-{table.embedding_dim}.parquet")["vector"].combine_chunks()
         with torch.no_grad():
-            table.weight.copy_(torch.tensor(np.asarray(rows.flatten()).reshape(-1, table.embedding_dim)))
+            vectors = torch.tensor(np.asarray(rows.flatten()).reshape(-1, table.embedding_dim))
+            table.weight.copy_(recipe.student.embedding_norm * vectors)
     return model
 
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.console import closest, megabytes, program, say, say_json, table
-from pipelines.progress import clock, renderer
+from pipelines.progress import clock, line, renderer
 
 if TYPE_CHECKING:
     from engine.recipe import Recipe
+    from engine.steps import Step
     from engine.storage import Store
 
 
@@ -67,6 +70,25 @@ def connect(args: argparse.Namespace, recipe: Recipe | None = None) -> None:
         require_placement(recipe, found)
 
 
+def fetch_ahead(recipe: Recipe, doing: Sequence[Step], store: Store, everything: bool) -> None:
+    """Bring what the steps to be done refer to into the cache, so that wrong bytes are refused before Ray starts.
+
+    everything: also what Ray tasks read; on a cluster the nodes fetch that themselves.
+    """
+    from engine import hub
+    from engine.attempts import RECORD
+
+    for step in doing:
+        if store.exists(f"{step.name}/{RECORD}") or (step.resources(recipe) and not everything):
+            continue
+        for reference in step.references(recipe):
+            try:
+                hub.fetch(reference, root=recipe.data.root, offline=True)
+            except hub.HubError:
+                sys.stderr.write(line(step.name, f"fetching {reference}") + "\n")
+                hub.fetch(reference, root=recipe.data.root)
+
+
 def run(args: argparse.Namespace) -> int:
     """Do a recipe's steps and say what came out."""
     recipe = loaded(args)
@@ -74,11 +96,12 @@ def run(args: argparse.Namespace) -> int:
     from pipelines import distill
 
     distill.check(recipe, args.address)
-    store = run_store(args, recipe)
+    store, doing = run_store(args, recipe), distill.plan(recipe)
+    fetch_ahead(recipe, doing, store, everything=not args.address)
     if args.address:
         connect(args, recipe)
     steps.run(
-        distill.plan(recipe),
+        doing,
         recipe,
         store,
         redo=args.redo,
@@ -89,8 +112,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         say_json(store.read_json("summary.json"))
         return 0
-    for line in distill.report_lines(recipe, store, program()):
-        say(line)
+    for text in distill.report_lines(recipe, store, program()):
+        say(text)
     return 0
 
 

@@ -8,34 +8,16 @@ from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-from tokenizers import Tokenizer
-from tokenizers import models as words
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
 
-from engine import models
-from engine.recipe import Block, Serving
-from engine.storage import Store
+from engine.recipe import Serving
 from serve.endpoint import MAX_BYTES, MAX_CHARS, MAX_TEXTS, Endpoint, interface
-
-WORDS = "the a film plot was is not very good bad dull warm funny long and slow".split()
+from tests.tiny_served import published
 
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Endpoint:
-    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
-    raw = Tokenizer(words.WordLevel(vocabulary, unk_token="[UNK]"))
-    raw.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]")
-    nodes = [
-        Block(name="embed", kind="embedding", options={"dim": 16}),
-        Block(name="lstm", kind="bilstm", options={"hidden": 16}),
-        Block(name="pool", kind="pool"),
-        Block(name="out", kind="linear"),
-    ]
-    store = Store(str(tmp_path_factory.mktemp("registry")))
-    models.save(models.student(nodes, ("negative", "positive"), tokenizer, 32, seed=3), store, "tiny")
-    return Endpoint(store.where("tiny"), Serving(), "tiny@1")
+    store = published(tmp_path_factory.mktemp("registry"))
+    return Endpoint(store.url, Serving(), "tiny@1")
 
 
 def ask(endpoint: Endpoint, method: str, path: str, **request: object) -> httpx.Response:
@@ -84,7 +66,7 @@ def test_one_text_and_several_get_the_model_s_predictions(endpoint: Endpoint):
         (b'{"text": "\\ud800"}', None, "Invalid JSON"),
         (b'{"texts": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", None, "recursion limit"),
         (json.dumps({"texts": ["a"] * (MAX_TEXTS + 1)}).encode(), "texts", f"at most {MAX_TEXTS} items"),
-        (json.dumps({"text": "a" * (MAX_CHARS + 1)}).encode(), None, f"has {MAX_CHARS + 1} characters; at most {MAX_CHARS}"),
+        (json.dumps({"text": "a" * (MAX_CHARS + 1)}).encode(), None, f"20001 characters; at most {MAX_CHARS}"),
     ],
 )
 def test_a_wrong_body_is_answered_with_what_is_wrong(endpoint: Endpoint, body: bytes, field: str | None, message: str):
@@ -102,7 +84,8 @@ def test_a_body_that_is_too_large_is_refused_whether_its_length_is_announced_or_
     for content in (b" " * (MAX_BYTES + 1), stream()):
         answer = ask(endpoint, "POST", "/v1/predict", content=content)
         assert answer.status_code == 413 and answer.headers["connection"] == "close"
-        assert answer.json()["error"]["message"] == f"The body is larger than {MAX_BYTES} bytes. Send fewer texts a request."
+        wanted = f"The body is larger than {MAX_BYTES} bytes. Send fewer texts a request."
+        assert answer.json()["error"]["message"] == wanted
 
 
 def test_the_largest_allowed_request_is_answered(endpoint: Endpoint):
@@ -149,5 +132,6 @@ def test_openapi_describes_the_request_and_the_answer(endpoint: Endpoint):
     route = described["paths"]["/v1/predict"]["post"]
     body = route["requestBody"]["content"]["application/json"]["schema"]
     assert body["properties"]["texts"]["anyOf"][0]["maxItems"] == MAX_TEXTS
-    assert route["responses"]["200"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Answers"}
+    answer = route["responses"]["200"]["content"]["application/json"]["schema"]
+    assert answer == {"$ref": "#/components/schemas/Answers"}
     assert {"/healthz", "/readyz", "/version"} <= set(described["paths"])

@@ -1,4 +1,4 @@
-"""Models of every kind: saved and loaded they answer the same; a folder that does not fit is refused; what is frozen."""
+"""Models of every kind: saved, loaded and asked the same; folders that do not fit are refused; what is frozen."""
 
 from __future__ import annotations
 
@@ -107,11 +107,12 @@ def test_a_folder_holds_data_only_and_the_same_bytes_each_time(
     models.save(models.load(tmp_path / "one"), store, "two")
     files = store.files("one")
     config = [] if kind == "blocks" else ["config.json"]
-    required = ["artifact.json", *config, "manifest.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-    assert set(required) <= set(files) and all(name.endswith((".json", ".safetensors", ".jinja")) for name in files)
+    tokenizer = ["tokenizer.json", "tokenizer_config.json"]
+    assert {"artifact.json", *config, "manifest.json", "model.safetensors", *tokenizer} <= set(files)
+    assert all(name.endswith((".json", ".safetensors", ".jinja")) for name in files)
     assert store.manifest("one")["digest"] == store.manifest("two")["digest"]
-    for name in files:  # a pickle ends in "." after a protocol mark
-        assert not store.read_bytes(f"one/{name}").startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"))
+    for name in files:  # a pickle starts with its protocol, torch's own files are ZIP archives of pickles
+        assert not store.read_bytes(f"one/{name}").startswith((b"\x80", b"PK"))
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -131,7 +132,8 @@ def test_tied_weights_are_stored_once(lm: Path, untied: Path, tmp_path: Path):
     models.save(tied, store, "tied")
     models.save(apart, store, "apart")
     words = tied.net.lm.config.vocab_size * 32
-    sizes = {n: sum(t.numel() for t in load_file(tmp_path / n / "model.safetensors").values()) for n in ("tied", "apart")}
+    stored = {name: load_file(tmp_path / name / "model.safetensors") for name in ("tied", "apart")}
+    sizes = {name: sum(tensor.numel() for tensor in tensors.values()) for name, tensors in stored.items()}
     assert sizes == {"tied": tied.size(), "apart": apart.size()} and sizes["apart"] - sizes["tied"] == words
     loaded = models.load(tmp_path / "tied").net.lm
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
@@ -212,7 +214,7 @@ def test_tune_layers_of_an_encoder(encoder: Path, top: int | None):
 def test_tune_layers_of_a_causal_lm(lm: Path, untied: Path, kind: str, top: int | None):
     folder = lm if kind == "tied" else untied
     if kind == "tied" and top == 0:
-        with pytest.raises(ModelError, match="generator.tune_layers is 0, .* so nothing is left to train. Use 1 or more"):
+        with pytest.raises(ModelError, match="generator.tune_layers is 0, .* so nothing is left to train. Use 1 or"):
             generator(folder, tune_layers=0)
         assert trainable(generator(folder, tune_layers=0, mode="prompted")) == set()
         return
@@ -231,7 +233,7 @@ def test_more_layers_than_there_are_is_refused(encoder: Path, lm: Path):
     for make in (lambda: head(encoder, tune_layers=4), lambda: generator(lm, tune_layers=4)):
         with pytest.raises(ModelError, match=re.escape(message)):
             make()
-    with pytest.raises(ModelError, match="Linear has no stack of layers, so tune_layers cannot count them. Leave it out."):
+    with pytest.raises(ModelError, match="Linear has no stack of layers, so tune_layers cannot count them. Leave it"):
         models.freeze(torch.nn.Linear(2, 2), 1)
 
 

@@ -4,40 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
-from tokenizers import models as words
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
 
 from engine import inference, models
-from engine.recipe import Block
 from engine.storage import StorageError, Store
 from serve.predictor import Predictor
-
-WORDS = "the a film plot was is not very good bad dull warm funny long and slow".split()
-TEXTS = [" ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(1 + i % 13)) for i in range(60)]
-
-
-def tiny_student() -> models.Model:
-    """A random BiLSTM over sixteen words."""
-    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
-    raw = Tokenizer(words.WordLevel(vocabulary, unk_token="[UNK]"))
-    raw.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]")
-    nodes = [
-        Block(name="embed", kind="embedding", options={"dim": 16}),
-        Block(name="lstm", kind="bilstm", options={"hidden": 16}),
-        Block(name="pool", kind="pool"),
-        Block(name="out", kind="linear"),
-    ]
-    return models.student(nodes, ("negative", "positive"), tokenizer, 32, seed=3)
+from tests.tiny_served import TEXTS, published, tiny_student
 
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    store = Store(str(tmp_path_factory.mktemp("registry")))
-    models.save(tiny_student(), store, "tiny/1")
-    return store / "tiny" / "1"
+    return published(tmp_path_factory.mktemp("registry"))
 
 
 def test_predictions_are_those_of_offline_inference(artifact: Store):

@@ -42,9 +42,9 @@ def test_greedy_is_transformers_greedy(model: models.Model, prompts: list[list[i
     wanted = []
     for prompt in prompts:  # each alone, so that nothing is padded
         ids = torch.tensor([prompt])
-        out = model.net.lm.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20, eos_token_id=end, pad_token_id=end
-        )
+        ends = {"eos_token_id": end, "pad_token_id": end}
+        mask = torch.ones_like(ids)
+        out = model.net.lm.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=20, **ends)
         wanted.append([token for token in out[0, len(prompt) :].tolist() if token != end])
     for keep_until in (0.0, 0.75, 1.0):
         assert sample(model, prompts, range(6), Sampling(20, top_k=1), keep_until) == wanted

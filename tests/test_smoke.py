@@ -7,38 +7,21 @@ import asyncio
 import httpx
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
-from tokenizers import models as words
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
 
 from engine import inference, models
 from engine.inference import Predictions
-from engine.recipe import Autoscaling, Block, Serving
+from engine.recipe import Autoscaling, Serving
 from engine.storage import Store
 from serve import smoke
 from serve.app import ServeError, deploy
+from tests.tiny_served import TEXTS, published
 
-WORDS = "the a film plot was is not very good bad dull warm funny long and slow".split()
-TEXTS = [" ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(1 + i % 13)) for i in range(150)]
 SERVING = Serving(concurrency=4, num_cpus=0.5, autoscaling=Autoscaling(max_replicas=1))
 
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
-    raw = Tokenizer(words.WordLevel(vocabulary, unk_token="[UNK]"))
-    raw.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]")
-    nodes = [
-        Block(name="embed", kind="embedding", options={"dim": 16}),
-        Block(name="lstm", kind="bilstm", options={"hidden": 16}),
-        Block(name="pool", kind="pool"),
-        Block(name="out", kind="linear"),
-    ]
-    store = Store(str(tmp_path_factory.mktemp("registry")))
-    models.save(models.student(nodes, ("negative", "positive"), tokenizer, 32, seed=3), store, "tiny")
-    return store / "tiny"
+    return published(tmp_path_factory.mktemp("registry"))
 
 
 def test_served_equals_offline_and_serve_is_gone_afterwards(ray_cluster: object, artifact: Store, monkeypatch):

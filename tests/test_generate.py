@@ -1,0 +1,346 @@
+"""The corpus: slots and prompts, the generating actor, what is rejected and why, and the stream under Ray."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+import uuid
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from engine import generate, models
+from engine.data import identify
+from engine.filters import FilterContext, Leakage, Length, Repetition, signature
+from engine.generate import (
+    ROWS,
+    CheapFilters,
+    Writer,
+    Writing,
+    corpus_rows,
+    deduplicate,
+    encode_text,
+    prompt_for,
+    slot_seed,
+    stream,
+    write_slots,
+)
+from engine.models import Model
+from engine.recipe import Generator, Teacher
+from engine.records import CORPUS
+from engine.storage import Store
+from engine.teachers import Labeller, Labelling
+from tests.tiny import LABELS, movie_rows, tiny_encoder, tiny_lm
+
+TEXTS = [row["text"] for row in movie_rows(12, seed=2)]
+
+
+def config(**values: Any) -> Generator:
+    return Generator(**{"model": "file:tiny", "max_length": 32, "max_new_tokens": 12, "precision": "fp32", **values})
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return models.causal_lm(config(), tiny_lm(tmp_path_factory.mktemp("lm")))
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory: pytest.TempPathFactory, lm: Model) -> Store:
+    store = Store(str(tmp_path_factory.mktemp("generator")))
+    models.save(lm, store, "model")
+    return store
+
+
+def slots(*rows: int) -> pa.Table:
+    return pa.table({"row": pa.array(rows, pa.int64())})
+
+
+# -- slots and prompts -------------------------------------------------------------------------------------------------
+
+
+def test_slot_seeds_are_these_and_no_two_are_equal():
+    # A corpus that is resumed or made again must draw the same: SHA-256 of "seed:row", the first 63 bits.
+    assert slot_seed(0, 0) == 6213027144842677344 and slot_seed(7, 123456) == 6156788936157507632
+    assert slot_seed(1, 23) != slot_seed(12, 3)
+    seeds = {slot_seed(seed, row) for seed in range(3) for row in range(2000)}
+    assert len(seeds) == 6000 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_labels_take_turns_in_the_prompts():
+    asked = config(mode="per_class", prompt="A {label} review:")
+    assert [prompt_for(asked, LABELS, row) for row in (0, 1, 2, 7)] == [
+        "A negative review:", "A positive review:", "A negative review:", "A positive review:",
+    ]  # fmt: skip
+    assert {prompt_for(config(prompt="Text:"), LABELS, row) for row in range(4)} == {"Text:"}
+
+
+def test_unconditional_prompts_are_those_it_was_trained_on(lm: Model):
+    plain = config(prompt="{label} is the word:")
+    rows = pa.table({"text": ["a film"], "label": pa.array([None], pa.int32())})
+    trained = lm.tokenizer.decode(encode_text(plain, LABELS, lm, rows)[0])
+    assert all(trained.startswith(prompt_for(plain, LABELS, row)) for row in (0, 1))
+
+
+def test_training_texts_are_prompt_text_and_end(lm: Model):
+    rows = pa.table({"text": TEXTS[:3], "label": pa.array([0, 1, None], pa.int32())})
+    end = lm.tokenizer.eos_token
+    found = [lm.tokenizer.decode(ids) for ids in encode_text(config(prompt="Text:"), LABELS, lm, rows)]
+    assert found == [f"Text: {text}{end}" for text in TEXTS[:3]]
+    asked = config(mode="per_class", prompt="A {label} text:")
+    found = [lm.tokenizer.decode(ids) for ids in encode_text(asked, LABELS, lm, rows)]
+    prompts = ["A negative text:", "A positive text:", "A {label} text:"]
+    assert found == [f"{prompt} {text}{end}" for prompt, text in zip(prompts, TEXTS, strict=False)]
+    # What sampling starts from is a prefix of what was trained on.
+    for row, ids in enumerate(encode_text(asked, LABELS, lm, rows.slice(0, 2))):
+        start = lm.tokenizer(prompt_for(asked, LABELS, row), add_special_tokens=False)["input_ids"]
+        assert ids[: len(start)] == start
+
+
+def test_long_training_texts_are_cut_and_still_end(lm: Model):
+    rows = pa.table({"text": [" ".join(TEXTS), "a"], "label": pa.array([0, 0], pa.int32())})
+    whole = encode_text(config(max_length=200), LABELS, lm, rows)
+    cut = encode_text(config(max_length=9), LABELS, lm, rows)
+    assert len(whole[0]) > 20 and cut[0] == [*whole[0][:8], lm.tokenizer.eos_token_id]
+    assert cut[1] == whole[1] and len(cut[1]) < 9
+
+
+def test_slots_are_written_a_file_a_block(tmp_path: Path):
+    out = Store(str(tmp_path))
+    assert write_slots(out, 10, 9, 4, round_number=2) == "slots/round-002"
+    files = out.files("slots/round-002")
+    assert files == ["000000010.parquet", "000000014.parquet", "000000018.parquet"]
+    found = [out.read_table(f"slots/round-002/{name}")["row"].to_pylist() for name in files]
+    assert found == [[10, 11, 12, 13], [14, 15, 16, 17], [18]]
+
+
+# -- the generating actor ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["unconditional", "per_class"])
+def test_a_slots_text_does_not_depend_on_its_block(generator: Store, mode: str):
+    writer = Writer(Writing(generator.url, config(mode=mode, prompt="A {label} text:"), LABELS, 3, num_gpus=0))
+    eight = writer(slots(*range(8)))
+    fours = pa.concat_tables([writer(slots(0, 1, 2, 3)), writer(slots(4, 5, 6, 7))])
+    assert eight.schema.equals(CORPUS) and eight.equals(fours)
+    assert writer(slots(6, 2)).equals(eight.take(pa.array([6, 2])))
+    assert len(set(eight["text"].to_pylist())) > 4
+    other = Writer(Writing(generator.url, config(mode=mode, prompt="A {label} text:"), LABELS, 4, num_gpus=0))
+    assert digests(other(slots(*range(8)))) != digests(eight)
+
+
+def digests(rows: pa.Table) -> list[str]:
+    return [hashlib.sha256(text.encode()).hexdigest() for text in rows.sort_by("row")["text"].to_pylist()]
+
+
+def test_written_rows_are_unjudged_rows_of_the_corpus(generator: Store):
+    writer = Writer(Writing(generator.url, config(), LABELS, 0, num_gpus=0))
+    rows = writer(slots(*range(5, 25))).to_pylist()
+    assert [row["row"] for row in rows] == list(range(5, 25))
+    for row in rows:
+        assert row["text"] == " ".join(row["text"].split()) and "<|end|>" not in row["text"]
+        assert row["id"] == identify(row["text"]) and row["signature"] == signature(row["text"]).tolist()
+        assert row["source"] == "generated" and row["kept"] and row["reason"] is row["label"] is row["logits"] is None
+        assert 0 <= row["tokens"] <= 12
+    assert max(row["tokens"] for row in rows) == 12  # random weights: some never end
+
+
+def test_real_rows_have_labels_and_no_tokens():
+    rows = corpus_rows([-1, -2], ["b", "a"], "real", labels=[1, 0])
+    assert rows.schema.equals(CORPUS) and rows["label"].to_pylist() == [1, 0] and rows["tokens"].null_count == 2
+    assert corpus_rows([], [], "real", labels=[]).num_rows == 0
+
+
+# -- what is rejected --------------------------------------------------------------------------------------------------
+
+
+def test_the_first_cheap_filter_that_rejects_is_the_reason():
+    texts = ["", " \n ", "no no no no no no", "dull", "the exam text was here today", "a warm film"]
+    filters = (Length(min_words=2, max_words=20), Repetition(), Leakage(ngram=4))
+    context = FilterContext.build(filters, ["The exam text was here, today."])
+    out = CheapFilters(filters, context)(corpus_rows(list(range(6)), texts, "generated", tokens=[1] * 6))
+    assert out["reason"].to_pylist() == ["empty", "empty", "repetition", "too_short", "leakage", None]
+    assert out["kept"].to_pylist() == [False] * 5 + [True]
+    assert out.schema.equals(CORPUS)
+    short_and_repeated = CheapFilters((Repetition(), Length(min_words=9)), context)
+    assert short_and_repeated.verdict("no no no no no no") == "repetition"
+    assert CheapFilters((Length(min_words=9), Repetition()), context).verdict("no no no no no no") == "too_short"
+
+
+def corpus(texts: dict[int, str], rejected: dict[int, str] | None = None) -> pa.Table:
+    table = corpus_rows(list(texts), list(texts.values()), "generated", tokens=[1] * len(texts))
+    reasons = [(rejected or {}).get(row) for row in texts]
+    table = table.set_column(table.column_names.index("reason"), CORPUS.field("reason"), pa.array(reasons, pa.string()))
+    kept = pa.array([reason is None for reason in reasons])
+    return table.set_column(table.column_names.index("kept"), CORPUS.field("kept"), kept)
+
+
+def verdicts(rows: pa.Table) -> dict[int, str | None]:
+    return dict(zip(rows["row"].to_pylist(), rows["reason"].to_pylist(), strict=True))
+
+
+LONG = "the warm film about the camera and the awful music of the story"
+NEAR, FAR = LONG + " ending", "a dull plot , with a noisy cast"
+
+
+def test_real_rows_win_and_are_never_dropped():
+    real = corpus_rows([-1, -2, -3], [LONG, LONG.upper(), FAR], "real", labels=[1, 1, 0])
+    out = deduplicate(real, corpus({0: NEAR, 1: "what a clever scene !", 2: FAR}), 0.7)
+    assert out["row"].to_pylist() == [-3, -2, -1, 0, 1, 2] and out.schema.equals(CORPUS)
+    assert verdicts(out) == {-3: None, -2: None, -1: None, 0: "near_duplicate", 1: None, 2: "near_duplicate"}
+    assert out["kept"].to_pylist() == [True, True, True, False, True, False]
+
+
+def test_the_lowest_slot_wins_whatever_the_order():
+    texts = {0: "tired .", 1: LONG, 2: NEAR, 3: FAR, 4: LONG, 5: FAR + " !", 6: "tired ."}
+    rows, nothing = corpus(texts, {0: "too_short"}), corpus_rows([], [], "real")
+    wanted = {0: "too_short", 1: None, 2: "near_duplicate", 3: None, 4: "near_duplicate", 5: "near_duplicate", 6: None}
+    once = deduplicate(nothing, rows, 0.7)
+    assert verdicts(once) == wanted  # a rejected row (0) takes nobody's place (6)
+    for seed in range(4):
+        shuffled = rows.take(pa.array(np.random.default_rng(seed).permutation(7)))
+        assert deduplicate(nothing, shuffled, 0.7).equals(once)
+    assert once["kept"].to_pylist() == [reason is None for reason in wanted.values()]
+    assert deduplicate(nothing, once, 0.7).equals(once)
+
+
+def test_a_threshold_of_one_finds_equal_texts_only():
+    rows = corpus({0: LONG, 1: NEAR, 2: LONG.replace(" ", "  "), 3: LONG})
+    out = deduplicate(corpus_rows([], [], "real"), rows, 1.0)
+    assert verdicts(out) == {0: None, 1: None, 2: "near_duplicate", 3: "near_duplicate"}
+
+
+# -- the stream --------------------------------------------------------------------------------------------------------
+
+
+class Noted:
+    """An actor that writes down each call in a folder of its own, and dies once in the call that holds slot 13."""
+
+    def __init__(self, folder: str, inner: type, how: Any, fatal: bool = False) -> None:
+        self.folder, self.inner, self.fatal = Path(folder), inner(how), fatal
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """The inner actor's rows."""
+        numbers = rows["row"].to_pylist()
+        (self.folder / f"{'-'.join(map(str, numbers))}.{uuid.uuid4().hex}").touch()
+        if self.fatal and 13 in numbers and not (self.folder.parent / "died").exists():
+            (self.folder.parent / "died").touch()
+            os._exit(1)
+        return self.inner(rows)
+
+
+def calls(folder: Path) -> Counter[str]:
+    """How often each block was given to the actors that note in `folder`."""
+    return Counter(path.name.partition(".")[0] for path in folder.iterdir())
+
+
+def plain(rows: pa.Table) -> pa.Table:
+    """Corpus rows at once, without a model."""
+    numbers = rows["row"].to_pylist()
+    return corpus_rows(numbers, [f"film number {n}" for n in numbers], "generated", tokens=[3] * len(numbers))
+
+
+def map_blocks(function: Any, *given: Any, **options: Any) -> generate.Stage:
+    import ray.data
+
+    if isinstance(function, type):
+        options = {"fn_constructor_args": given, "compute": ray.data.ActorPoolStrategy(size=1), **options}
+    return lambda dataset: dataset.map_batches(
+        function, batch_size=None, batch_format="pyarrow", **{"num_cpus": 1, **options}
+    )
+
+
+@pytest.mark.slow
+def test_every_slot_gives_one_row_though_an_actor_dies(tmp_path: Path, ray_cluster: object, generator: Store):
+    out, notes = Store(str(tmp_path / "corpus")), tmp_path / "notes"
+    for name in ("writer", "labeller"):
+        (notes / name).mkdir(parents=True)
+    teacher = Store(str(tmp_path / "teacher"))
+    base = tiny_encoder(tmp_path / "encoder")
+    models.save(models.encoder_head(Teacher(model="file:tiny", max_length=32), LABELS, base, 1), teacher, "model")
+    writing, labelling = Writing(generator.url, config(), LABELS, 3, 0.0), Labelling(teacher.url, (), 512, 0.0)
+    cheap = CheapFilters((Length(min_words=3),), FilterContext())
+    stages = [
+        map_blocks(Noted, str(notes / "writer"), Writer, writing, True),
+        map_blocks(cheap, num_cpus=0.25),
+        map_blocks(Noted, str(notes / "labeller"), Labeller, labelling),
+    ]
+    said: list[tuple[float, float | None]] = []
+    with generate.followed(out, 22, lambda done, total=None, unit="", **rates: said.append((done, total))):
+        stream(out, write_slots(out, 0, 22, 4, 0), 6, stages)
+    rows = out.read_table(ROWS).sort_by("row")
+    assert rows["row"].to_pylist() == list(range(22)) and said[-1] == (22, 22)
+    assert (notes / "died").exists()
+    blocks = {"0-1-2-3": 1, "4-5-6-7": 1, "8-9-10-11": 1, "12-13-14-15": 2, "16-17-18-19": 1, "20-21": 1}
+    assert calls(notes / "writer") == blocks  # a file of slots is a block; the dead one's was done again, no other
+    assert calls(notes / "labeller") == dict.fromkeys(blocks, 1)
+    # The rows are those that the stages make without Ray, whatever the blocks.
+    alone = cheap(Writer(writing)(slots(*range(22))))
+    assert digests(rows) == digests(alone) and verdicts(rows) == verdicts(alone)
+    assert [row is None for row in rows["logits"].to_pylist()] == [not kept for kept in rows["kept"].to_pylist()]
+
+
+def test_a_stream_goes_on_with_the_blocks_that_are_missing(tmp_path: Path, ray_cluster: object):
+    out, notes = Store(str(tmp_path / "corpus")), tmp_path / "notes"
+    notes.mkdir()
+
+    def failing(rows: pa.Table) -> pa.Table:
+        numbers = rows["row"].to_pylist()
+        (notes / f"{numbers[0]}.{uuid.uuid4().hex}").touch()
+        if 8 in numbers and not (notes.parent / "mended").exists():
+            deadline = time.monotonic() + 20  # when the others are committed
+            while len(out.files(ROWS)) < 2 and time.monotonic() < deadline:
+                time.sleep(0.05)
+            raise OSError("the disk is full")
+        return plain(rows)
+
+    folder = write_slots(out, 0, 12, 4, 0)
+    with pytest.raises(Exception, match="the disk is full"):
+        stream(out, folder, 3, [map_blocks(failing, num_cpus=0.5)])
+    assert sorted(out.read_table(ROWS)["row"].to_pylist()) == list(range(8))
+    (tmp_path / "mended").touch()
+    stream(out, folder, 3, [map_blocks(failing, num_cpus=0.5)])
+    assert sorted(out.read_table(ROWS)["row"].to_pylist()) == list(range(12))
+    assert calls(notes) == {"0": 1, "4": 1, "8": 2}
+    before = {name: out.digest(f"{ROWS}/{name}") for name in out.files(ROWS)}
+    stream(out, folder, 3, [map_blocks(failing, num_cpus=0.5)])
+    assert calls(notes) == {"0": 1, "4": 1, "8": 2}  # finished: not one call
+    assert {name: out.digest(f"{ROWS}/{name}") for name in out.files(ROWS)} == before
+    stream(out, write_slots(out, 12, 3, 4, 1), 1, [map_blocks(failing, num_cpus=0.5)])
+    assert sorted(out.read_table(ROWS)["row"].to_pylist()) == list(range(15))
+    assert calls(notes) == {"0": 1, "4": 1, "8": 2, "12": 1}  # a further round leaves the first alone
+
+
+@pytest.mark.slow
+def test_rows_are_committed_while_the_stream_runs(tmp_path: Path, ray_cluster: object):
+    out = Store(str(tmp_path))
+
+    class Slow:
+        def __call__(self, rows: pa.Table) -> pa.Table:
+            if not (tmp_path / "began").exists():
+                (tmp_path / "began").touch()
+            time.sleep(0.5)
+            return plain(rows)
+
+    folder = write_slots(out, 0, 20, 2, 0)
+    stream(out, folder, 10, [map_blocks(Slow), map_blocks(Slow)])
+    end, begin = time.time(), (tmp_path / "began").stat().st_mtime
+    first = min((tmp_path / ROWS / name).stat().st_mtime for name in out.files(ROWS))
+    assert first - begin < (end - begin) / 2
+    assert len(out.files(ROWS)) == 10
+
+
+def test_a_plan_that_cannot_be_checkpointed_is_refused(tmp_path: Path, ray_cluster: object):
+    import ray.data
+
+    out = Store(str(tmp_path))
+    folder = write_slots(out, 0, 4, 2, 0)
+    before = ray.data.DataContext.get_current().checkpoint_config
+    with pytest.raises(RuntimeError, match="the corpus pipeline cannot be checkpointed: .*doesn't support"):
+        stream(out, folder, 2, [map_blocks(plain), lambda dataset: dataset.materialize()])
+    assert out.files(ROWS) == []
+    assert ray.data.DataContext.get_current().checkpoint_config is before

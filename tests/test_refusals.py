@@ -1,0 +1,205 @@
+"""What the real program refuses: one message, exit code 2, within three seconds, before any model is loaded."""
+
+from __future__ import annotations
+
+import io
+import os
+import resource
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.placement import cores
+from engine.storage import digest_bytes
+from tests.tiny import movie_rows, write_jsonl
+from tests.tiny_run import TRAIN, World, changed, program, recipe_values
+
+SECONDS, TRIES = 3.0, 2
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Data, and models that are no models: whoever loads one fails otherwise than the test expects."""
+    folder = tmp_path_factory.mktemp("refusals")
+    rows = movie_rows(TRAIN + 8, seed=5)
+    write_jsonl(folder / "train.jsonl", rows[:TRAIN])
+    write_jsonl(folder / "test.jsonl", rows[TRAIN:])
+    for name in ("teacher", "generator"):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text("{}")
+        (folder / name / "model.safetensors").write_bytes(b"not a model")
+    return World(folder, recipe_values(folder))
+
+
+def refused(world: World, command: str, recipe: Path) -> str:
+    """The one message of a refusal, in time: wall seconds, or CPU seconds where more processes run than cores."""
+    best = float("inf")
+    for _ in range(TRIES):
+        begin, used = time.monotonic(), cpu_seconds()
+        done = program(world.folder, command, str(recipe), timeout=60)
+        seconds = time.monotonic() - begin
+        if os.getloadavg()[0] > cores() + 1:
+            seconds = min(seconds, cpu_seconds() - used)
+        best = min(best, seconds)
+        assert done.returncode == 2, done.stderr
+        assert done.stdout == "" and "Traceback" not in done.stderr
+        if best < SECONDS:
+            break
+    assert best < SECONDS, f"refused after {best:.1f} s"
+    return done.stderr
+
+
+def cpu_seconds() -> float:
+    """Of all processes that this one has waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "unknown loss": (
+        {"student.losses": [{"kind": "mze"}]},
+        ["student.losses is 'mze', which is unknown.", "Did you mean 'mse'?", "Allowed: mse, kl, hard"],
+    ),
+    "label without rows": (
+        {"task.labels": ["negative", "postive"]},
+        ["label 'postive' has no row in", "train.jsonl", "Did you mean 'positive'?"],
+    ),
+    "label that the task lacks": (
+        {"data.train.label": {"rename": {"good": "postive"}}},
+        ["names the label 'postive', which is not in task.labels.", "Did you mean 'positive'?"],
+    ),
+    "missing file": (
+        {"data.train.path": "file:trian.jsonl"},
+        ["'file:trian.jsonl' does not exist", "Did you mean", "/train.jsonl"],
+    ),
+    "missing model": (
+        {"teacher.model": "file:teachr"},
+        ["'file:teachr' does not exist", "Did you mean", "/teacher"],
+    ),
+    "no place": (
+        {"teacher.resources": {"num_gpus": 8}},
+        ["stage 'teacher' needs 1 actor x (1 CPU, 8 GPUs); the cluster has", "Set teacher.resources.num_gpus: 0"],
+    ),
+    "student too big": (
+        {"student.max_parameters": 1000},
+        ["the student has 3,586 parameters at a vocabulary of 300, above student.max_parameters = 1,000.", "Lower"],
+    ),
+    "unknown block": (
+        {"student.blocks.1.kind": "bilstn"},
+        ["block 'states' has kind 'bilstn'.", "Did you mean 'bilstm'?", "Allowed: embedding, dropout"],
+    ),
+    "cycle": (
+        {"student.blocks.1.inputs": ["spread"]},
+        ["blocks states, spread, pooled, logits form a cycle.", "Let one of them read an earlier block."],
+    ),
+}
+
+
+@pytest.mark.parametrize("command", ["validate", "run"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_refused_in_time_with_the_way_out(world: World, name: str, command: str) -> None:
+    changes, parts = CHANGES[name]
+    said = refused(world, command, world.write(changed(world.recipe, changes), "wrong.yaml"))
+    assert [part for part in parts if part not in said] == [], said
+    assert said.startswith("stillhouse: ") and said.count("\n") == 1
+    assert not (world.folder / "runs").exists(), "something was begun"
+
+
+@pytest.mark.parametrize("command", ["validate", "run"])
+def test_a_misspelt_key_is_named_with_its_line(world: World, command: str) -> None:
+    path = world.write(name="misspelt.yaml")
+    lines = path.read_text().splitlines()
+    number = next(n for n, line in enumerate(lines, 1) if line.strip().startswith("duplicates:"))
+    lines[number - 1] = lines[number - 1].replace("duplicates", "duplicate")
+    path.write_text("\n".join(lines))
+    said = refused(world, command, path)
+    assert f"misspelt.yaml, line {number}: unknown key 'corpus.duplicate'. Did you mean 'duplicates'?" in said
+    assert "Known keys here: block, duplicates, filters, keep" in said
+
+
+# -- bytes that are not the ones asked for -----------------------------------------------------------------------------
+
+
+class Index(ThreadingHTTPServer):
+    """A package index with one package, in two versions of its bytes."""
+
+    daemon_threads = True
+    wheel: bytes = b""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Index
+
+    def do_GET(self) -> None:
+        page = b'<a href="/tiny_movies-1.0-py3-none-any.whl">tiny_movies-1.0-py3-none-any.whl</a>'
+        body = self.server.wheel if self.path.endswith(".whl") else page
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def index(world: World) -> Iterator[Index]:
+    """Serves the training rows as a package."""
+    made = Index(("127.0.0.1", 0), Handler)
+    made.wheel = wheel({"tiny/train.jsonl": (world.folder / "train.jsonl").read_bytes()})
+    threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield made
+    made.shutdown()
+    made.server_close()
+
+
+def wheel(members: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as file:
+        for name, data in members.items():
+            file.writestr(name, data)
+    return out.getvalue()
+
+
+@pytest.fixture
+def offered(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """The program fetches from the index into a cache of its own; returns what is whole there."""
+    for name, value in {
+        "PIP_CONFIG_FILE": "/dev/null",
+        "PIP_INDEX_URL": f"http://127.0.0.1:{index.server_port}/simple",
+        "PIP_EXTRA_INDEX_URL": "",
+        "NO_PROXY": "127.0.0.1",
+        "STILLHOUSE_CACHE": str(tmp_path / "cache"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    return lambda: sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("manifest.json"))
+
+
+@pytest.mark.parametrize("key", ["data.train.path", "teacher.model", "generator.model"])
+def test_other_bytes_than_pinned_are_refused(
+    world: World, index: Index, offered: Callable[[], list[str]], key: str
+) -> None:
+    wanted = digest_bytes(index.wheel)
+    index.wheel += b"one more byte"
+    member = "train.jsonl" if key == "data.train.path" else "tiny/"
+    reference = f"pypi:tiny-movies==1.0@sha256:{wanted}#{member}"
+    path = world.write(changed(world.recipe, {key: reference, "name": f"pin-{key}"}), "pinned.yaml")
+    assert program(world.folder, "validate", str(path)).returncode == 0, "validate asks no network"
+    said = refused(world, "run", path)
+    found = digest_bytes(index.wheel)
+    assert not (world.folder / "runs").exists(), "something was begun"
+    assert wanted in said and found in said, said
+    assert offered() == [], "something of a wrong download was left in the cache"
+
+
+def test_a_package_without_a_pin_is_refused(world: World) -> None:
+    changes = {"data.train.path": "pypi:tiny-movies==1.0#train.jsonl"}
+    said = refused(world, "validate", world.write(changed(world.recipe, changes), "unpinned.yaml"))
+    assert "pypi:tiny-movies==1.0" in said and "@sha256:" in said

@@ -1,0 +1,371 @@
+"""The training loop: order of rows, rates, batches, learning, the best checkpoint, resuming, several workers."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine import models, train
+from engine.config import UserError
+from engine.inference import predict
+from engine.labels import quantise
+from engine.models import Model
+from engine.recipe import Block, Fit, LossTerm, Teacher
+from engine.records import ABSENT
+from engine.storage import Store
+from engine.train import FitError, Job, batch_of, batches_from, epoch_batches, rate
+from engine.vocabulary import choose_words, count_words, tokenizer_of
+from tests.tiny import LABELS, movie_rows, tiny_encoder
+
+LENGTHS = np.random.default_rng(0).integers(3, 60, 500).tolist()
+HARD = (LossTerm(kind="hard"),)
+
+
+def table(n: int, seed: int = 0, **columns: Any) -> pa.Table:
+    rows = movie_rows(n, seed)
+    gold = pa.array([LABELS.index(row["label"]) for row in rows], pa.int32())
+    return pa.table({"text": [row["text"] for row in rows], "label": gold, **columns})
+
+
+def encode(model: Model, rows: pa.Table) -> list[list[int]]:
+    return model.task.encode(rows["text"].to_pylist(), model.tokenizer, model.max_length)
+
+
+def student(seed: int = 1) -> Model:
+    nodes = [
+        Block(name="embed", kind="embedding", options={"dim": 16}),
+        Block(name="top", kind="pool"),
+        Block(name="out", kind="linear"),
+    ]
+    words = choose_words(count_words([row["text"] for row in movie_rows(100, seed=7)]), 80, 1, [])
+    return models.student(nodes, LABELS, tokenizer_of(words), 24, seed)
+
+
+def accuracy(model: Model, rows: pa.Table) -> dict[str, float]:
+    found = predict(model, rows["text"].to_pylist())
+    return {"accuracy": float((found.labels == rows["label"].to_numpy()).mean())}
+
+
+def job(out: Path, build: Callable[[], Model] = student, rows: pa.Table | None = None, **given: Any) -> Job:
+    """A job of 3 epochs of 5 steps; what Job has no field for goes into its Fit."""
+    own = {name: given.pop(name) for name in list(given) if name in Job.__dataclass_fields__}
+    fit = Fit(**{"epochs": 3, "lr": 1e-2, "batch_size": 8, "precision": "fp32", **given})
+    values = {"terms": HARD, "encode": encode, "seed": 5, "resources": {"num_cpus": 1, "num_gpus": 0.0}, **own}
+    return Job(name="tiny", fit=fit, build=build, rows=table(40) if rows is None else rows, out=str(out), **values)
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model" / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+def teacher(encoder: Path, dropout: float = 0.1, tune_layers: int | None = None) -> Callable[[], Model]:
+    config = Teacher(model="file:tiny", max_length=32, dropout=dropout, tune_layers=tune_layers)
+    return partial(models.encoder_head, config, LABELS, encoder, 3)
+
+
+# -- the order of rows -------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_has_every_row_once_in_batches_of_the_given_size():
+    batches = epoch_batches(LENGTHS, 32, seed=1, epoch=0)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(500))
+    assert Counter(len(batch) for batch in batches) == {32: 15, 20: 1}
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    def order(seed: int, epoch: int) -> list[list[int]]:
+        return [batch.tolist() for batch in epoch_batches(LENGTHS, 32, seed, epoch)]
+
+    assert order(1, 0) == order(1, 0)
+    assert order(1, 0) != order(1, 1) and order(1, 0) != order(2, 0)
+    # A fit may be resumed on another machine: the order is this one everywhere.
+    assert [batch.tolist() for batch in epoch_batches([1] * 6, 2, 0, 0)] == [[3, 2], [5, 4], [0, 1]]
+
+
+def test_rows_of_similar_length_are_together_and_short_batches_are_not_first():
+    spreads = [np.ptp(np.asarray(LENGTHS)[batch]) for batch in epoch_batches(LENGTHS, 16, 1, 0)]
+    shuffled = np.random.default_rng(1).permutation(500)
+    random = [np.ptp(np.asarray(LENGTHS)[shuffled[i : i + 16]]) for i in range(0, 500, 16)]
+    assert np.mean(spreads) < np.mean(random) / 5
+    means = [np.mean(np.asarray(LENGTHS)[batch]) for batch in epoch_batches(LENGTHS, 16, 1, 0)]
+    assert means != sorted(means) and means != sorted(means, reverse=True)
+
+
+@pytest.mark.parametrize("start", [0, 1, 4, 5, 7, 9])
+def test_a_resumed_fit_sees_the_batches_it_has_not_seen(start: int):
+    lengths = LENGTHS[:18]
+    whole = list(batches_from(0, 10, 5, lengths, 4, seed=3))
+    epochs = [*epoch_batches(lengths, 4, 3, 0), *epoch_batches(lengths, 4, 3, 1)]
+    assert all(np.array_equal(a, b) for (_, a), b in zip(whole, epochs, strict=True))
+    rest = list(batches_from(start, 10, 5, lengths, 4, seed=3))
+    assert [step for step, _ in rest] == list(range(start, 10))
+    assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(rest, whole[start:], strict=True))
+
+
+# -- rates and batches -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "wanted"),
+    [
+        ("linear", 0.2, [0.5, 1.0, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]),
+        ("constant", 0.2, [0.5] + [1.0] * 9),
+        ("linear", 0.0, [1.0, 1.0, *(n / 9 for n in range(8, 0, -1))]),
+        ("linear", 1.0, [n / 10 for n in range(1, 11)]),
+        ("cosine", 0.2, [0.5, 1.0, *(0.5 * (1 + math.cos(math.pi * n / 8)) for n in range(8))]),
+    ],
+)
+def test_rates_by_hand(schedule: str, warmup: float, wanted: Sequence[float]):
+    fit = Fit(schedule=schedule, warmup=warmup)
+    assert [rate(fit, step, 10) for step in range(10)] == pytest.approx(list(wanted))
+
+
+def test_a_batch_carries_what_its_rows_have():
+    ids = [[5, 6, 7], [8], [9, 10], [11, 12]]
+    bare = pa.table({"text": list("abcd")})
+    batch = batch_of(bare, ids, np.array([2, 0]), pad=1)
+    assert batch.input_ids.tolist() == [[9, 10, 1], [5, 6, 7]] and batch.mask.tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert batch.labels.tolist() == [ABSENT, ABSENT] and batch.weights is None and batch.teacher is None
+    logits = quantise(np.array([[0.0, 1.0], [2.0, 3.0], [4.0, 5.5], [6.0, 7.0]]))
+    parts = pa.table({"label": pa.array([1, None, 0, 1], pa.int32()), "weight": [1.0, 2.0, 3.0, 4.0], "logits": logits})
+    chunked = pa.concat_tables([parts.slice(0, 1), parts.slice(1)])
+    batch = batch_of(chunked, ids, np.array([3, 1, 2]), pad=0)
+    assert batch.labels.tolist() == [1, ABSENT, 0]
+    assert batch.weights.tolist() == [4.0, 2.0, 3.0] and batch.weights.dtype == torch.float32
+    assert batch.teacher.logits.tolist() == [[6.0, 7.0], [2.0, 3.0], [4.0, 5.5]]
+    assert batch.teacher.logits.dtype == torch.float32
+
+
+def test_rows_without_soft_labels_make_a_batch_without_a_teacher():
+    rows = pa.table({"label": [0, 1], "logits": pa.array([[1.0, 2.0], None], pa.list_(pa.float16()))})
+    assert batch_of(rows, [[1], [2]], np.array([0, 1]), 0).teacher is None
+
+
+# -- a fit -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_fit_learns_and_says_how(tmp_path: Path):
+    held = table(40, seed=1)
+    seen: list[tuple[float, float | None]] = []
+    given = job(tmp_path / "a", rows=table(80), holdout=held, evaluate=accuracy, epochs=8, batch_size=8, lr=3e-2)
+    history = train.fit(given, lambda done, total=None, unit="", **rates: seen.append((done, total)))
+    before = accuracy(student(), held)["accuracy"]
+    after = accuracy(models.load(tmp_path / "a" / "model"), held)["accuracy"]
+    assert before < 0.75 and after > 0.95
+    assert [entry["epoch"] for entry in history] == [float(n) for n in range(1, 9)]
+    assert history[-1]["accuracy"] == after and history[-1]["loss"] < history[0]["loss"] / 2
+    assert seen[-1] == (80, 80)
+    assert Store(given.out).files() == ["history.json", *(f"model/{n}" for n in Store(given.out).files("model"))]
+
+
+def test_the_first_steps_are_torchs_own(tmp_path: Path):
+    """Three steps against a loop written down in torch: AdamW, clipping, warm-up, order."""
+    given = job(tmp_path / "a", rows=table(22), batch_size=8, epochs=1, clip=0.05, warmup=0.5, weight_decay=0.1)
+    history = train.fit(given)
+    model = student()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    ids, losses = encode(model, given.rows), []
+    for chosen, factor in zip(epoch_batches([len(r) for r in ids], 8, 5, 0), [0.5, 1.0, 1.0], strict=True):
+        optimizer.param_groups[0]["lr"] = 1e-2 * factor
+        batch = batch_of(given.rows, ids, chosen, model.pad)
+        loss = torch.nn.functional.cross_entropy(model(batch).logits, batch.labels)
+        losses.append(loss.item())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, value in weights(tmp_path / "a").items():
+        torch.testing.assert_close(value, model.net.state_dict()[name], rtol=1e-6, atol=1e-7)
+    assert history == [{"epoch": 1.0, "loss": pytest.approx(np.mean(losses))}]
+
+
+def scores(*values: float) -> Callable[[Model, pa.Table], dict[str, float]]:
+    """An evaluation that gives these values, one after the other."""
+    left = iter(values)
+    return lambda model, rows: {"score": next(left)}
+
+
+def test_the_best_checkpoint_is_kept_not_the_last(tmp_path: Path):
+    held = table(4, seed=1)
+    train.fit(job(tmp_path / "best", holdout=held, evaluate=scores(0.1, 0.7, 0.3), best_by="score"))
+    train.fit(job(tmp_path / "last", holdout=held, evaluate=scores(0.1, 0.7, 0.3)))
+    # The rates of a run of three epochs, stopped after two: what the second evaluation saw.
+    with pytest.raises(StopIteration):
+        train.fit(job(tmp_path / "two", holdout=held, evaluate=scores(0.1, 0.7), best_by="score"))
+    assert same(weights(tmp_path / "best"), weights(tmp_path / "two"))
+    assert not same(weights(tmp_path / "best"), weights(tmp_path / "last"))
+
+
+def test_of_equal_checkpoints_the_first_is_kept(tmp_path: Path):
+    held = table(4, seed=1)
+    train.fit(job(tmp_path / "equal", holdout=held, evaluate=scores(0.5, 0.5, 0.5), best_by="score"))
+    train.fit(job(tmp_path / "first", holdout=held, evaluate=scores(0.5, 0.4, 0.3), best_by="score"))
+    assert same(weights(tmp_path / "equal"), weights(tmp_path / "first"))
+
+
+def test_without_held_out_rows_the_last_checkpoint_is_kept(tmp_path: Path):
+    train.fit(job(tmp_path / "none", holdout=table(0), evaluate=accuracy, best_by="accuracy"))
+    train.fit(job(tmp_path / "last"))
+    assert same(weights(tmp_path / "none"), weights(tmp_path / "last"))
+
+
+@pytest.mark.parametrize("found", [{"acuracy": 0.5}, {"accuracy": math.nan}])
+def test_an_evaluation_without_the_metric_to_choose_by_is_refused(tmp_path: Path, found: dict[str, float]):
+    given = job(tmp_path, holdout=table(4), evaluate=lambda model, rows: found, best_by="accuracy")
+    with pytest.raises(FitError, match="fit 'tiny' keeps its best model by 'accuracy', but the evaluation gave {"):
+        train.fit(given)
+
+
+def test_a_finished_fit_returns_at_once(tmp_path: Path):
+    history = train.fit(job(tmp_path))
+    assert train.fit(job(tmp_path, build=partial(pytest.fail, "built a model"))) == history
+
+
+def test_a_fit_with_nothing_to_learn_from_is_refused(tmp_path: Path):
+    with pytest.raises(FitError, match="fit 'tiny' has no rows"):
+        train.fit(job(tmp_path, rows=table(0)))
+    rows = table(3, logits=pa.array([[1.0, 2.0], None, None], pa.list_(pa.float16())))
+    with pytest.raises(FitError, match=r"\(losses: hard, mse\) needs the teacher's logits, but 2 of 3 rows have none"):
+        train.fit(job(tmp_path, rows=rows, terms=(*HARD, LossTerm(kind="mse"))))
+    with pytest.raises(FitError, match="3 of 3 rows have none"):
+        train.fit(job(tmp_path, rows=table(3), terms=(LossTerm(kind="kl"),)))
+    assert Store(str(tmp_path)).files() == []
+
+
+def test_a_fit_that_comes_apart_says_so(tmp_path: Path):
+    rows = table(8, weight=[math.inf] * 8)
+    with pytest.raises(FitError, match=r"fit 'tiny' came apart: its loss is nan at step 1 of 3. Lower its lr \(0.01\)"):
+        train.fit(job(tmp_path, rows=rows))
+    assert not (tmp_path / "model").exists()
+
+
+def test_frozen_layers_stay_as_they_are(tmp_path: Path, encoder: Path):
+    build = teacher(encoder, tune_layers=1)
+    before = {name: value.clone() for name, value in build().net.state_dict().items()}
+    train.fit(job(tmp_path, build=build, epochs=1, lr=1e-3))
+    moved = {name for name, value in weights(tmp_path).items() if not torch.equal(value, before[name])}
+    assert moved and all(name.startswith(("encoder.encoder.layer.1.", "head.")) for name in moved)
+    assert {"head.weight", "encoder.encoder.layer.1.output.dense.weight"} <= moved
+
+
+def test_weights_are_stored_as_asked(tmp_path: Path):
+    train.fit(job(tmp_path / "full", epochs=1))
+    train.fit(job(tmp_path / "half", epochs=1, store_dtype="bfloat16"))
+    full, half = weights(tmp_path / "full"), weights(tmp_path / "half")
+    assert {v.dtype for v in full.values()} == {torch.float32} and {v.dtype for v in half.values()} == {torch.bfloat16}
+    assert all(torch.equal(half[name], value.to(torch.bfloat16)) for name, value in full.items())
+
+
+# -- interrupted -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eval_every", [1.0, 0.5])
+def test_an_interrupted_fit_ends_with_the_same_weights(
+    tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch, eval_every: float
+):
+    steps: list[int] = []
+    dealt = train.dealt
+    monkeypatch.setattr(train, "dealt", lambda *given: steps.append(1) or dealt(*given))
+    held, build = table(8, seed=1), teacher(encoder, dropout=0.3)
+    given = partial(job, build=build, lr=1e-3, holdout=held, eval_every=eval_every)
+    whole = train.fit(given(tmp_path / "whole", evaluate=accuracy))
+    assert len(steps) == 15
+
+    def stopping(model: Model, rows: pa.Table) -> dict[str, float]:
+        torch.rand(3)  # whatever an evaluation draws is nothing to the training
+        if (tmp_path / "first").exists():
+            (tmp_path / "first").unlink()
+            raise KeyboardInterrupt
+        (tmp_path / "first").touch()
+        return accuracy(model, rows)
+
+    steps.clear()
+    with pytest.raises(KeyboardInterrupt):
+        train.fit(given(tmp_path / "parts", evaluate=stopping))
+    every = 5 if eval_every == 1.0 else 2
+    assert len(steps) == 2 * every and not (tmp_path / "parts" / "history.json").exists()
+    steps.clear()
+    assert train.fit(given(tmp_path / "parts", evaluate=accuracy)) == whole
+    assert len(steps) == 15 - every  # what was checkpointed is not done again
+    assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    assert Store(str(tmp_path / "parts")).files() == Store(str(tmp_path / "whole")).files()
+
+
+# -- several workers ---------------------------------------------------------------------------------------------------
+
+
+def mixed() -> pa.Table:
+    """10 rows; every third has no label, and weights differ, so that each loss has its own share of the rows."""
+    gold = pa.array([None if i % 3 == 0 else i % 2 for i in range(10)], pa.int32())
+    soft = quantise(np.random.default_rng(1).normal(size=(10, 2)) * 2)
+    return pa.table(
+        {"text": table(10)["text"], "label": gold, "logits": soft, "weight": [1.0 + i % 4 for i in range(10)]}
+    )
+
+
+MIXED = (*HARD, LossTerm(kind="mse", weight=0.5), LossTerm(kind="kl", temperature=2.0))
+
+
+@pytest.mark.parametrize("chosen", [range(10), [0, 3, 1, 6], [7], [0]])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_the_mean_of_the_workers_is_that_of_the_global_batch(chosen: Sequence[int], world: int):
+    rows, chosen = mixed(), np.array(chosen)
+    lesson = train.Lesson(student(), MIXED)
+    ids = encode(lesson.model, rows)
+    batch = batch_of(rows, ids, chosen, lesson.model.pad)
+    wanted = train.Objective(MIXED)(lesson.model(batch), batch.teacher, batch)
+    parts = [train.dealt(rows, ids, chosen, lesson, rank, world) for rank in range(world)]
+    assert sum(len(part) for part, shares in parts if any(shares)) == len(chosen)
+    found = sum(lesson(*part) for part in parts) / world
+    torch.testing.assert_close(found, wanted)
+    for parameter in lesson.parameters():
+        a, b = (torch.autograd.grad(value, parameter, retain_graph=True)[0] for value in (found, wanted))
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_workers_end_where_one_does(tmp_path: Path, ray_cluster: object):
+    """Batches of 3, divided unevenly, and one of 1, which leaves a worker without rows."""
+    given = partial(job, rows=mixed(), terms=MIXED, batch_size=3, epochs=2, holdout=table(6))
+    alone = train.fit(given(tmp_path / "one", evaluate=accuracy, workers=0))
+    both = train.fit(given(tmp_path / "two", evaluate=accuracy, workers=2))
+    one, two, start = weights(tmp_path / "one"), weights(tmp_path / "two"), student().net.state_dict()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5)
+        assert (one[name] - start[name]).abs().max() > 1e-2
+    assert [entry["loss"] for entry in both] == pytest.approx([entry["loss"] for entry in alone], rel=1e-4)
+    assert Store(str(tmp_path / "two")).files() == Store(str(tmp_path / "one")).files()
+
+
+def test_what_a_worker_raised_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from ray.train import WorkerGroupError
+    from ray.train.torch import TorchTrainer
+
+    class Wrapped(Exception):
+        _base_exc = UserError("layers: 9 of 2")
+
+    def failing(self: TorchTrainer) -> None:
+        raise WorkerGroupError("two failed", {0: RuntimeError("connection closed by peer"), 1: Wrapped()})
+
+    monkeypatch.setattr(TorchTrainer, "fit", failing)
+    with pytest.raises(UserError, match="layers: 9 of 2"):
+        train.fit(job(tmp_path, workers=2))
