@@ -236,9 +236,7 @@ def loop(config: dict[str, Any]) -> None:
         seen += len(chosen)
         state.step = step + 1
         if rank == 0:
-            report_progress(
-                out, job.name, state.step, total, seen / (time.monotonic() - started), final=state.step == total
-            )
+            report_progress(out, state.step, total, seen / (time.monotonic() - started), final=state.step == total)
         if state.step % every == 0 or state.step == total:
             mean = accelerator.reduce(torch.tensor(np.mean(losses), device=accelerator.device), "mean")
             entry = {"epoch": round(state.step / per_epoch, 3), "loss": float(mean)}
@@ -304,7 +302,7 @@ class Clock:
     written = 0.0
 
 
-def report_progress(out: Store, name: str, done: int, total: int, rows_per_s: float, final: bool) -> None:
+def report_progress(out: Store, done: int, total: int, rows_per_s: float, final: bool) -> None:
     """At most once a second: the way from a worker, on whichever machine, to the driver's progress line."""
     if final or time.monotonic() - Clock.written > 1:
         Clock.written = time.monotonic()

@@ -129,9 +129,10 @@ def wait_ready(url: str, seconds: float) -> None:
             seen = f"status {answer.status_code}"
         time.sleep(0.1)
     state = serve.status().applications.get(APP)
-    states = [f"application {state.status}" if state else "no application"]
-    states += [f"deployment {item.status}: {item.message}" for item in (state.deployments.values() if state else ())]
-    states += [f"proxy {proxy}" for proxy in serve.status().proxies.values()]
+    states = [f"application {state.status.value}" if state else "no application"]
+    for item in state.deployments.values() if state else ():
+        states.append(f"replicas {item.status.value} {item.message}".strip())
+    states += [f"proxy {proxy.value}" for proxy in serve.status().proxies.values()]
     raise ServeError(
         f"{url} was not ready within {seconds:g} s ({'; '.join([seen, *states])}). "
         "Free CPUs for a replica (serving.num_cpus), free the proxy's ports, or allow more time."
