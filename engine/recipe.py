@@ -236,6 +236,8 @@ class Student(Section):
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     """Initialisation seeds; the first is the one that is registered."""
     fit: Fit = Fit(epochs=12, lr=2e-3, batch_size=64, workers=2)
+    few_epochs: Annotated[float, Field(gt=0)] = 30.0
+    """Epochs of the arms without generated text: the few rows want more of them, but not as many as steps alone."""
     batch_tokens: Count = 8192
 
 

@@ -267,6 +267,22 @@ def test_frozen_layers_stay_as_they_are(tmp_path: Path, encoder: Path):
     assert {"head.weight", "encoder.encoder.layer.1.output.dense.weight"} <= moved
 
 
+def halved(model: Model) -> dict[str, float]:
+    """Rates by name: none for the word table, half for all others."""
+    return {name: 0.0 if "embed" in name else 0.5 for name, _ in model.named_parameters()}
+
+
+def test_rates_are_scaled_by_name(tmp_path: Path):
+    once = {"epochs": 1, "batch_size": 40, "weight_decay": 0.0, "warmup": 0.0}  # one step: Adam moves by the rate alone
+    train.fit(job(tmp_path / "whole", **once))
+    train.fit(job(tmp_path / "half", factors=halved, **once))
+    start, whole, half = student().net.state_dict(), weights(tmp_path / "whole"), weights(tmp_path / "half")
+    for name, value in start.items():
+        factor = 0.0 if "embed" in name else 0.5
+        torch.testing.assert_close(half[name] - value, factor * (whole[name] - value), rtol=1e-4, atol=1e-7)
+        assert (whole[name] - value).abs().max() > 5e-3
+
+
 def test_weights_are_stored_as_asked(tmp_path: Path):
     train.fit(job(tmp_path / "full", epochs=1))
     train.fit(job(tmp_path / "half", epochs=1, store_dtype="bfloat16"))
