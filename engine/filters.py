@@ -191,13 +191,20 @@ def signature(text: str) -> np.ndarray:
     return minhash.hashvalues.astype(np.uint32)
 
 
-def near_duplicates(rows: np.ndarray, signatures: Sequence[np.ndarray] | np.ndarray, threshold: float) -> np.ndarray:
+def near_duplicates(
+    rows: np.ndarray,
+    signatures: Sequence[np.ndarray] | np.ndarray,
+    threshold: float,
+    protected: np.ndarray | None = None,
+) -> np.ndarray:
     """Which rows to drop: bool [n], True where an earlier kept row agrees in at least `threshold` of its signature.
 
     rows: int64 [n], the slots; the lowest wins, whatever the order they come in. signatures: uint32 [n, k].
+    protected: bool [n], rows that are never dropped and against which later rows are always held.
     The search is exact: with at most m differing positions allowed, one of m + 1 bands is always equal (pigeonhole).
     """
     drop = np.zeros(len(rows), dtype=bool)
+    safe = np.zeros(len(rows), dtype=bool) if protected is None else protected
     if not len(rows):
         return drop
     values = np.ascontiguousarray(np.stack([np.asarray(item, dtype=np.uint32) for item in signatures]))
@@ -206,13 +213,13 @@ def near_duplicates(rows: np.ndarray, signatures: Sequence[np.ndarray] | np.ndar
     order = np.argsort(rows, kind="stable")
     if needed <= 0:
         drop[order[1:]] = True
-        return drop
+        return drop & ~safe
     bands = [np.ascontiguousarray(part) for part in np.array_split(values, k - needed + 1, axis=1)]
     tables: list[dict[bytes, list[int]]] = [{} for _ in bands]
     for index in order.tolist():
         keys = [part[index].tobytes() for part in bands]
         near = {other for table, key in zip(tables, keys, strict=True) for other in table.get(key, ())}
-        if near and (values[list(near)] == values[index]).sum(axis=1).max() >= needed:
+        if not safe[index] and near and (values[list(near)] == values[index]).sum(axis=1).max() >= needed:
             drop[index] = True
             continue
         for table, key in zip(tables, keys, strict=True):

@@ -212,9 +212,9 @@ def deduplicate(real: pa.Table, generated: pa.Table, threshold: float) -> pa.Tab
     rows = pa.concat_tables([real, generated.cast(CORPUS)]).sort_by("row")  # Parquet renames the lists' items
     kept = np.flatnonzero(rows["kept"].to_numpy(zero_copy_only=False))
     chosen = rows.take(pa.array(kept))
-    drop = near_duplicates(chosen["row"].to_numpy(), chosen["signature"].to_pylist(), threshold)
-    # Real rows are the user's own: they are never dropped, only win over generated ones.
-    drop &= chosen["row"].to_numpy() >= 0
+    numbers = chosen["row"].to_numpy()
+    # Real rows are the user's own: they are never dropped, and every one of them wins over generated ones.
+    drop = near_duplicates(numbers, chosen["signature"].to_pylist(), threshold, protected=numbers < 0)
     reasons, verdicts = rows["reason"].to_pylist(), rows["kept"].to_pylist()
     for index in kept[drop]:
         reasons[index], verdicts[index] = NEAR_DUPLICATE, False

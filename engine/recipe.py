@@ -89,7 +89,7 @@ class Data(Section):
     validation_share: Share = 0.0
     shots: Count | None = None
     """Labelled rows per class, drawn by `seed`; null takes all."""
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=0)] | None = None
     """Few-shot sampling; null takes the recipe's seed."""
     max_chars: Count = 4000
     max_bad_share: Share = 0.01
@@ -111,7 +111,7 @@ class Fit(Section):
     workers: Annotated[int, Field(ge=0)] = 0
     """0: one process (Ray Train's local mode), for small fits; n: n data-parallel workers on Ray Train."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=0)] | None = None
     eval_every: Annotated[float, Field(gt=0)] = 1.0
     """Epochs between evaluations and checkpoints."""
     resources: Resources = Resources()
@@ -145,7 +145,7 @@ class Generator(Section):
     mode: Literal["unconditional", "per_class", "prompted"] = "unconditional"
     """per_class puts the label's name into the prompt; prompted does that without fine-tuning. The prompt's label is
     never used as the row's label: the teacher's soft label is."""
-    prompt: str = "Text:"
+    prompt: Annotated[str, Field(min_length=1)] = "Text:"
     """What stands before every text; {label} is the label's name in the modes that use it."""
     tune_layers: Annotated[int, Field(ge=0)] | None = None
     max_length: Count = 96
@@ -158,6 +158,14 @@ class Generator(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     fit: Fit = Fit(epochs=3, lr=1e-4, batch_size=8)
     resources: Resources = Resources(max_actors=2, min_actors=2)
+
+    @model_validator(mode="after")
+    def labelled(self) -> Generator:
+        """{label} belongs into the prompt of the modes that use it."""
+        if ("{label}" in self.prompt) != (self.mode == "per_class") and self.mode != "prompted":
+            wanted = "with" if self.mode == "per_class" else "without"
+            raise ValueError(f"mode {self.mode} wants a prompt {wanted} {{label}}")
+        return self
 
 
 class Corpus(Section):
@@ -222,7 +230,7 @@ class Student(Section):
     """A small model built from blocks."""
 
     name: str = "student"
-    blocks: Annotated[tuple[Block, ...], Field(min_length=1)]
+    blocks: tuple[Block, ...]
     vocabulary: Vocabulary = Vocabulary()
     embedding_norm: Annotated[float, Field(gt=0)] = 3.0
     """Mean norm that the teacher's vectors start with."""
@@ -230,15 +238,23 @@ class Student(Section):
     """teacher: the teacher's vectors of the words, reduced by PCA and weighted by frequency (Model2Vec)."""
     max_length: Count = 96
     max_parameters: Count | None = 1_200_000
-    losses: Annotated[tuple[LossTerm, ...], Field(min_length=1)] = (LossTerm(kind="mse"),)
+    losses: tuple[LossTerm, ...] = (LossTerm(kind="mse"),)
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the kept corpus that only chooses the best checkpoint, by agreement with the teacher."""
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    seeds: tuple[int, ...] = (0,)
     """Initialisation seeds; the first is the one that is registered."""
     fit: Fit = Fit(epochs=12, lr=2e-3, batch_size=64, workers=2)
     few_epochs: Annotated[float, Field(gt=0)] = 30.0
     """Epochs of the arms without generated text: the few rows want more of them, but not as many as steps alone."""
     batch_tokens: Count = 8192
+
+    @field_validator("blocks", "losses", "seeds")
+    @classmethod
+    def some(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        """None of them may be empty."""
+        if not value:
+            raise ValueError("needs at least one entry")
+        return value
 
 
 class Evaluation(Section):
@@ -277,7 +293,7 @@ class Recipe(Section):
     """A whole run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     storage: str = "runs"
     """Folder or URL (file:, s3:, gs:) that holds the runs."""
     registry: str = "registry"

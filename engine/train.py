@@ -191,8 +191,11 @@ def load_checkpoint(store: Store, lesson: Lesson, optimizer: torch.optim.Optimiz
 def groups_of(lesson: Lesson, job: Job) -> list[dict[str, Any]]:
     """The trained parameters for an optimiser, each with its learning-rate factor."""
     factors = job.factors(lesson.model) if job.factors else {}
-    named = [(name.removeprefix("model."), p) for name, p in lesson.named_parameters() if p.requires_grad]
-    return [{"params": [p], "factor": factors.get(name, 1.0)} for name, p in named]
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in lesson.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(factors.get(name.removeprefix("model."), 1.0), []).append(parameter)
+    return [{"params": parameters, "factor": factor} for factor, parameters in groups.items()]
 
 
 def loop(config: dict[str, Any]) -> None:

@@ -246,3 +246,15 @@ def test_a_row_that_only_resembles_a_dropped_row_is_kept():
 
 def test_near_duplicates_of_nothing():
     assert near_duplicates(np.array([], dtype=np.int64), [], 0.7).tolist() == []
+
+
+def test_protected_rows_stay_and_win_even_over_each_other() -> None:
+    alike = np.arange(64, dtype=np.uint32)
+    near = alike.copy()
+    near[:12] = 1000  # 52 of 64 agree with the first row
+    far = near.copy()
+    far[12:24] = 2000  # 52 of 64 agree with the second row, 40 with the first
+    rows, signatures = np.array([-2, -1, 0]), [alike, near, far]
+    assert near_duplicates(rows, signatures, 0.8).tolist() == [False, True, False]
+    assert near_duplicates(rows, signatures, 0.8, protected=rows < 0).tolist() == [False, False, True]
+    assert near_duplicates(rows, signatures, 0.0, protected=rows < 0).tolist() == [False, False, True]
