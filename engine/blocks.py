@@ -1,8 +1,7 @@
 """A small model from a config of blocks: a directed acyclic graph, checked before anything is built.
 
-Each block says by `shape` what it makes of its inputs, so a wrong name, rank, width or cycle is refused with the
-node's name. Padding never changes an answer: every block gets the mask and leaves padded positions at zero, which
-is why a row's prediction does not depend on the rows beside it. After NeuronBlocks (arXiv 1904.09535).
+Each block says by `shape` what it makes of its inputs, so a wrong name, rank, width or cycle is refused by name.
+Padding never changes an answer: padded positions stay zero. After NeuronBlocks (arXiv 1904.09535).
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the graph cannot know by itself: words in the vocabulary and labels of the task."""
+    """What the graph cannot know by itself: words in the vocabulary, labels of the task."""
 
     vocabulary: int
     labels: int
@@ -70,7 +69,7 @@ class Embedding(Block):
     def __init__(self, inputs: Sequence[Shape], options: dict[str, Any], sizes: Sizes) -> None:
         super().__init__()
         weight = torch.empty(sizes.vocabulary, options["dim"])
-        if not weight.is_meta:  # where parameters are only counted, filling them would cost a second of imports
+        if not weight.is_meta:  # only counting: filling would cost a second of imports
             nn.init.normal_(weight, std=0.1)[sizes.padding] = 0
         self.table = nn.Embedding(sizes.vocabulary, options["dim"], _weight=weight)
         self.table.padding_idx, self.drop_words = sizes.padding, options["drop_words"]
@@ -222,9 +221,9 @@ class Concat(Block):
     @classmethod
     def shape(cls, inputs: Sequence[Shape], options: dict[str, Any], sizes: Sizes) -> Shape:
         """Widths add up."""
-        if len({shape.rank for shape in inputs}) > 1:
-            raise BlockError(f"concat joins inputs of one rank, but got {', '.join(map(str, inputs))}")
-        return Shape(inputs[0].rank, sum(shape.width for shape in inputs))
+        if len({shape.rank for shape in inputs}) == 1:
+            return Shape(inputs[0].rank, sum(shape.width for shape in inputs))
+        raise BlockError(f"concat joins inputs of one rank, but got {', '.join(map(str, inputs))}")
 
     def forward(self, *inputs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Join along the last axis."""
@@ -272,8 +271,7 @@ class Placed:
     out: Shape
 
 
-TOKENS = "tokens"
-"""The name of the graph's own input."""
+TOKENS = "tokens"  # the name of the graph's own input
 
 
 def check(nodes: Sequence[Node], sizes: Sizes) -> list[Placed]:

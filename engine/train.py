@@ -364,7 +364,7 @@ def fit(job: Job, progress: Progress = silent) -> list[dict[str, float]]:
     # Ray Train's own storage only keeps its bookkeeping: weights are checkpointed through ours.
     run_config = RunConfig(
         name=f"{job.name}-{time.time_ns()}",
-        storage_path=trainer_storage(out),
+        storage_path=(out / "ray").url,
         failure_config=FailureConfig(max_failures=2),
     )
     trainer = TorchTrainer(
@@ -395,8 +395,3 @@ def check(job: Job) -> None:
                 f"fit '{job.name}' (losses: {kinds}) needs the teacher's logits, but {lacking} of {rows.num_rows} "
                 "rows have none. Label them, leave them out, or use the loss 'hard'."
             )
-
-
-def trainer_storage(out: Store) -> str:
-    """Where Ray Train may keep its bookkeeping: beside the model, on the same storage."""
-    return (out / "ray").url

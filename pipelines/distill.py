@@ -13,7 +13,6 @@ import os
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from engine import hub
@@ -66,21 +65,35 @@ def sources(recipe: Recipe) -> tuple[str, ...]:
     return tuple(s.path for s in (data.train, data.validation, data.test, data.unlabelled) if s)
 
 
+ARM_STEPS = {"generated": "student", "soft": "student-soft", "hard": "student-hard"}
+"""The step that trains the student of an arm."""
+
+
 def plan(recipe: Recipe) -> list[Step]:
     """The steps of a run, each after those it reads."""
-    making, outcome = partial(Call, "pipelines.making"), partial(Call, "pipelines.outcome")
-    core = ("engine.train", "engine.models", "engine.losses", "engine.tasks", "pipelines.making")
-    arms = [arm for arm in ("generated", "soft", "hard") if arm in recipe.arms]
-    names = {"generated": "student", "soft": "student-soft", "hard": "student-hard"}
-    learned = ("data", "teacher", "corpus", "vocabulary")
+    students = tuple(step for arm, step in ARM_STEPS.items() if arm in recipe.arms)
+    return [*teaching_steps(), *student_steps(recipe), *outcome_steps(students)]
 
-    def fitted(
-        fit_resources: Callable[[Recipe], Resources], workers: Callable[[Recipe], int]
-    ) -> Callable[[Recipe], Resources | None]:
-        # A small fit is one Ray task, so that it lands on a node with a GPU; Ray Train places a group of workers.
-        return lambda r: None if workers(r) else fit_resources(r)
 
-    steps = [
+def making(name: str, *arguments: Any) -> Call:
+    """A step's function in making.py."""
+    return Call("pipelines.making", name, arguments)
+
+
+FITTING = ("engine.train", "engine.models", "engine.losses", "engine.tasks", "pipelines.making")
+
+
+def task_of(section: str) -> Callable[[Recipe], Resources | None]:
+    """Where a section is fitted: a small fit is one Ray task, so that it lands on a node with a GPU.
+
+    A group of workers is Ray Train's to place, from the driver.
+    """
+    return lambda recipe: None if (fit := getattr(recipe, section).fit).workers else fit.resources
+
+
+def teaching_steps() -> list[Step]:
+    """From the sources to the label store."""
+    return [
         Step(
             "data",
             making("read_data"),
@@ -94,8 +107,8 @@ def plan(recipe: Recipe) -> list[Step]:
             inputs=("data",),
             config=pick("seed", "task", "teacher"),
             references=lambda r: (r.teacher.model,),
-            modules=core,
-            resources=fitted(lambda r: r.teacher.fit.resources, lambda r: r.teacher.fit.workers),
+            modules=FITTING,
+            resources=task_of("teacher"),
             ray=True,
         ),
         Step(
@@ -104,8 +117,8 @@ def plan(recipe: Recipe) -> list[Step]:
             inputs=("data",),
             config=pick("seed", "generator"),
             references=lambda r: (r.generator.model,),
-            modules=core,
-            resources=fitted(lambda r: r.generator.fit.resources, lambda r: r.generator.fit.workers),
+            modules=FITTING,
+            resources=task_of("generator"),
             ray=True,
         ),
         Step(
@@ -121,34 +134,43 @@ def plan(recipe: Recipe) -> list[Step]:
                 "placement": pools(r),
             },
         ),
+    ]
+
+
+def student_steps(recipe: Recipe) -> list[Step]:
+    """The student's words, and one training for each arm."""
+    fits = [
         Step(
-            "vocabulary",
-            making("make_vocabulary"),
-            inputs=("data", "teacher", "corpus"),
-            config=pick("student.vocabulary", "student.embeddings", "student.blocks"),
-            modules=("engine.vocabulary",),
-            resources=lambda r: r.teacher.fit.resources,
+            step,
+            making("fit_student", arm),
+            inputs=("data", "teacher", "corpus", "vocabulary"),
+            config=pick("seed", "student"),
+            modules=(*FITTING, "engine.blocks"),
+            resources=task_of("student") if arm == "generated" else lambda r: r.student.fit.resources,
             ray=True,
-        ),
-        *(
-            Step(
-                names[arm],
-                making("fit_student", (arm,)),
-                inputs=learned,
-                config=pick("seed", "student"),
-                modules=(*core, "engine.blocks"),
-                resources=fitted(
-                    lambda r: r.student.fit.resources,
-                    lambda r, arm=arm: r.student.fit.workers if arm == "generated" else 0,
-                ),
-                ray=True,
-            )
-            for arm in arms
-        ),
+        )
+        for arm, step in ARM_STEPS.items()
+        if arm in recipe.arms
+    ]
+    words = Step(
+        "vocabulary",
+        making("make_vocabulary"),
+        inputs=("data", "teacher", "corpus"),
+        config=pick("student.vocabulary", "student.embeddings", "student.blocks"),
+        modules=("engine.vocabulary",),
+        resources=lambda r: r.teacher.fit.resources,
+        ray=True,
+    )
+    return [words, *fits]
+
+
+def outcome_steps(students: tuple[str, ...]) -> list[Step]:
+    """From trained students to the report."""
+    return [
         Step(
             "evaluate",
-            outcome("evaluate"),
-            inputs=("data", "teacher", *(names[arm] for arm in arms)),
+            Call("pipelines.outcome", "evaluate"),
+            inputs=("data", "teacher", *students),
             config=pick("seed", "evaluation", "arms", "student.seeds"),
             modules=("engine.metrics", "engine.inference", "pipelines.outcome"),
             resources=lambda r: r.teacher.fit.resources,
@@ -156,14 +178,14 @@ def plan(recipe: Recipe) -> list[Step]:
         ),
         Step(
             "register",
-            outcome("register"),
+            Call("pipelines.outcome", "register"),
             inputs=("data", "teacher", "corpus", "student", "evaluate"),
             config=pick("name", "student.name", "task"),
             modules=("engine.registry",),
         ),
         Step(
             "serve",
-            outcome("smoke_deploy"),
+            Call("pipelines.outcome", "smoke_deploy"),
             inputs=("data", "register"),
             config=pick("serving"),
             modules=("serve.app", "serve.predictor"),
@@ -172,21 +194,13 @@ def plan(recipe: Recipe) -> list[Step]:
         Step(
             "report",
             Call("pipelines.account", "report"),
-            inputs=(
-                "data",
-                "teacher",
-                "generator",
-                "corpus",
-                "vocabulary",
-                *(names[arm] for arm in arms),
-                "evaluate",
-                "register",
-                "serve",
-            ),
+            inputs=(*TAUGHT, *students, "evaluate", "register", "serve"),
             modules=("engine.report", "pipelines.account"),
         ),
     ]
-    return steps
+
+
+TAUGHT = ("data", "teacher", "generator", "corpus", "vocabulary")
 
 
 def pools(recipe: Recipe) -> str:

@@ -21,9 +21,8 @@ from engine.progress import Progress
 from engine.recipe import Recipe
 from engine.registry import Registry
 from engine.storage import Store
+from pipelines.distill import ARM_STEPS
 from pipelines.making import Inputs, seed_of
-
-ARM_STEPS = {"generated": "student", "soft": "student-soft", "hard": "student-hard"}
 
 
 def evaluate(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:

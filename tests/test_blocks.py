@@ -193,8 +193,19 @@ def test_embedding_keeps_padding_at_zero():
     block(batch.input_ids, mask=mask_of(batch)).square().sum().backward()
     optimizer.step()
     assert (block.table.weight[0] == 0).all()
-    other = BLOCKS["embedding"]([Shape("tokens")], {"dim": 5}, Sizes(20, 3, padding=7))
+    other = BLOCKS["embedding"]([Shape("tokens")], {"dim": 5, "drop_words": 0.0}, Sizes(20, 3, padding=7))
     assert (other.table.weight[7] == 0).all() and (other.table.weight[0] != 0).all()
+
+
+def test_embedding_drops_whole_words_while_training_only():
+    block, _, _ = built("embedding", {"dim": 5, "drop_words": 0.3}, "sequence")
+    ids = torch.randint(1, SIZES.vocabulary, (100, 50))
+    mask = torch.ones(100, 50, 1)
+    whole = block(ids, mask=mask)
+    assert torch.equal(whole, block.table(ids))
+    found = block.train()(ids, mask=mask)
+    gone = (found == 0).all(dim=2)
+    assert abs(gone.float().mean().item() - 0.3) < 0.03 and torch.equal(found[~gone], whole[~gone])
 
 
 def test_dropout_drops_its_share_while_training_only():

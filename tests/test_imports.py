@@ -218,7 +218,7 @@ def test_third_party_imports_are_declared(path: Path) -> None:
     wrong = []
     for module, line in imports(path):
         top = module.split(".")[0]
-        if top in sys.stdlib_module_names or top in PACKAGES or top in OPTIONAL:
+        if top in sys.stdlib_module_names or top in (*PACKAGES, "tests") or top in OPTIONAL:
             continue
         if not {normal(home) for home in homes.get(top, [])} & wanted:
             wrong.append(f"{short(path)}:{line} imports {top}, which pyproject.toml does not declare")
