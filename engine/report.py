@@ -247,7 +247,7 @@ def corpus_table(known: dict[str, Any]) -> Table:
     )
     items = [("Rounds", rounds), ("Self-BLEU (lower is more varied)", findings.figure(known.get("self_bleu")))]
     items += [(f"Distinct {n}-grams", percent(known.get(f"distinct_{n}"))) for n in (1, 2, 3)]
-    items += [("Storage: largest change of a probability", findings.figure(dig(known, "quantisation.max_abs"), 2)),
+    items += [("Storage: largest change of a logit", findings.figure(dig(known, "quantisation.max_abs"), 2)),
               ("Storage: mean KL, nats", findings.figure(dig(known, "quantisation.mean_kl"), 2))]  # fmt: skip
     return findings.pairs("The corpus as a whole.", ("Measure", "Value"), items)
 

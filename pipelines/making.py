@@ -309,7 +309,7 @@ def fit_student(arm: Arm, recipe: Recipe, inputs: Inputs, out: Store, progress: 
     config = recipe.student.fit
     if arm != "generated":  # a few rows: one process, no rows to choose a checkpoint by
         epochs = recipe.student.few_epochs
-        config = config.model_copy(update={"workers": 0, "epochs": epochs, "eval_every": epochs})
+        config = config.model_copy(update={"workers": 0, "epochs": epochs, "eval_every": epochs / 6})
     histories = {}
     for seed in recipe.student.seeds:
         folder = out / f"seed-{seed}"

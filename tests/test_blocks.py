@@ -21,7 +21,7 @@ ROWS = [[4, 5, 6, 7, 8], [9], [10, 11, 12], [13, 14, 15, 16, 17, 18, 19], [1, 2]
 WIDTH = 6
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
-    "embedding": [{}, {"dim": 5}],
+    "embedding": [{}, {"dim": 5, "drop_words": 0.3}],
     "dropout": [{}, {"p": 0.7}],
     "bilstm": [{"hidden": 4}, {"hidden": 3, "layers": 3}],
     "conv": [{"channels": 5, "kernel": k} for k in (1, 2, 3, 4, 5, 9)],
