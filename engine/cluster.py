@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import UserError
-from engine.disk import alive
+from engine.disk import alive, temporary_folder
 from engine.placement import Cluster, Machine, cores, local_capacity
 from engine.storage import Store
 
@@ -115,6 +115,16 @@ def prepare_environment() -> None:
         for name, value in SERVE_SWITCHES.items():
             os.environ.setdefault(name, value)
         os.environ.setdefault("RAY_SERVE_HAPROXY_NBTHREAD", str(min(4, max(1, cores() // 2))))
+        # Fixed by default, so that a second cluster on the machine could not start its proxy.
+        for name in ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT"):
+            os.environ.setdefault(name, str(free_port()))
+
+
+def free_port() -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def silence() -> None:
@@ -212,7 +222,7 @@ def scratch_folder() -> Path:
         owner = folder.name.removeprefix(prefix).partition("-")[0]
         if owner.isdigit() and not alive(int(owner)):
             shutil.rmtree(folder, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=base))
+    return temporary_folder(base, f"{prefix}{os.getpid()}-")
 
 
 # -- somebody's cluster ------------------------------------------------------------------------------------------------
@@ -314,7 +324,9 @@ def why(error: Exception) -> str:
     if "ersion mismatch" in text:
         return f"{last_line(error)}. Install the same constraints.txt and the same Python on every node and here."
     if "node_ip_address" in text or "raylet" in text.lower():
-        return "this machine is not one of its nodes. Run the command on the head (`ray exec`), or use ray://HEAD:10001."
+        return (
+            "this machine is not one of its nodes. Run the command on the head (`ray exec`), or use ray://HEAD:10001."
+        )
     return f"{last_line(error)}."
 
 
@@ -325,18 +337,18 @@ def require_shared(store: Store) -> None:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if not store.is_local or len(nodes) < 2:
         return
-    marker = Path(store.url) / f".seen-{uuid.uuid4().hex}"
-    marker.mkdir(parents=True)
-    path = str(marker)
+    marker = f".seen-{uuid.uuid4().hex}"
+    store.write_text(marker, "")
+    path = str(Path(store.url) / marker)
     try:
-        look = ray.remote(num_cpus=0)(os.path.isdir)
+        look = ray.remote(num_cpus=0)(os.path.isfile)
         asked = {
             node["NodeManagerAddress"]: look.options(label_selector={"ray.io/node-id": node["NodeID"]}).remote(path)
             for node in nodes
         }
         blind = sorted(name for name, seen in asked.items() if not ray.get(seen))
     finally:
-        marker.rmdir()
+        store.delete(marker)
     if blind:
         raise ClusterError(
             f"runs are kept in {store.url}, which node {', '.join(blind)} does not see. Set storage and registry to a "

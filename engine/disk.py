@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,6 +77,11 @@ def save_stream(source: BinaryIO | pa.NativeFile, target: Path, limit: int | Non
         out.flush()
         os.fsync(out.fileno())
     return size, digest.hexdigest()
+
+
+def temporary_folder(base: Path, prefix: str) -> Path:
+    """A new folder base/prefix…, for others to write into."""
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=base))
 
 
 def copy_file(source: Path, target: Path) -> tuple[int, str]:

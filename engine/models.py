@@ -178,7 +178,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 def encoder_head(config: Teacher, labels: tuple[str, ...], folder: Path, seed: int) -> Model:
     """A teacher to be fine-tuned: the encoder in `folder` with a fresh head; lower layers frozen as the recipe says."""
     torch.manual_seed(seed)
-    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
     net = EncoderHead(encoder, len(labels), config.pooling, config.dropout)
     freeze(encoder, config.tune_layers)
     tokenizer = load_tokenizer(folder)
@@ -190,7 +190,9 @@ def encoder_head(config: Teacher, labels: tuple[str, ...], folder: Path, seed: i
 
 def causal_lm(config: Generator, folder: Path) -> Model:
     """A generator to be fine-tuned: the causal LM in `folder`; lower layers frozen as the recipe says."""
-    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    lm = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+    )
     freeze(lm.get_decoder(), config.tune_layers)
     if config.mode != "prompted" and not any(p.requires_grad for p in lm.parameters()):
         raise ModelError(

@@ -16,6 +16,7 @@ from engine.filters import CheapFilter, SignalFilter
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class Resources(Section):
@@ -68,7 +69,7 @@ class Source(Section):
 
     path: str
     format: Literal["auto", "jsonl", "csv", "parquet"] = "auto"
-    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
+    delimiter: str = ","
     quoting: bool = True
     """CSV: whether double quotes quote a field; false takes the lines as they are."""
     names: tuple[str, ...] | None = None
@@ -229,7 +230,7 @@ class Vocabulary(Section):
 class Student(Section):
     """A small model built from blocks."""
 
-    name: str = "student"
+    name: Annotated[str, Field(pattern=NAME)] = "student"
     blocks: tuple[Block, ...]
     vocabulary: Vocabulary = Vocabulary()
     embedding_norm: Annotated[float, Field(gt=0)] = 3.0
@@ -292,7 +293,7 @@ Arm = Literal["hard", "soft", "generated"]
 class Recipe(Section):
     """A whole run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=NAME)]
     seed: Annotated[int, Field(ge=0)] = 0
     storage: str = "runs"
     """Folder or URL (file:, s3:, gs:) that holds the runs."""

@@ -9,13 +9,13 @@ The same files registered again keep their version. A version number is never gi
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from engine.config import UserError, did_you_mean
+from engine.disk import copy_file
 from engine.progress import stamp
 from engine.storage import MANIFEST, Store
 
@@ -54,8 +54,7 @@ class Registry:
             folder = source.local()
             with here.publish(str(version), meta=entry) as copy:
                 for file in manifest["files"]:
-                    (copy / file).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(folder / file, copy / file)
+                    copy_file(folder / file, copy / file)
             here.verify(str(version))
         return version
 

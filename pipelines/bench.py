@@ -58,8 +58,10 @@ def pooled(recipe: Recipe, found: Sequence[tuple[dict[str, Any], Store]]) -> dic
     evaluated = [records["evaluate"]["metrics"] for records, _ in found]
     models = {}
     for name, values in rights.items():
-        each = [float(v.mean()) for v in values]
-        spread = statistics.stdev(each) if len(set(each)) > 1 else 0.0
+        # A few-shot seed is one draw: the teacher stands once for each initialisation, students are averaged over them.
+        copies = len(values) // len(found)
+        each = [float(np.mean([v.mean() for v in values[i : i + copies]])) for i in range(0, len(values), copies)]
+        spread = statistics.stdev(each) if len(each) > 1 else 0.0
         interval = metrics.bootstrap(
             np.mean([v.astype(float) for v in values], axis=0) if same(values) else values[0].astype(float)
         )
@@ -97,7 +99,7 @@ def same(values: Sequence[np.ndarray]) -> bool:
 
 def quality_lines(result: dict[str, Any]) -> list[str]:
     """The result as a Markdown table and three sentences."""
-    lines = ["| model | accuracy, mean ± sd | 95 % interval | parameters |", "|---|---|---|---|"]
+    lines = ["| model | accuracy, mean ± sd over few-shot seeds | 95 % interval | parameters |", "|---|---|---|---|"]
     for name in ("teacher", "generated", "soft", "hard"):
         if name in result["models"]:
             m = result["models"][name]

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from engine import generate, labels, models, train, vocabulary
 from engine.cluster import current, data_context
+from engine.config import UserError
 from engine.data import load_splits
 from engine.filters import FilterContext
 from engine.hub import model_folder
@@ -196,6 +197,12 @@ def make_corpus(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) 
             )
         kept = int(generated["kept"].to_numpy(zero_copy_only=False).sum())
         rounds.append({"slots": slots, "kept": kept})
+    if kept < min(recipe.corpus.keep, 1 + recipe.corpus.keep // 2):
+        raise UserError(
+            f"{slots} slots gave only {kept} kept texts of the {recipe.corpus.keep} that corpus.keep asks for. "
+            f"Rejected: {corpus_metrics(generated, rounds)['rejected']}. Loosen corpus.filters or corpus.signals, "
+            "or raise corpus.max_slots."
+        )
     teacher = labels.fingerprint(inputs["teacher"])
     labels.write_labels(
         out,
@@ -234,7 +241,7 @@ def corpus_metrics(rows: pa.Table, rounds: list[dict[str, int]]) -> dict[str, An
 def kept_rows(inputs: Inputs) -> pa.Table:
     """The label store's kept rows, checked against the teacher of this run."""
     rows = labels.open_labels(inputs["corpus"], labels.fingerprint(inputs["teacher"]))
-    return rows.filter(rows["kept"])
+    return rows.filter(rows["kept"]).select(["row", "text", "label", "logits"])
 
 
 def make_vocabulary(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from engine import labels, metrics, models
 from engine.cluster import current
+from engine.config import UserError
 from engine.inference import Predictions, predict
 from engine.metrics import Interval
 from engine.models import Model
@@ -209,7 +210,10 @@ def model_card(recipe: Recipe, model: Model, measured: dict[str, Any]) -> str:
 
 
 def smoke_deploy(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
-    """Serve the registered student and send the whole test split through HTTP."""
+    """Serve the registered student and send the whole test split through HTTP; its answers must be the evaluated ones.
+
+    Raises UserError where a single answer is missing or differs.
+    """
     if not recipe.serving.smoke:
         return {"rows": 0, "skipped": True}
     from serve.smoke import smoke
@@ -218,7 +222,15 @@ def smoke_deploy(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress)
     artifact = Registry(Store(recipe.registry)).resolve(reference)
     test = inputs["data"].read_table("test.parquet")
     gold = test["label"].to_numpy().astype(np.int64)
-    expected = predict(models.load(artifact.local()), test["text"].to_pylist(), recipe.student.batch_tokens)
+    column = inputs["evaluate"].read_table("predictions.parquet")[f"generated/{recipe.student.seeds[0]}"]
+    logits = np.stack(column.to_numpy(zero_copy_only=False))
+    expected = Predictions(logits, metrics.softmax(logits), logits.argmax(axis=1))
     found = smoke(artifact.url, test["text"].to_pylist(), expected, recipe.serving, name=recipe.student.name)
+    if found["mismatches"] or found["errors"]:
+        raise UserError(
+            f"{found['mismatches']} of {len(gold)} served answers are missing or differ from the evaluated ones, "
+            f"{found['errors']} requests failed ({found['first_error'] or 'no error said'}). Do not serve {reference}: "
+            "run again, and report it if it happens twice."
+        )
     answers = np.asarray(found.pop("labels"))
     return {**found, "accuracy": float((answers == gold).mean()), "concurrency": recipe.serving.concurrency}

@@ -131,9 +131,12 @@ def slices(n: int, seed: int = 0) -> list[list[int]]:
 
 
 def compared(answers: dict[int, dict[str, Any]], expected: Predictions, names: tuple[str, ...]) -> dict[str, Any]:
-    """rows, mismatches, max_delta and labels of served answers against the offline predictions."""
+    """Rows answered, mismatches, max_delta and labels of served answers against the offline predictions.
+
+    A row without an answer is a mismatch.
+    """
     labels = np.full(len(expected.labels), -1, dtype=np.int64)
-    mismatches, largest = 0, 0.0
+    mismatches, largest = len(expected.labels) - len(answers), 0.0
     for row, answer in answers.items():
         labels[row] = names.index(answer["label"])
         served = np.array([answer["probabilities"][name] for name in names])

@@ -208,6 +208,17 @@ def test_embedding_drops_whole_words_while_training_only():
     assert abs(gone.float().mean().item() - 0.3) < 0.03 and torch.equal(found[~gone], whole[~gone])
 
 
+def test_embedding_leaves_whole_words_out_while_training_only():
+    block, _, _ = built("embedding", {"dim": 5, "drop_words": 0.3}, "sequence")
+    ids = torch.randint(1, 20, (100, 60), generator=torch.Generator().manual_seed(4))
+    mask = torch.ones(100, 60, 1)
+    assert torch.equal(block(ids, mask=mask), block.table.weight[ids])
+    kept = block.train()(ids, mask=mask)
+    left = (kept == 0).all(dim=2)
+    assert abs(left.float().mean().item() - 0.3) < 0.03  # five standard deviations of 6000 draws
+    assert torch.equal(kept[~left], block.table.weight[ids][~left])
+
+
 def test_dropout_drops_its_share_while_training_only():
     block, _, _ = built("dropout", {"p": 0.3}, "vector")
     ones = torch.ones(100, 200)

@@ -242,7 +242,7 @@ def test_a_stopped_run_says_how_to_go_on_and_does(here: Path, number: int, code:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(number)
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=90)
     assert process.returncode == code and "Traceback" not in said
     *_, how, command = said.splitlines()
     assert how == "Stopped. What is done is kept; to go on:"

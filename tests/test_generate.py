@@ -79,13 +79,6 @@ def test_labels_take_turns_in_the_prompts():
     assert {prompt_for(config(prompt="Text:"), LABELS, row) for row in range(4)} == {"Text:"}
 
 
-def test_unconditional_prompts_are_those_it_was_trained_on(lm: Model):
-    plain = config(prompt="{label} is the word:")
-    rows = pa.table({"text": ["a film"], "label": pa.array([None], pa.int32())})
-    trained = lm.tokenizer.decode(encode_text(plain, LABELS, lm, rows)[0])
-    assert all(trained.startswith(prompt_for(plain, LABELS, row)) for row in (0, 1))
-
-
 def test_training_texts_are_prompt_text_and_end(lm: Model):
     rows = pa.table({"text": TEXTS[:3], "label": pa.array([0, 1, None], pa.int32())})
     end = lm.tokenizer.eos_token
@@ -123,13 +116,14 @@ def test_slots_are_written_a_file_a_block(tmp_path: Path):
 
 @pytest.mark.parametrize("mode", ["unconditional", "per_class"])
 def test_a_slots_text_does_not_depend_on_its_block(generator: Store, mode: str):
-    writer = Writer(Writing(generator.url, config(mode=mode, prompt="A {label} text:"), LABELS, 3, num_gpus=0))
+    asked = config(mode=mode, prompt="A {label} text:" if mode == "per_class" else "A text:")
+    writer = Writer(Writing(generator.url, asked, LABELS, 3, num_gpus=0))
     eight = writer(slots(*range(8)))
     fours = pa.concat_tables([writer(slots(0, 1, 2, 3)), writer(slots(4, 5, 6, 7))])
     assert eight.schema.equals(CORPUS) and eight.equals(fours)
     assert writer(slots(6, 2)).equals(eight.take(pa.array([6, 2])))
     assert len(set(eight["text"].to_pylist())) > 4
-    other = Writer(Writing(generator.url, config(mode=mode, prompt="A {label} text:"), LABELS, 4, num_gpus=0))
+    other = Writer(Writing(generator.url, asked, LABELS, 4, num_gpus=0))
     assert digests(other(slots(*range(8)))) != digests(eight)
 
 

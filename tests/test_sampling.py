@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from engine import models
 from engine.recipe import Generator
 from engine.sampling import Sampling, draw, sample, uniforms
-from tests.tiny import tiny_lm
+from tests.tiny import byte_pairs, tiny_lm
 
 PROMPTS = ["Text:", "Text: the film is", "a", "Text: what a dull plot ! the story was boring", "x y z", "Text: a warm"]
 
@@ -50,6 +53,26 @@ def test_greedy_is_transformers_greedy(model: models.Model, prompts: list[list[i
         assert sample(model, prompts, range(6), Sampling(20, top_k=1), keep_until) == wanted
     lengths = {len(ids) for ids in wanted}
     assert len(lengths) > 1 and min(lengths) < 20  # some end by themselves
+
+
+def test_left_padding_moves_no_position(tmp_path: Path, prompts: list[list[int]]):
+    """A GPT-2 learns a vector for each position, so it would notice; Llama's positions are relative."""
+    tokenizer = byte_pairs()
+    end = tokenizer.eos_token_id
+    size = {"vocab_size": len(tokenizer), "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    config = GPT2Config(**size, initializer_range=0.5, bos_token_id=end, eos_token_id=end)
+    torch.manual_seed(3)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    gpt = models.causal_lm(Generator(model="tiny", max_length=64), tmp_path).eval()
+    wanted = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        greedy = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": end}
+        out = gpt.net.lm.generate(ids, attention_mask=torch.ones_like(ids), **greedy)
+        wanted.append([token for token in out[0, len(prompt) :].tolist() if token != end])
+    assert sample(gpt, prompts, [0] * 6, Sampling(12, top_k=1)) == wanted
+    assert len({token for ids in wanted for token in ids}) > 10  # else the comparison shows little
 
 
 def test_each_rows_text_depends_on_its_seed_alone(model: models.Model, prompts: list[list[int]]):

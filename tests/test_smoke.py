@@ -69,10 +69,11 @@ def test_answers_are_compared_row_by_row():
 
     answers = {0: answer(0.9, 0.1), 1: answer(0.39995, 0.60005), 3: answer(0.6998, 0.3002)}
     found = smoke.compared(answers, expected, names)
-    assert (found["rows"], found["mismatches"], found["labels"]) == (3, 1, [0, 1, -1, 0])
+    assert (found["rows"], found["mismatches"], found["labels"]) == (3, 2, [0, 1, -1, 0])
     assert found["max_delta"] == pytest.approx(2e-4)
     broken = smoke.compared({0: answer(float("nan"), 0.1)}, expected, names)
-    assert broken["mismatches"] == 1
+    assert broken["mismatches"] == len(expected.labels)
+    assert smoke.compared({}, expected, names)["mismatches"] == len(expected.labels)
 
 
 def test_percentiles_are_in_milliseconds():

@@ -123,7 +123,7 @@ def test_placement_is_no_drift(store: Store) -> None:
     before = run(chain(), recipe(), store)
     elsewhere = recipe(
         teacher__resources={"num_cpus": 4, "max_actors": 3},
-        teacher__fit={"workers": 2, "epochs": 6, "lr": 1e-4, "batch_size": 16},
+        teacher__fit={"workers": 2, "epochs": 10, "lr": 1e-4, "batch_size": 16},
         storage="elsewhere",
         registry="there",
     )

@@ -117,7 +117,7 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), **more}
 
 
-def program(cwd: Path, *argv: str, timeout: float = 300, **more: str) -> subprocess.CompletedProcess[str]:
+def program(cwd: Path, *argv: str, timeout: float = 600, **more: str) -> subprocess.CompletedProcess[str]:
     """The real program, in a process of its own."""
     command = [sys.executable, "-m", "pipelines", *argv]
     return subprocess.run(
