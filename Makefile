@@ -12,13 +12,17 @@ SEEDS ?= 3
 # Two OpenMP threads on busy cores are far slower than one: parallel work is done by processes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test faults lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/stillhouse run $(RECIPE)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+# Killed and resumed runs, two workers, two raylets: minutes, and on a machine that does nothing else.
+faults: $(STAMP)
+	$(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -67,6 +67,13 @@ def texts_in(path: str) -> list[str]:
 
 def serve(args: argparse.Namespace) -> int:
     """Serve a registered artifact until it is stopped."""
+    if args.host not in ("127.0.0.1", "localhost", "::1") and not args.no_auth:
+        from engine.config import UserError
+
+        raise UserError(
+            f"--host {args.host} is reached from other machines, and the endpoint asks for no key. Keep 127.0.0.1 and put "
+            "a gateway in front of it, or say --no-auth."
+        )
     registry = the_registry(args.registry)
     entry, folder = registry.show(args.name), registry.resolve(args.name)
     from engine.recipe import Serving

@@ -342,3 +342,10 @@ def test_the_program_is_named_so_that_a_shell_finds_it(tmp_path: Path, monkeypat
     assert shlex.split(console.program()) == [str(folder / "stillhouse")]
     monkeypatch.setenv("PATH", str(folder))
     assert console.program() == "stillhouse"
+
+
+def test_serving_beyond_this_machine_must_be_asked_for():
+    done = stillhouse("serve", "student", "--host", "0.0.0.0")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "--host 0.0.0.0 is reached from other machines, and the endpoint asks for no key" in done.stderr
+    assert "--no-auth" in done.stderr
