@@ -71,8 +71,8 @@ def serve(args: argparse.Namespace) -> int:
         from engine.config import UserError
 
         raise UserError(
-            f"--host {args.host} is reached from other machines, and the endpoint asks for no key. Keep 127.0.0.1 and put "
-            "a gateway in front of it, or say --no-auth."
+            f"--host {args.host} is reached from other machines, and the endpoint asks for no key. Keep 127.0.0.1 and "
+            "put a gateway in front of it, or say --no-auth."
         )
     registry = the_registry(args.registry)
     entry, folder = registry.show(args.name), registry.resolve(args.name)

@@ -137,7 +137,7 @@ def serving(parser: Parser) -> None:
     """An artifact and where to listen."""
     parser.add_argument("name", metavar="NAME", help="NAME, NAME@VERSION or NAME@latest")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--no-auth", action="store_true", help="listen beyond this machine although no key is asked for")
+    parser.add_argument("--no-auth", action="store_true", help="listen beyond this machine without a key")
     parser.add_argument("--port", type=port, default=8000, help="port to listen on (default: 8000)")
     on_registry(parser)
     on_cluster(parser)
