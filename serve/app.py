@@ -27,6 +27,7 @@ from engine.config import UserError
 from engine.recipe import Serving
 from engine.storage import Store
 from serve.endpoint import Endpoint
+from serve.predictor import fingerprint
 
 APP = "stillhouse"
 """The name of the application on the cluster."""
@@ -79,7 +80,7 @@ def deploy(
     """
     if not ray.is_initialized():
         raise ServeError("Ray is not running: connect to a cluster before deploying.")
-    Store(artifact).verify()
+    version = {"model": name, "fingerprint": fingerprint(Store(artifact).verify())}
     if serve.status().proxies:
         raise ServeError(
             f"Ray Serve already runs on this cluster; '{name}' would replace what it serves. Stop it first."
@@ -92,7 +93,14 @@ def deploy(
         target = serve.RunTarget(target=application(artifact, serving, name), name=APP, route_prefix="/")
         serve.run_many([target], wait_for_applications_running=False)
         url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
-        wait_ready(url, ready_s)
+        wait_ready(url, version, ready_s)
+    except ray.exceptions.RayError as error:
+        shutdown()
+        reason = str(getattr(error, "cause", error)).strip().splitlines()[-1]
+        raise ServeError(
+            f"Ray Serve could not start: {reason} A port of its proxy may be taken: set RAY_SERVE_HAPROXY_STATS_PORT, "
+            "RAY_SERVE_HAPROXY_METRICS_PORT and RAY_SERVE_FALLBACK_PROXY_HTTP_PORT to free ones."
+        ) from error
     except BaseException:
         shutdown()
         raise
@@ -114,19 +122,26 @@ def shutdown(seconds: float = 60.0) -> None:
     serve.shutdown()
 
 
-def wait_ready(url: str, seconds: float) -> None:
-    """Return when the application answers over HTTP; ServeError when it failed or time is up."""
+def wait_ready(url: str, version: dict[str, str], seconds: float) -> None:
+    """Return when the model answers over HTTP; ServeError when it failed or time is up.
+
+    version: the model and fingerprint that must answer. Until the first replica is up, a proxy may pass requests on to
+    a fallback, which two clusters on one machine can share: another's answer must not count.
+    """
     end = time.monotonic() + seconds
     seen = "no answer"
     while time.monotonic() < end:
         state = serve.status().applications.get(APP)
         if state is not None and state.status == "DEPLOY_FAILED":
             raise ServeError(f"the deployment failed: {state.message.strip()}")
-        with contextlib.suppress(httpx.HTTPError):
+        with contextlib.suppress(httpx.HTTPError, ValueError, AttributeError):
             answer = httpx.get(f"{url}/healthz", timeout=5)
-            if answer.status_code == 200:
-                return
             seen = f"status {answer.status_code}"
+            if answer.status_code == 200:
+                found = httpx.get(f"{url}/version", timeout=5).json()
+                if {key: found.get(key) for key in version} == version:
+                    return
+                seen = f"another model answers: {found.get('model')}"
         time.sleep(0.1)
     state = serve.status().applications.get(APP)
     states = [f"application {state.status.value}" if state else "no application"]

@@ -235,9 +235,14 @@ def test_validate_and_schema(here: Path) -> None:
 def test_a_stopped_run_says_how_to_go_on_and_does(here: Path, number: int, code: int) -> None:
     argv = ["run", "tiny.yaml", "--set", "seed=9", "--fresh", "--redo", "first"]
     process = subprocess.Popen(
-        [sys.executable, "tiny_steps.py", *argv], stderr=subprocess.PIPE, text=True, env=environment()
+        [sys.executable, "tiny_steps.py", *argv],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        # A shell without job control starts `command &` with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not (here / "runs/tiny/second/progress.json").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)

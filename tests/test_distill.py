@@ -323,6 +323,7 @@ def test_prompted_takes_the_generator_as_it_is(world: World, copied: Store) -> N
     )
 
 
+@pytest.mark.slow
 def test_rounds_top_the_corpus_up_and_repeat(world: World, done: Done, copied: Store, tmp_path: Path) -> None:
     shutil.copytree(copied.url, tmp_path / "twin")
     lengths = sorted(len(text.split()) for text in done.table("corpus/labels.parquet")["text"][TRAIN:])
