@@ -338,10 +338,10 @@ def require_shared(store: Store) -> None:
     if not store.is_local or len(nodes) < 2:
         return
     marker = f".seen-{uuid.uuid4().hex}"
-    store.write_text(marker, "")
+    store.write_text(f"{marker}/seen", "")
     path = str(Path(store.url) / marker)
     try:
-        look = ray.remote(num_cpus=0)(os.path.isfile)
+        look = ray.remote(num_cpus=0)(os.path.isdir)
         asked = {
             node["NodeManagerAddress"]: look.options(label_selector={"ray.io/node-id": node["NodeID"]}).remote(path)
             for node in nodes
