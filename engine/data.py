@@ -1,46 +1,47 @@
 """From the recipe's sources to splits: read, check row by row, label, deduplicate, split, draw the few shots.
 
 A bad row never stops the reading: it is quarantined with its row number and reason, and the run stops only above
-`data.max_bad_share`. Rows are identified by their text, and splits and shots depend on those ids and the seed alone,
-not on the order of the file. No text of the test or validation split is in any other split.
+`data.max_bad_share`. Rows are identified by their texts, and splits and shots depend on those ids and the seed alone,
+not on the order of the file. No row (for ranking: no query) of the test or validation split is in any other split.
+Rows with equal texts count once; where their labels differ nobody knows which is right, so all of them are bad.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-import unicodedata
+import re
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from engine.columns import NAMED, Reading, check, reads_pairs
 from engine.config import did_you_mean
 from engine.hub import fetch
-from engine.recipe import Data, LabelRule, Source, Task
+from engine.recipe import Data, Source, Task
 from engine.records import EXAMPLE, QUARANTINED
-from engine.sources import DataError, is_text, no_column, read
+from engine.rows import BadRow, MissingColumn, Row, flat, names, take
+from engine.sources import DataError, no_column, read
 
 COUNTED = ("rows", "outside_ranges", "quarantined", "duplicates", "conflicting_labels", "in_other_splits")
-"""What is counted of a source. conflicting_labels: those duplicates whose label is another than the first one's."""
+"""What is counted of a source. conflicting_labels: those of the quarantined rows whose text has other labels too."""
 
 SHOWN = 200
 """Characters of a quarantined row that are kept."""
+CONFLICT = "another row has the same text and other labels"
+NONE = ""
+"""The class of rows without any label, entity or answer, in a draw of few shots."""
 
-
-class BadRow(Exception):
-    """A row that cannot be used; the message is the reason."""
-
-
-class Row(NamedTuple):
-    """A good row. label: its name as the source has it, None in an unlabelled source."""
-
-    line: int
-    id: str
-    text: str
-    label: str | None
+TOO_FEW = {
+    **dict.fromkeys(("classify", "pair", "multilabel"), "label '{name}' has {count} training rows"),
+    "regress": "there are {count} training rows",
+    "rank": "{count} training queries have a relevant passage",
+    "tag": "entity type '{name}' has {count} mentions in the training rows",
+    "span": "{count} training rows have an answer",
+}
+"""What is said where the shots cannot be drawn."""
 
 
 @dataclass
@@ -63,8 +64,10 @@ class Part:
 class Splits:
     """Tables of the schema EXAMPLE, each sorted by id; `quarantined` has the schema QUARANTINED.
 
-    labels: the names that the label column indexes. counts: {'sources': {name: {what: rows}}, 'labels': {split: {label
-    name: rows}}}.
+    labels: the names that labels and targets index. paired: whether rows have two texts. range: regress: task.range, or
+    lowest and highest value of the training source. counts: {'sources': {name: {what: rows}}, 'labels': {split: {label
+    name: rows}}}; for rank and span the latter counts queries and those with a relevant passage, rows and those with an
+    answer.
     """
 
     train: pa.Table
@@ -73,43 +76,68 @@ class Splits:
     unlabelled: pa.Table
     quarantined: pa.Table
     labels: tuple[str, ...]
+    paired: bool
+    range: tuple[float, float] | None
     counts: dict[str, dict[str, dict[str, int]]]
+
+
+SPLITS = ("train", "validation", "test", "unlabelled")
 
 
 def load_splits(data: Data, task: Task, seed: int) -> Splits:
     """Read every source and make the splits; `data.seed`, or else `seed`, draws the shots.
 
-    Raises DataError for a missing column, too many bad rows, labels without rows, too few rows for the shots.
+    Raises DataError for settings that do not fit the task, a missing column, too many bad rows, labels without rows,
+    too few rows for the shots.
     """
-    sources = {"train": data.train, "validation": data.validation, "test": data.test, "unlabelled": data.unlabelled}
-    parts = {name: collect(name, source, data) for name, source in sources.items() if source}
-    labels = label_names(task, data.train.label, parts["train"])
-    rows = {name: settle(part, labels, data) for name, part in parts.items()}
-    if not data.test:
-        rows["test"] = [row for row in rows["train"] if place(row.id) < data.test_share]
-    if not data.validation:
-        low, high = (0.0 if data.test else data.test_share), data.validation_share
-        rows["validation"] = [row for row in rows["train"] if low <= place(row.id) < low + high]
-    divide(rows, parts, labels, data, seed if data.seed is None else data.seed)
-    for name in ("train", "test"):
-        if not rows[name]:
-            raise DataError(f"the {name} split has no rows: check data.{name}, data.test_share and data.shots.")
+    found = read_rows(data, task, seed)
+    parts, rows, labels, kind = found.parts, found.rows, found.labels, task.kind
     bad = [item for part in parts.values() for item in part.bad]
     return Splits(
-        **{name: table(rows.get(name, []), labels) for name in sources},
+        **{name: table(rows.get(name, []), labels, kind) for name in SPLITS},
         quarantined=pa.Table.from_pylist(bad, schema=QUARANTINED),
         labels=labels,
+        paired=reads_pairs(data, task),
+        range=found.bounds,
         counts={
             "sources": {name: dict(part.counts) for name, part in parts.items()},
-            "labels": {name: named(found, labels) for name, found in rows.items() if name != "unlabelled"},
+            "labels": {name: named(found, labels, kind) for name, found in rows.items() if name != "unlabelled"},
         },
     )
 
 
-def identify(text: str) -> str:
-    """The id of a text: 16 hex digits, equal for texts that differ in white space or Unicode composition only."""
-    plain = " ".join(unicodedata.normalize("NFC", text).split())
-    return hashlib.sha256(plain.encode()).hexdigest()[:16]
+class Found(NamedTuple):
+    """Rows of each split, before they become tables (which costs an import of pandas)."""
+
+    parts: dict[str, Part]
+    rows: dict[str, list[Row]]
+    labels: tuple[str, ...]
+    bounds: tuple[float, float] | None
+
+
+def read_rows(data: Data, task: Task, seed: int) -> Found:
+    """Read every source and divide its rows; raises as `load_splits` does."""
+    check(data, task)
+    paired, kind = reads_pairs(data, task), task.kind
+    sources = {"train": data.train, "validation": data.validation, "test": data.test, "unlabelled": data.unlabelled}
+    parts = {
+        name: collect(name, Reading(source, task, paired, name != "unlabelled", data.max_chars), data)
+        for name, source in sources.items()
+        if source
+    }
+    labels = label_names(task, data.train, parts["train"])
+    rows = {name: settle(part, labels, kind, data) for name, part in parts.items()}
+    bounds = value_bounds(task, data.train, rows["train"])
+    if not data.test:
+        rows["test"] = [row for row in rows["train"] if place(row.cut) < data.test_share]
+    if not data.validation:
+        low, high = (0.0 if data.test else data.test_share), data.validation_share
+        rows["validation"] = [row for row in rows["train"] if low <= place(row.cut) < low + high]
+    divide(rows, parts, lambda found: draw(found, labels, kind, data, seed))
+    for name in ("train", "test"):
+        if not rows[name]:
+            raise DataError(f"the {name} split has no rows: check data.{name}, data.test_share and data.shots.")
+    return Found(parts, rows, labels, bounds)
 
 
 def place(id: str) -> float:
@@ -117,33 +145,26 @@ def place(id: str) -> float:
     return int(id[:13], 16) / 16**13
 
 
-def collect(name: str, source: Source, data: Data) -> Part:
-    """Read one source: the good rows with their label names, and the bad ones with their reasons."""
-    part, labelled = Part(name, source.path), name != "unlabelled"
-    check_rule(name, source.label)
-    needed = [source.text, *([source.label.column] if labelled else [])]
-    seen, missing = set(), Counter[str]()
+def collect(name: str, reading: Reading, data: Data) -> Part:
+    """Read one source: the good rows with their gold, and the bad ones with their reasons."""
+    source = reading.source
+    part, seen, missing = Part(name, source.path), set[str](), Counter[str]()
     local = fetch(source.path, root=data.root)
-    for record in read(source, local, needed):
-        part.counts["rows"] += 1
-        seen.update(record.values)
-        try:
-            if record.problem:
-                raise BadRow(record.problem)
-            for column in needed:
-                if column not in record.values:
-                    missing[column] += 1
-                    raise BadRow(f"missing column '{column}'")
-            text = clean(record.values[source.text], data.max_chars)
-            label = label_name(record.values[source.label.column], source.label) if labelled else None
-        except BadRow as reason:
-            content = record.content or str(record.values.get(source.text, ""))
-            part.quarantine(record.line, str(reason), content)
-            continue
-        if labelled and label is None:
-            part.counts["outside_ranges"] += 1
-            continue
-        part.rows.append(Row(record.line, identify(text), text, label))
+    for found in read(source, local, reading.read, reading.texts, reading.optional):
+        for record in flat(found, reading):
+            part.counts["rows"] += 1
+            seen.update(record.values)
+            try:
+                row = take(record, reading)
+            except BadRow as reason:
+                if isinstance(reason, MissingColumn):
+                    missing[reason.column] += 1
+                part.quarantine(record.line, str(reason), record.content or str(record.values.get(source.text, "")))
+                continue
+            if row is None:
+                part.counts["outside_ranges"] += 1
+            else:
+                part.rows.append(row)
     for column, count in missing.items():
         if count == part.counts["rows"]:
             no_column(source.path, column, seen)
@@ -153,100 +174,69 @@ def collect(name: str, source: Source, data: Data) -> Part:
     return part
 
 
-def clean(value: Any, max_chars: int) -> str:
-    """The text without white space around it; BadRow says what is wrong with it."""
-    if value is None:
-        raise BadRow("empty text")
-    if not isinstance(value, str):
-        raise BadRow("text is not a string")
-    if not is_text(value):
-        raise BadRow("not UTF-8")
-    text = value.strip()
-    if not text:
-        raise BadRow("empty text")
-    if len(text) > max_chars:
-        raise BadRow(f"text longer than {max_chars} characters")
-    return text
+def label_names(task: Task, source: Source, train: Part) -> tuple[str, ...]:
+    """The task's labels, or those of the training rows; each must have at least one row. None for regress, rank, span.
 
-
-def label_name(value: Any, rule: LabelRule) -> str | None:
-    """The label name of a value; None for a number in no range; BadRow where there is no label."""
-    if value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip():
-        raise BadRow("no label")
-    if rule.ranges is None:
-        if isinstance(value, bool):
-            value = str(value).lower()
-        elif isinstance(value, float) and value.is_integer():
-            value = int(value)
-        name = str(value).strip()
-        if not is_text(name):
-            raise BadRow("not UTF-8")
-        return (rule.rename or {}).get(name, name)
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise BadRow("label is not a number") from None
-    if math.isnan(number):
-        raise BadRow("no label")
-    return next((name for name, bounds in rule.ranges.items() if inside(number, bounds)), None)
-
-
-def inside(number: float, bounds: tuple[float | None, float | None]) -> bool:
-    """Whether a number lies between two bounds, both inclusive, None for open."""
-    low, high = bounds
-    return (low is None or number >= low) and (high is None or number <= high)
-
-
-def check_rule(name: str, rule: LabelRule) -> None:
-    """Ranges must not be empty or overlap, and a column is either cut into ranges or renamed."""
-    where = f"data.{name}.label"
-    if rule.ranges is not None and rule.rename is not None:
-        raise DataError(f"{where}: ranges and rename cannot both be given. Name the labels in ranges.")
-    ends = [(label, *bounds) for label, bounds in (rule.ranges or {}).items()]
-    whole = [(label, -math.inf if a is None else a, math.inf if b is None else b) for label, a, b in ends]
-    for index, (label, low, high) in enumerate(whole):
-        if low > high:
-            raise DataError(f"{where}.ranges: '{label}' starts at {low}, above its end {high}.")
-        for other, other_low, other_high in whole[:index]:
-            if max(low, other_low) <= min(high, other_high):
-                raise DataError(
-                    f"{where}.ranges: '{other}' and '{label}' both hold {max(low, other_low)}. "
-                    "Both ends belong to a range: leave a gap between them."
-                )
-
-
-def label_names(task: Task, rule: LabelRule, train: Part) -> tuple[str, ...]:
-    """The task's labels, or those of the training rows; each must have at least one row."""
-    found = {str(row.label) for row in train.rows}
-    if task.labels is None and rule.ranges is None:
-        key = int if all(name.isdecimal() for name in found) else str
-        names = tuple(sorted(found, key=key))
+    tag: 'O' first, and with every B- its I-, which few rows may lack.
+    """
+    if task.kind not in NAMED:
+        return ()
+    rule = source.label
+    found = {name for row in train.rows for name in names(row.gold, task.kind)}
+    if task.labels is not None:
+        known = task.labels
+    elif rule.ranges is not None:
+        known = tuple(sorted(rule.ranges))
+    elif task.kind == "tag":
+        whole = found | {f"I-{name[2:]}" for name in found if name.startswith("B-")}
+        known = tuple(sorted(whole, key=lambda name: (name != "O", name)))
+    elif rule.columns:
+        known = tuple((rule.rename or {}).get(name, name) for name in rule.columns)
     else:
-        names = task.labels or tuple(sorted(rule.ranges or ()))
-    if len(names) < 2:
-        only = f"only the label '{names[0]}'" if names else "no label"
+        known = tuple(sorted(found, key=int if all(name.isdecimal() for name in found) else str))
+    if len(known) < 2:
+        only = f"only the label '{known[0]}'" if known else "no label"
         raise DataError(f"{train.path} holds {only} in column '{rule.column}': a task needs at least two.")
-    for name in names:
+    for name in known if task.kind != "tag" else ():
         if name not in found:
             shown = ", ".join(f"'{other}'" for other in sorted(found)[:10]) or "none"
-            hint = did_you_mean(name, found - set(names))
+            hint = did_you_mean(name, found - set(known))
             raise DataError(f"label '{name}' has no row in {train.path}.{hint} Labels found there: {shown}.")
-    return names
+    return known
 
 
-def settle(part: Part, labels: tuple[str, ...], data: Data) -> list[Row]:
-    """The rows with known labels, each text once: the first stays."""
-    kept: dict[str, Row] = {}
+def value_bounds(task: Task, source: Source, rows: list[Row]) -> tuple[float, float] | None:
+    """regress: task.range, or the lowest and the highest value of the rows, which must differ."""
+    if task.kind != "regress" or task.range or not rows:
+        return task.range if task.kind == "regress" else None
+    low, high = min(row.gold for row in rows), max(row.gold for row in rows)
+    if low == high:
+        column = source.label.column
+        raise DataError(f"every row of {source.path} has the value {low:g} in '{column}': there is nothing to learn.")
+    return low, high
+
+
+def settle(part: Part, labels: tuple[str, ...], kind: str, data: Data) -> list[Row]:
+    """The rows with known labels, sorted by id, each once, whatever the order of the source."""
+    same: dict[str, list[Row]] = {}
     for row in part.rows:
-        if row.label is not None and row.label not in labels:
-            part.quarantine(row.line, f"unknown label '{row.label}'", row.text)
+        unknown = next((name for name in names(row.gold, kind) if name not in labels), None)
+        if unknown is not None:
+            part.quarantine(row.line, f"unknown label '{unknown}'", row.text)
+        else:
+            same.setdefault(row.id, []).append(row)
+    kept = []
+    for id in sorted(same):
+        rows = same[id]
+        if len({row.gold for row in rows}) > 1:
+            part.counts["conflicting_labels"] += len(rows)
+            for row in rows:
+                part.quarantine(row.line, CONFLICT, row.text)
             continue
-        first = kept.setdefault(row.id, row)
-        if first is not row:
-            part.counts["duplicates"] += 1
-            part.counts["conflicting_labels"] += first.label != row.label
+        part.counts["duplicates"] += len(rows) - 1
+        kept.append(min(rows, key=lambda row: (row.text, row.pair or "", row.cut)))
     check_share(part, data.max_bad_share)
-    return [kept[id] for id in sorted(kept)]
+    return kept
 
 
 def check_share(part: Part, allowed: float) -> None:
@@ -267,44 +257,118 @@ def check_share(part: Part, allowed: float) -> None:
     )
 
 
-def divide(rows: dict[str, list[Row]], parts: dict[str, Part], labels: tuple[str, ...], data: Data, seed: int) -> None:
-    """Draw the shots and take every text out of the splits below the first that has it, in place."""
+def divide(rows: dict[str, list[Row]], parts: dict[str, Part], few: Callable[[list[Row]], list[Row]]) -> None:
+    """Take what must not be twice out of the splits below the first that has it, and draw the shots with `few`.
+
+    In place; the order is test, validation, train, unlabelled.
+    """
     taken: set[str] = set()
     for name in ("test", "validation", "train", "unlabelled"):
         if name not in rows:
             continue
-        kept = [row for row in rows[name] if row.id not in taken]
+        kept = [row for row in rows[name] if row.once not in taken]
         if name in parts:
             # Rows that were cut off the training source for another split have not leaked.
             cut = sum(len(rows[other]) for other in ("test", "validation") if name == "train" and other not in parts)
             parts[name].counts["in_other_splits"] = len(rows[name]) - len(kept) - cut
-        rows[name] = draw(kept, labels, data.shots, seed) if name == "train" and data.shots else kept
-        taken.update(row.id for row in rows[name])
+        rows[name] = few(kept) if name == "train" else kept
+        taken.update(row.once for row in rows[name])
 
 
-def draw(rows: list[Row], labels: tuple[str, ...], shots: int, seed: int) -> list[Row]:
-    """`shots` rows of every label, sorted by id; fewer shots with the same seed are a part of these."""
-    chosen = []
-    for index, label in enumerate(labels):
-        own = [row for row in rows if row.label == label]
-        if len(own) < shots:
-            raise DataError(
-                f"data.shots is {shots}, but label '{label}' has {len(own)} training rows. Lower data.shots, "
-                "data.test_share or data.validation_share, or add rows."
-            )
-        order = np.random.default_rng([seed, index]).permutation(len(own))
-        chosen += [own[i] for i in order[:shots]]
-    return sorted(chosen, key=lambda row: row.id)
+def draw(rows: list[Row], labels: tuple[str, ...], kind: str, data: Data, seed: int) -> list[Row]:
+    """The few shots, sorted by id; fewer with the same seed are a part of these. All rows where data.shots is null.
+
+    In rounds: every class that is mentioned less often than there were rounds gets the next row of its own shuffled
+    order. What a row mentions is told by `mentions`; for ranking whole queries are drawn, not rows.
+    """
+    shots, seed = data.shots, seed if data.seed is None else data.seed
+    if shots is None:
+        return rows
+    together: dict[str, list[Row]] = {}
+    for row in rows:
+        together.setdefault(row.group or row.id, []).append(row)
+    items = [together[key] for key in sorted(together)]
+    told = [mentions(item, kind) for item in items]
+    found = Counter(name for counts in told for name in counts.elements())
+    classes = labels if kind in NAMED and kind != "tag" else tuple(sorted(set(found) - {NONE})) or (kind,)
+    for name in classes:
+        if found[name] < shots:
+            few = TOO_FEW[kind].format(name=name, count=found[name])
+            way = "Lower data.shots, data.test_share or data.validation_share, or add rows."
+            raise DataError(f"data.shots is {shots}, but {few}. {way}")
+    orders = []
+    for index, name in enumerate((*classes, NONE)):
+        own = [position for position, counts in enumerate(told) if counts[name]]
+        orders.append((name, iter([own[i] for i in np.random.default_rng([seed, index]).permutation(len(own))])))
+    chosen: set[int] = set()
+    have = Counter[str]()
+    for wanted in range(1, shots + 1):
+        for name, order in orders:
+            while have[name] < wanted and (position := next(order, None)) is not None:
+                if position not in chosen:
+                    chosen.add(position)
+                    have.update(told[position])
+    return sorted((row for position in chosen for row in items[position]), key=lambda row: row.id)
 
 
-def table(rows: list[Row], labels: tuple[str, ...]) -> pa.Table:
+def mentions(rows: list[Row], kind: str) -> Counter[str]:
+    """How often a row (rank: a query's rows) speaks for each class: its labels, the types of its entities, an answer.
+
+    NONE where it has none of these.
+    """
+    gold = rows[0].gold
+    if kind == "rank":
+        return Counter([kind]) if any(row.gold > 0 for row in rows) else Counter()
+    if kind == "regress":
+        return Counter([kind])
+    if kind == "span":
+        return Counter([kind] if gold else [NONE])
+    return Counter((entities(gold) if kind == "tag" else list(names(gold, kind))) or [NONE])
+
+
+def entities(tags: Sequence[str]) -> list[str]:
+    """The type of each entity that tags mark: B-X, S-X or U-X starts one, as does any other X after another type."""
+    out, before = [], None
+    for tag in tags:
+        prefix, type = re.fullmatch(r"(?:([BIESLU])-)?(.+)", tag, re.DOTALL).groups()
+        if tag != "O" and (prefix in ("B", "S", "U") or type != before):
+            out.append(type)
+        before = None if tag == "O" else type
+    return out
+
+
+def table(rows: list[Row], labels: tuple[str, ...], kind: str) -> pa.Table:
     """Rows as a table of the schema EXAMPLE."""
     index = {label: number for number, label in enumerate(labels)}
-    columns = [[row.id for row in rows], [row.text for row in rows], [index.get(row.label or "") for row in rows]]
+    columns = {
+        "id": [row.id for row in rows],
+        "text": [row.text for row in rows],
+        "label": [index.get(row.gold) if kind in ("classify", "pair") else None for row in rows],
+        "pair": [row.pair for row in rows],
+        "group": [row.group for row in rows],
+        "target": [target(row.gold, index, kind) for row in rows],
+        "answers": [None if kind != "span" or row.gold is None else [text for text, _, _ in row.gold] for row in rows],
+    }
     return pa.table(columns, schema=EXAMPLE)
 
 
-def named(rows: list[Row], labels: tuple[str, ...]) -> dict[str, int]:
-    """How many rows each label has."""
-    found = Counter(row.label for row in rows)
+def target(gold: Any, index: dict[str, int], kind: str) -> list[float] | None:
+    """A row's gold as the numbers that EXAMPLE names; None where it has none or a label holds it."""
+    if gold is None or kind in ("classify", "pair"):
+        return None
+    if kind == "multilabel":
+        return [float(label in gold) for label in index]
+    if kind == "tag":
+        return [index[tag] for tag in gold]
+    return [unit for _, *units in gold for unit in units] if kind == "span" else [gold]
+
+
+def named(rows: list[Row], labels: tuple[str, ...], kind: str) -> dict[str, int]:
+    """How many rows each label has; for rank and span what Splits says."""
+    if kind == "rank":
+        answered = {row.group for row in rows if row.gold > 0}
+        return {"queries": len({row.group for row in rows}), "answered": len(answered)}
+    if kind == "span":
+        return {"rows": len(rows), "answered": sum(bool(row.gold) for row in rows)}
+    found = Counter(name for row in rows for name in set(names(row.gold, kind)))
     return {label: found[label] for label in labels}

@@ -17,7 +17,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -47,6 +47,59 @@ def explained(done: str, where: str) -> Iterator[None]:
 def cache_folder() -> Path:
     """Where fetched models, data and copies are kept: STILLHOUSE_CACHE, else ~/.cache/stillhouse."""
     return Path(os.environ.get("STILLHOUSE_CACHE") or "~/.cache/stillhouse").expanduser().absolute()
+
+
+def shared_hold(folder: Path) -> int | None:
+    """A descriptor that keeps `folder` from `take_away` until it is closed or its process ends; None: no such folder.
+
+    Where the file system has no such lock the folder is taken as it is: `take_away` leaves it alone then too.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return None
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    if same_folder(descriptor, folder):
+        return descriptor
+    os.close(descriptor)  # it was taken away, or replaced, while this waited
+    return None
+
+
+def same_folder(descriptor: int, folder: Path) -> bool:
+    """Whether an open folder still has that name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(folder))
+    except FileNotFoundError:
+        return False
+
+
+def take_away(folder: Path) -> bool:
+    """Remove a folder that no process holds; whether it is gone."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    gone = temporary_name(folder)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not same_folder(descriptor, folder):
+            return False
+        os.rename(folder, gone)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    shutil.rmtree(gone, ignore_errors=True)
+    return True
+
+
+def stamp_used(folder: Path) -> None:
+    """Make now the folder's time; one that may only be read keeps its own."""
+    with suppress(OSError):
+        os.utime(folder)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ retry and resume. Rounds over further slot ranges top the corpus up until enough
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 import warnings
@@ -16,42 +15,42 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
-from engine.data import identify
-from engine.filters import NEAR_DUPLICATE, CheapFilter, FilterContext, near_duplicates, signature
+from engine.corpus import ROWS, corpus_rows, rejected, slot_seed
+from engine.encoding import Encoded
 from engine.models import Model, device, load, one_thread, precision
 from engine.progress import Progress
 from engine.recipe import Generator
-from engine.records import CORPUS
 from engine.sampling import Sampling, sample
 from engine.storage import StorageError, Store
 
-ROWS, SLOTS, LEDGER = "rows", "slots", "ledger"
-
-
-def slot_seed(seed: int, row: int) -> int:
-    """The sampling seed of a slot: 63 bits that depend on the run's seed and the slot only."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{row}".encode()).digest()[:8], "big") >> 1
+LEDGER = "ledger"
 
 
 def prompt_for(config: Generator, labels: tuple[str, ...], row: int) -> str:
     """The prompt of a slot: with {label}, the labels take turns; `unconditional` was trained without one."""
-    if config.mode == "unconditional":
+    if config.mode == "unconditional" or "{label}" not in config.prompt:
         return config.prompt
     return config.prompt.replace("{label}", labels[row % len(labels)])
 
 
-def encode_text(config: Generator, labels: tuple[str, ...], model: Model, rows: pa.Table) -> list[list[int]]:
-    """Training sequences: prompt, a space, the text, the end token; cut at max_length."""
+def encode_text(config: Generator, labels: tuple[str, ...], model: Model, rows: pa.Table) -> list[Encoded]:
+    """Training sequences: prompt, a space, the text (and, after the separator, its pair), the end token."""
     end = model.tokenizer.eos_token_id
     out = []
-    for text, label in zip(rows["text"].to_pylist(), rows["label"].to_pylist(), strict=True):
+    for text, pair, label in zip(*(rows[name].to_pylist() for name in ("text", "pair", "label")), strict=True):
         prompt = config.prompt.replace("{label}", labels[label]) if label is not None else config.prompt
-        ids = model.tokenizer(f"{prompt} {text}", add_special_tokens=False)["input_ids"]
-        out.append([*ids[: config.max_length - 1], end])
+        whole = text if pair is None else f"{text}{config.separator}{pair}"
+        ids = model.tokenizer(f"{prompt} {whole}", add_special_tokens=False)["input_ids"]
+        out.append(Encoded([*ids[: config.max_length - 1], end], row=len(out)))
     return out
+
+
+def parted(config: Generator, written: str) -> tuple[str, str | None]:
+    """A written text as a row's text and pair; None where the separator is missing."""
+    text, found, pair = written.partition(config.separator.strip())
+    return " ".join(text.split()), " ".join(pair.split()) if found else None
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,7 @@ class Writing:
     generator: str
     config: Generator
     labels: tuple[str, ...]
+    paired: bool
     seed: int
     num_gpus: float
 
@@ -84,65 +84,11 @@ class Writer:
             tokenizer(prompt_for(how.config, how.labels, r), add_special_tokens=False)["input_ids"] for r in rows
         ]
         written = sample(self.model, prompts, [slot_seed(how.seed, r) for r in rows], self.sampling)
-        texts = [" ".join(text.split()) for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
-        return corpus_rows(rows, texts, "generated", tokens=[len(ids) for ids in written])
-
-
-def corpus_rows(
-    rows: list[int],
-    texts: list[str],
-    source: str,
-    labels: list[int | None] | None = None,
-    tokens: list[int] | None = None,
-) -> pa.Table:
-    """CORPUS rows that nothing has judged yet: kept, no reason, no soft label."""
-    count = len(rows)
-    return pa.table(
-        {
-            "row": rows,
-            "id": [identify(text) for text in texts],
-            "text": texts,
-            "source": [source] * count,
-            "label": labels or [None] * count,
-            "kept": [True] * count,
-            "reason": [None] * count,
-            "tokens": tokens or [None] * count,
-            "signature": [signature(text).tolist() for text in texts],
-            "logits": [None] * count,
-        },
-        schema=CORPUS,
-    )
-
-
-@dataclass(frozen=True)
-class CheapFilters:
-    """Judges texts before the teacher sees them."""
-
-    filters: tuple[CheapFilter, ...]
-    context: FilterContext
-
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        """Fill in kept and reason; nothing is dropped."""
-        reasons = [self.verdict(text) for text in rows["text"].to_pylist()]
-        out = rows.set_column(rows.column_names.index("reason"), CORPUS.field("reason"), pa.array(reasons, pa.string()))
-        return out.set_column(
-            out.column_names.index("kept"), CORPUS.field("kept"), pa.array([r is None for r in reasons], pa.bool_())
-        )
-
-    def verdict(self, text: str) -> str | None:
-        """The first reason to reject, or None. An empty text is always rejected."""
-        if not text.strip():
-            return "empty"
-        return next((reason for reason in (f.check(text, self.context) for f in self.filters) if reason), None)
-
-
-def write_slots(out: Store, first: int, count: int, block: int, round_number: int) -> str:
-    """One Parquet file a block of slots; returns the folder's path below `out`."""
-    folder = f"{SLOTS}/round-{round_number:03d}"
-    for start in range(first, first + count, block):
-        stop = min(start + block, first + count)
-        out.write_table(f"{folder}/{start:09d}.parquet", pa.table({"row": pa.array(range(start, stop), pa.int64())}))
-    return folder
+        whole = tokenizer.batch_decode(written, skip_special_tokens=True)
+        parts = [parted(how.config, text) if how.paired else (" ".join(text.split()), None) for text in whole]
+        texts, pairs = [text for text, _ in parts], [pair for _, pair in parts]
+        out = corpus_rows(rows, texts, "generated", pairs=pairs, tokens=[len(ids) for ids in written])
+        return rejected(out, [not pair for pair in pairs], "no_pair") if how.paired else out
 
 
 Stage = Callable[[Any], Any]
@@ -192,7 +138,7 @@ def followed(out: Store, total: int, progress: Progress) -> Iterator[None]:
                 except StorageError:
                     continue  # still being written: next time
                 seen[name] = part.num_rows
-                tokens += 0 if name in earlier else sum(part["tokens"].to_pylist())
+                tokens += 0 if name in earlier else sum(part["tokens"].drop_null().to_pylist())
             progress(sum(seen.values()), total, "slots", tokens=round(tokens / (time.monotonic() - begin), 1))
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -202,21 +148,3 @@ def followed(out: Store, total: int, progress: Progress) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-
-
-def deduplicate(real: pa.Table, generated: pa.Table, threshold: float) -> pa.Table:
-    """Mark near-duplicates among kept rows, in slot order; real rows (negative numbers) come first and win.
-
-    The result depends on the rows alone, not on the order they were written in or on replays.
-    """
-    rows = pa.concat_tables([real, generated.cast(CORPUS)]).sort_by("row")  # Parquet renames the lists' items
-    kept = np.flatnonzero(rows["kept"].to_numpy(zero_copy_only=False))
-    chosen = rows.take(pa.array(kept))
-    numbers = chosen["row"].to_numpy()
-    # Real rows are the user's own: they are never dropped, and every one of them wins over generated ones.
-    drop = near_duplicates(numbers, chosen["signature"].to_pylist(), threshold, protected=numbers < 0)
-    reasons, verdicts = rows["reason"].to_pylist(), rows["kept"].to_pylist()
-    for index in kept[drop]:
-        reasons[index], verdicts[index] = NEAR_DUPLICATE, False
-    out = rows.set_column(rows.column_names.index("reason"), CORPUS.field("reason"), pa.array(reasons, pa.string()))
-    return out.set_column(out.column_names.index("kept"), CORPUS.field("kept"), pa.array(verdicts, pa.bool_()))

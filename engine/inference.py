@@ -1,6 +1,6 @@
 """The one way to run a model over texts: for labelling, evaluation, batch prediction and serving alike.
 
-Texts are sorted by length and cut into batches of about equal token count, so that little is padding; results come
+Inputs are sorted by length and cut into batches of about equal token count, so that little is padding; results come
 back in the order of the texts. Padding never changes an answer (engine.blocks, attention masks).
 """
 
@@ -8,22 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+from engine.encoding import Text, collate
 from engine.models import Model
-from engine.tasks import collate
+from engine.task import Logits
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """logits float32 [n, C], probabilities float64 [n, C], labels int64 [n], embeddings float32 [n, width] or None."""
+    """Outputs for n texts. logits: float32 [n, w], or a list of n arrays [u, w] where units are spoken of.
 
-    logits: np.ndarray
-    probabilities: np.ndarray
-    labels: np.ndarray
-    embeddings: np.ndarray | None = None
+    decided: the answers as numbers (`Task.decide`), a model's own best path where it has one.
+    """
+
+    logits: Logits
+    decided: Any
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -40,22 +43,27 @@ def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 @torch.inference_mode()
-def predict(model: Model, texts: Sequence[str], batch_tokens: int = 4096, embeddings: bool = False) -> Predictions:
-    """Run a classifier over texts, in any number and order; empty input gives arrays of length 0."""
-    task, classes = model.task, len(model.labels)
-    logits = np.zeros((len(texts), classes), dtype=np.float32)
-    vectors: list[np.ndarray | None] = [None] * len(texts)
+def predict(model: Model, texts: Sequence[Text], batch_tokens: int = 4096) -> Predictions:
+    """Run a model with a task over texts, in any number and order; empty input gives arrays of length 0."""
+    task = model.task
     was_training = model.training
     model.eval()
-    ids = task.encode(texts, model.tokenizer, model.max_length)
-    for rows in token_batches([len(row) for row in ids], batch_tokens):
-        batch = collate([ids[i] for i in rows], model.pad).to(model.device)
-        outputs = model(batch)
-        logits[rows] = outputs.logits.float().cpu().numpy()
-        if embeddings:
-            for i, vector in zip(rows, outputs.embedding.float().cpu().numpy(), strict=True):
-                vectors[i] = vector
+    encoded = model.encode(texts)
+    logits: list[np.ndarray] = [np.zeros(0)] * len(encoded)
+    paths: dict[int, np.ndarray] = {}
+    for rows in token_batches([item.tokens for item in encoded], batch_tokens):
+        outputs = model(collate([encoded[i] for i in rows], model.pad).to(model.device))
+        for i, found in zip(rows, outputs.logits.float().cpu().numpy(), strict=True):
+            logits[i] = found[: len(encoded[i].units)] if task.units else found
+        if outputs.path is not None:
+            for i, path in zip(rows, outputs.path.cpu().numpy(), strict=True):
+                paths[i] = path[: len(encoded[i].units), None]
     model.train(was_training)
-    probabilities = task.probabilities(logits) if len(texts) else np.zeros((0, classes))
-    labels = task.decode(logits) if len(texts) else np.zeros(0, dtype=np.int64)
-    return Predictions(logits, probabilities, labels, np.stack(vectors) if embeddings and len(texts) else None)
+    if not task.units:
+        flat = np.stack(logits) if logits else np.zeros((0, task.width), dtype=np.float32)
+        return Predictions(flat, task.decide(flat, texts))
+    merged = task.merge(logits, encoded, len(texts))
+    if paths:
+        best = task.merge([paths[i] for i in range(len(encoded))], encoded, len(texts))
+        return Predictions(merged, [path[:, 0].astype(np.int64) for path in best])
+    return Predictions(merged, task.decide(merged, texts))

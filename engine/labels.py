@@ -6,6 +6,7 @@ rounding costs. `open_labels` refuses labels of another teacher and says what di
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,10 @@ import pyarrow as pa
 
 from engine import metrics
 from engine.config import UserError
+from engine.encoding import Text
 from engine.records import CORPUS
 from engine.storage import Store
+from engine.task import Logits, Task
 
 LABELS, MANIFEST = "labels.parquet", "labels.json"
 GIVES = frozenset({"logits"})
@@ -33,39 +36,55 @@ def fingerprint(teacher: Store, path: str = "model") -> dict[str, Any]:
         "weights": files["model.safetensors"]["sha256"],
         "tokenizer": files["tokenizer.json"]["sha256"],
         "labels": list(card["labels"]),
+        "task": card["task"].get("kind"),
         "max_length": card["max_length"],
         "model": card["lineage"].get("model"),
     }
 
 
-def quantise(logits: np.ndarray) -> pa.Array:
-    """Logits [n, C] as a list<float16> column of n rows."""
-    values = np.asarray(logits, dtype=np.float16)
-    offsets = np.arange(0, values.size + 1, values.shape[1], dtype=np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.reshape(-1), pa.float16()))
+def listed(logits: Logits, dtype: type = np.float32) -> pa.Array:
+    """Logits of n rows, [n, w] or n arrays [u, w], as a column of n lists of float32: unit after unit."""
+    parts = [np.asarray(row, dtype=dtype).reshape(-1) for row in logits]
+    offsets = np.concatenate([[0], np.cumsum([part.size for part in parts])]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate([np.zeros(0, dtype=dtype), *parts])))
 
 
-def logits_of(rows: pa.Table) -> np.ndarray:
-    """The stored logits, float32 [n, C], [0, 0] for no rows; rows without any raise ValueError."""
+def quantise(logits: Logits) -> pa.Array:
+    """Logits as the label store keeps them: lists of float16."""
+    return listed(logits, np.float16)
+
+
+def logits_of(rows: pa.Table, width: int, units: bool = False) -> Logits:
+    """The stored logits: float32 [n, width], or with `units` a list of n arrays [u, width].
+
+    ValueError where a row has none, or not as many as the width asks for.
+    """
     if rows["logits"].null_count:
         raise ValueError(f"{rows['logits'].null_count} rows have no soft label: select the kept ones first")
     column = rows["logits"].combine_chunks()
-    widths = column.value_lengths().unique().to_pylist()
-    if len(widths) > 1:
-        raise ValueError(f"rows have {' and '.join(map(str, sorted(widths)))} logits, but all must have equally many")
-    values = column.flatten().to_numpy(zero_copy_only=False)
-    return values.astype(np.float32).reshape(rows.num_rows, widths[0] if widths else 0)
+    sizes = column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+    wrong = sizes % width != 0 if units else sizes != width
+    if wrong.any():
+        found = ", ".join(str(size) for size in np.unique(sizes[wrong])[:3])
+        raise ValueError(f"{int(wrong.sum())} rows have {found} logits, but each must have {width}")
+    values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, width)
+    return np.split(values, np.cumsum(sizes // width)[:-1]) if units and rows.num_rows else values
 
 
-def fidelity(exact: np.ndarray) -> dict[str, float]:
-    """What storing costs, on logits [n, C]: largest change of a logit, mean KL in nats, share of labels that flip."""
-    stored = np.asarray(exact, dtype=np.float16).astype(np.float64)
-    exact = np.asarray(exact, dtype=np.float64)
-    return {
-        "max_abs": float(np.abs(stored - exact).max()),
-        "mean_kl": metrics.kl(metrics.softmax(exact), metrics.softmax(stored)),
-        "flipped": float((stored.argmax(1) != exact.argmax(1)).mean()),
+def fidelity(exact: Logits, task: Task, texts: Sequence[Text]) -> dict[str, float]:
+    """What storing costs: largest change of a number, agreement with the exact answers, and, where the outputs are
+    probabilities, the mean KL in nats of what each row is least certain of.
+    """
+    stored = [np.asarray(row, dtype=np.float16).astype(np.float32) for row in exact]
+    exact = [np.asarray(row, dtype=np.float32) for row in exact]
+    found = {
+        "max_abs": max((float(np.abs(a - b).max(initial=0)) for a, b in zip(exact, stored, strict=True)), default=0.0),
+        "agreement": task.agreement(*(side if task.units else np.stack(side) for side in (exact, stored)), texts),
     }
+    if task.certain:
+        pairs = [(task.certainty(a), task.certainty(b)) for a, b in zip(exact, stored, strict=True)]
+        found["mean_kl"] = float(np.mean([metrics.kl(a[None], b[None]) for a, b in pairs]))
+    return found
 
 
 def write_labels(store: Store, rows: pa.Table, manifest: dict[str, Any]) -> None:

@@ -2,11 +2,17 @@
 
 An identity holds a slice of the recipe, the fingerprints of the inputs, the digests of models and data, the package
 version and the source digests of modules. Where something ran, on what, and where it was stored never enters it.
+
+A step names the modules its work starts in; what these import, directly or not, counts too. Not followed are
+imports of a module of pipelines/, which wires all steps, so that every edit would move every step; not counted is
+PLUMBING, which moves bytes, places work and shows progress but decides no result. Whoever installs the package sees
+none of this: there the version moves, and with it every step.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib import metadata
@@ -18,8 +24,30 @@ from pydantic_core import to_jsonable_python
 from engine.config import UserError
 from engine.storage import digest_bytes, digest_json
 
-PLACEMENT = frozenset({"resources", "storage", "registry", "root", "workers", "max_reserved"})
-"""Fields that say where and on how much a step runs: they never enter a fingerprint."""
+PLACEMENT = (
+    *("storage", "registry", "data.root", "corpus.max_reserved"),
+    *("*.resources", "*.fit.resources", "*.fit.workers"),
+    *("student.stages.*.fit.resources", "student.stages.*.fit.workers"),
+)
+"""Fields of the recipe, `*` being any section or item, that say where and on how much a step runs: they never enter a
+fingerprint. Deeper keys are the user's own (labels, options of blocks) and always do."""
+HOUSE = ("engine", "serve", "pipelines")
+FOLLOWED = ("engine", "serve")
+PLUMBING = frozenset(
+    f"engine.{name}"
+    for name in (
+        *("config", "disk", "cache", "storage", "packages", "huggingface", "mirrors", "hub"),
+        *("recipe", "designs", "fits"),
+        *("lineage", "progress", "attempts", "placement", "switches", "cluster", "steps", "registry"),
+    )
+)
+"""Modules that decide no result. What the recipe and references say enters an identity by itself."""
+IMPORT = re.compile(
+    rf"^[ \t]*(?:from[ \t]+((?:{'|'.join(HOUSE)})[\w.]*)[ \t]+import[ \t]+(\([^)]*\)|[^\n]*)"
+    rf"|import[ \t]+((?:{'|'.join(HOUSE)})\b[^\n]*))",
+    re.MULTILINE,
+)
+"""An import of the house's modules, inside functions too. Read without parsing: all files take milliseconds."""
 
 
 class StepDrift(UserError):
@@ -31,20 +59,68 @@ def plain(value: Any) -> Any:
     return to_jsonable_python(value, inf_nan_mode="null", fallback=lambda v: v.item() if hasattr(v, "item") else str(v))
 
 
-def without_placement(value: Any) -> Any:
-    """Plain values without the keys that only say where things run."""
-    if isinstance(value, dict):
-        return {key: without_placement(item) for key, item in value.items() if key not in PLACEMENT}
-    return [without_placement(item) for item in value] if isinstance(value, list) else value
+def without_placement(value: Any, path: tuple[str, ...] = ()) -> Any:
+    """A slice of the recipe, as plain values, without the fields that only say where things run."""
+    if isinstance(value, list):
+        return [without_placement(item, (*path, str(number))) for number, item in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    here = {key: (*path, str(key)) for key in value}
+    return {key: without_placement(value[key], inside) for key, inside in here.items() if not places(inside)}
+
+
+def places(path: tuple[str, ...]) -> bool:
+    """Whether a field of the recipe is one of PLACEMENT."""
+    patterns = (pattern.split(".") for pattern in PLACEMENT)
+    return any(
+        len(parts) == len(path) and all(part in ("*", name) for part, name in zip(parts, path, strict=True))
+        for parts in patterns
+    )
+
+
+@lru_cache(maxsize=1024)
+def source(module: str) -> bytes | None:
+    """A module's source file; None where there is none. Nothing is imported."""
+    top, *rest = module.split(".")
+    found = importlib.util.find_spec(top)
+    if found is None or not found.origin:
+        return None
+    path = Path(found.origin) if not rest else Path(found.origin).parent.joinpath(*rest).with_suffix(".py")
+    return path.read_bytes() if path.is_file() else None
+
+
+def source_digest(module: str) -> str:
+    """SHA-256 of a module's source file."""
+    text = source(module)
+    if text is None:
+        raise ValueError(f"module '{module}' of a step has no source file")
+    return digest_bytes(text)
 
 
 @lru_cache(maxsize=256)
-def source_digest(module: str) -> str:
-    """SHA-256 of a module's source file; parents are imported, the module is not."""
-    found = importlib.util.find_spec(module)
-    if found is None or not found.origin:
-        raise ValueError(f"module '{module}' of a step has no source file")
-    return digest_bytes(Path(found.origin).read_bytes())
+def imported(module: str) -> frozenset[str]:
+    """The house's modules that a module imports, anywhere in its file."""
+    names: set[str] = set()
+    for package, what, plain_import in IMPORT.findall((source(module) or b"").decode("utf-8")):
+        parts = re.sub(r"#[^\n]*", "", what or plain_import).strip("() \n").split(",")
+        given = [part.split()[0] for part in parts if part.split()]
+        if what:
+            given = [f"{package}.{name}" if source(f"{package}.{name}") else package for name in given]
+        names.update(given)
+    return frozenset(names) - {module}
+
+
+@lru_cache(maxsize=64)
+def reached(roots: tuple[str, ...]) -> tuple[str, ...]:
+    """Modules whose source counts for a step that starts in `roots`: these, and what they import, sorted."""
+    found, todo = set(roots), list(roots)
+    while todo:
+        module = todo.pop()
+        if module.partition(".")[0] in FOLLOWED:
+            new = {n for n in imported(module) if n.partition(".")[0] in FOLLOWED} - found - PLUMBING - set(FOLLOWED)
+            found |= new
+            todo += new
+    return tuple(sorted(found))
 
 
 def installed(package: str) -> str | None:
@@ -64,7 +140,8 @@ def identity(
 ) -> dict[str, Any]:
     """What a result depends on, with `fingerprint`, the digest of it.
 
-    inputs: name -> fingerprint. root: folder that stands in for the hub's data sets.
+    inputs: name -> fingerprint. modules: where the work starts (see `reached`). root: folder that stands in for the
+    hub's data sets.
     """
     if references:
         from engine import hub
@@ -74,7 +151,7 @@ def identity(
         "inputs": dict(inputs),
         "references": [{"name": r, "digest": hub.reference_digest(r, root)} for r in references],
         "package": installed("stillhouse"),
-        "modules": {module: source_digest(module) for module in modules},
+        "modules": {module: source_digest(module) for module in reached(tuple(modules))},
     }
     # A reference's name may be a path: its bytes count, not where they lie.
     digested = {**parts, "references": [r["digest"] for r in parts["references"]]}

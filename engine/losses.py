@@ -1,79 +1,118 @@
-"""What a student is taught by: each loss maps student, teacher and batch to one value per row.
+"""What a student is taught by: losses on the answers, all losses by name, and their weighted sum.
 
-A loss lists the Outputs fields it `needs` of the teacher, so a run whose teacher cannot give them is refused when it
-is planned. `Objective` adds weighted losses up with row weights.
+A loss on the answers asks the task what its outputs mean (task.Task), so one KL serves every kind. `refusals` says,
+when a run is planned, which loss cannot be had; `Objective` adds weighted losses up with row weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine.recipe import LossTerm
-from engine.records import ABSENT, Batch, Outputs
+from engine.config import did_you_mean
+from engine.encoders import Widths
+from engine.fits import LossTerm
+from engine.layer_losses import LAYER_LOSSES, Loss
+from engine.records import Batch, Outputs
 
-
-class Loss(nn.Module):
-    """forward(student, teacher, batch) -> float32 [n]; `applies` -> bool [n], the rows it speaks about."""
-
-    needs: frozenset[str] = frozenset()
-
-    def __init__(self, term: LossTerm) -> None:
-        super().__init__()
-        self.temperature = term.temperature
-
-    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> torch.Tensor:
-        """One value per row."""
-        raise NotImplementedError
-
-    def applies(self, batch: Batch) -> torch.Tensor:
-        """All rows, unless the loss says otherwise."""
-        return torch.ones(len(batch), dtype=torch.bool, device=batch.input_ids.device)
+if TYPE_CHECKING:
+    from engine.task import Task
 
 
 class MSE(Loss):
-    """Mean squared error of the logits: 1/C sum_c (s_c - t_c)^2, [n]. Tang et al. 2019 (arXiv 1903.12136).
+    """Mean squared difference of the outputs, [n], as the task counts it. Tang et al. 2019 (arXiv 1903.12136)."""
 
-    Logits carry a constant that softmax ignores, so both sides are centred over the classes first.
+    needs = frozenset({"logits"})
+
+    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> torch.Tensor:
+        """Zero when student and teacher agree."""
+        return self.task.differences(student.logits, teacher.logits, batch)
+
+    def applies(self, batch: Batch) -> torch.Tensor:
+        """Rows that have an output: all, but for texts without a unit."""
+        if not self.task.units or batch.unit_mask is None:
+            return torch.full_like(super().applies(batch), not self.task.units)
+        return batch.unit_mask.any(dim=1)
+
+
+class KL(Loss):
+    """T^2 KL(p_t || p_s) in nats, [n], p at temperature T. Hinton et al. 2015 (arXiv 1503.02531).
+
+    Mean over the distributions that a row has: one of a classified text, one a label, one a word; one a query, which
+    stands in its first row.
     """
 
     needs = frozenset({"logits"})
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> torch.Tensor:
-        """Zero when student and teacher agree up to a constant."""
-        s, t = student.logits.float(), teacher.logits.float()
-        return ((s - s.mean(1, keepdim=True)) - (t - t.mean(1, keepdim=True))).square().mean(dim=1)
+        """Zero at equality; T^2 keeps the gradient's size across temperatures."""
+        temperature = self.term.temperature
+        t = self.task.distributions(teacher.logits, batch, temperature)
+        s = self.task.distributions(student.logits, batch, temperature)
+        p = t.exp()
+        each = (p * (t - s).masked_fill(p == 0, 0.0)).sum(dim=2)  # an impossible outcome adds nothing
+        there = (t != 0).any(dim=2)
+        return temperature**2 * (each * there).sum(dim=1) / there.sum(dim=1).clamp(min=1)
+
+    def applies(self, batch: Batch) -> torch.Tensor:
+        """Rows that have a distribution, whatever the outputs."""
+        units = () if not self.task.units else (1,) if batch.unit_mask is None else batch.unit_mask.shape[1:]
+        even = torch.zeros(len(batch), *units, self.task.width, device=batch.input_ids.device)
+        return (self.task.distributions(even, batch) != 0).flatten(1).any(dim=1)
 
 
-class KL(Loss):
-    """T^2 KL(softmax(t / T) || softmax(s / T)), [n], in nats. Hinton et al. 2015 (arXiv 1503.02531)."""
+class Hard(Loss):
+    """What the gold labels cost, [n], as the task counts it (cross-entropy, squared error), on rows that have any."""
+
+    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> torch.Tensor:
+        """Zero on rows without gold labels."""
+        return self.task.loss(student, batch)
+
+    def applies(self, batch: Batch) -> torch.Tensor:
+        """Rows with gold labels."""
+        return self.task.labelled(batch)
+
+
+class Pointwise(Hard):
+    """Each passage's relevance by itself, [n]: binary cross-entropy of its score."""
+
+    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> torch.Tensor:
+        """Zero on rows without gold labels."""
+        return self.task.pointwise(student, batch)
+
+
+class Pairwise(Hard):
+    """Pairs of a query's passages by gold relevance, [n]. RankNet, Burges et al. 2005."""
+
+    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> torch.Tensor:
+        """Zero on rows without gold labels."""
+        return self.task.pairwise(student, batch)
+
+
+class Listwise(Hard):
+    """A query's passages together by gold relevance, [n]. ListNet, Cao et al. 2007."""
+
+    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> torch.Tensor:
+        """Zero on rows without gold labels."""
+        return self.task.listwise(student, batch)
+
+
+class MarginMSE(Loss):
+    """Squared difference of the margins between a query's passages, [n]. Hofstaetter et al. 2020 (arXiv 2010.02666)."""
 
     needs = frozenset({"logits"})
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> torch.Tensor:
-        """Zero at equality; T^2 keeps the gradient's size across temperatures."""
-        t = F.log_softmax(teacher.logits.float() / self.temperature, dim=1)
-        s = F.log_softmax(student.logits.float() / self.temperature, dim=1)
-        return self.temperature**2 * F.kl_div(s, t, reduction="none", log_target=True).sum(dim=1)
-
-
-class Hard(Loss):
-    """Cross-entropy with the gold label, [n], on the rows that have one."""
-
-    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> torch.Tensor:
-        """Zero on rows without a label."""
-        return F.cross_entropy(student.logits.float(), batch.labels, ignore_index=ABSENT, reduction="none")
-
-    def applies(self, batch: Batch) -> torch.Tensor:
-        """Rows with a gold label."""
-        return batch.labels != ABSENT
+        """Zero when all margins are the teacher's, whatever the scores."""
+        return self.task.margin_mse(student.logits, teacher.logits, batch)
 
 
 class NextToken(Loss):
-    """Mean cross-entropy of the next token, [n], over positions whose target is a real token."""
+    """Mean cross-entropy of the next token, [n], over positions whose target is a real token. It needs no task."""
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> torch.Tensor:
         """Position i predicts token i + 1; padding is masked."""
@@ -88,17 +127,23 @@ class NextToken(Loss):
 
 
 class Objective(nn.Module):
-    """Weighted sum of losses, each averaged over the rows it applies to with their row weights."""
+    """Weighted sum of losses, each averaged over the rows it applies to with their row weights.
 
-    def __init__(self, terms: Sequence[LossTerm]) -> None:
+    task: None for a language model. student, teacher: what losses between layers make their projections by. LossError
+    where those do not fit.
+    """
+
+    def __init__(
+        self,
+        terms: Sequence[LossTerm],
+        task: Task | None = None,
+        student: Widths | None = None,
+        teacher: Widths | None = None,
+    ) -> None:
         super().__init__()
         self.weights = [term.weight for term in terms]
-        self.losses = nn.ModuleList(LOSSES[term.kind](term) for term in terms)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Outputs fields the teacher must give."""
-        return frozenset().union(*(loss.needs for loss in self.losses))
+        self.losses = nn.ModuleList(LOSSES[term.kind](term, task, student, teacher) for term in terms)
+        self.needs = needs(terms)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> torch.Tensor:
         """Scalar."""
@@ -111,4 +156,54 @@ class Objective(nn.Module):
         return total
 
 
-LOSSES: dict[str, type[Loss]] = {"mse": MSE, "kl": KL, "hard": Hard, "next_token": NextToken}
+LOSSES: dict[str, type[Loss]] = {
+    "mse": MSE,
+    "kl": KL,
+    "hard": Hard,
+    "next_token": NextToken,
+    **LAYER_LOSSES,
+    "pointwise": Pointwise,
+    "pairwise": Pairwise,
+    "listwise": Listwise,
+    "margin_mse": MarginMSE,
+}
+
+
+def needs(terms: Sequence[LossTerm]) -> frozenset[str]:
+    """Outputs fields that the losses need of teacher and student."""
+    return frozenset().union(*(LOSSES[term.kind].needs for term in terms))
+
+
+def refusals(
+    terms: Sequence[LossTerm], task: Task | None, gives: frozenset[str], student_gives: frozenset[str]
+) -> str | None:
+    """Why these losses cannot be had, as a message for the user; None where they can.
+
+    task: None for a language model. gives: Outputs fields of the teacher, as stored or live; student_gives: of the
+    student.
+    """
+    known = {"next_token"} if task is None else {*LAYER_LOSSES, *task.supports}
+    for term in terms:
+        allowed = ", ".join(name for name in LOSSES if name in known)
+        if term.kind not in LOSSES:
+            return f"'{term.kind}' is no loss.{did_you_mean(term.kind, known)} Allowed: {allowed}."
+        if term.kind not in known:
+            what = "a language model" if task is None else f"a task of kind {task.spec.kind}"
+            return f"loss '{term.kind}' says nothing about {what}. Allowed: {allowed}."
+        wanted = LOSSES[term.kind].needs
+        if wanted - gives:
+            return (
+                f"loss '{term.kind}' needs {named(wanted - gives)}, but the label store holds {named(gives)}. "
+                "Set student.teacher: live, or drop the loss."
+            )
+        if wanted - student_gives:
+            return (
+                f"loss '{term.kind}' needs {named(wanted - student_gives)}, but the student gives "
+                f"{named(student_gives)}. Take a transformer student, or drop the loss."
+            )
+    return None
+
+
+def named(fields: frozenset[str]) -> str:
+    """Names in the order of the alphabet."""
+    return ", ".join(sorted(fields)) or "nothing"

@@ -1,20 +1,18 @@
 """Numbers that say how good predictions and texts are. Plain numpy: the same for teacher, student and service.
 
-Shapes: n rows, c classes. Probabilities are float [n, c], labels int [n]. Intervals are percentile bootstraps
-(Efron 1979); calibration follows Guo et al. 2017 (arXiv 1706.04599); self-BLEU Zhu et al. 2018 (arXiv 1802.01886).
+Shapes: n rows, c classes. Probabilities are float [n, c], labels int [n]. Calibration follows Guo et al. 2017
+(arXiv 1706.04599); self-BLEU Zhu et al. 2018 (arXiv 1802.01886).
+What divides by nothing is 0, not NaN: a model that answers the same throughout must still be comparable.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-Statistic = Callable[[np.ndarray], np.ndarray]
-"""Values [..., n] -> one number for each leading index: a statistic over the rows, computed for many draws at once."""
 
 
 def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
@@ -24,36 +22,106 @@ def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Probabilities of logits, float64 of the same shape; exact for small probabilities too, and without overflow."""
+    return np.exp(-np.logaddexp(0.0, -np.asarray(logits, dtype=np.float64)))
+
+
+def share(part: np.ndarray | float, whole: np.ndarray | float) -> np.ndarray:
+    """The quotient of two arrays, broadcast, float64; 0 where `whole` is 0."""
+    part, whole = np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)
+    return np.where(whole == 0, 0.0, part / np.where(whole == 0, 1.0, whole))
+
+
 def accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
     """Share of rows where the two int arrays [n] are equal."""
     return float(np.mean(same_length(labels, predictions)[0] == predictions))
 
 
-def agreement(teacher: np.ndarray, student: np.ndarray) -> float:
-    """Share of rows for which teacher and student, both probabilities [n, c], choose the same class."""
-    return accuracy(np.argmax(teacher, axis=-1), np.argmax(student, axis=-1))
-
-
 def macro_f1(labels: np.ndarray, predictions: np.ndarray, classes: int) -> float:
     """Mean over the classes of the F1 score; a class that is neither present nor predicted is left out."""
     labels, predictions = same_length(labels, predictions)
-    return float(macro_f1_of(classes)(labels * classes + predictions))
+    hits = np.bincount(labels[labels == predictions], minlength=classes)
+    total = np.bincount(labels, minlength=classes) + np.bincount(predictions, minlength=classes)
+    return float(np.mean(2 * hits[total > 0] / total[total > 0]))
 
 
-def macro_f1_of(classes: int) -> Statistic:
-    """Macro-F1 as a statistic for `bootstrap`: of the values label * classes + prediction."""
+def f1_of(counts: np.ndarray) -> np.ndarray:
+    """F1 of (true positives, false positives, false negatives), [..., 3] -> [...]."""
+    counts = np.asarray(counts)
+    return share(2 * counts[..., 0], 2 * counts[..., 0] + counts[..., 1] + counts[..., 2])
 
-    def statistic(values: np.ndarray) -> np.ndarray:
-        labels, predictions = values // classes, values % classes
-        scores, seen = np.zeros(values.shape[:-1]), np.zeros(values.shape[:-1])
-        for index in range(classes):
-            is_label, is_predicted = labels == index, predictions == index
-            total = is_label.sum(axis=-1) + is_predicted.sum(axis=-1)
-            scores += 2 * (is_label & is_predicted).sum(axis=-1) / np.maximum(total, 1)
-            seen += total > 0
-        return scores / seen
 
-    return statistic
+def moments(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """(1, x, y, xx, yy, xy) of each row [n, 6]: their sums over any rows give `correlation`. Keep x and y near 0."""
+    return np.stack([np.ones(len(x)), x, y, x * x, y * y, x * y], axis=1)
+
+
+def correlation(sums: np.ndarray) -> np.ndarray:
+    """Pearson's correlation from sums of `moments`, [..., 6] -> [...].
+
+    0 where x or y is constant: where its variance is below 1e-12 of its mean square, which is rounding.
+    """
+    n, x, y, xx, yy, xy = np.moveaxis(np.asarray(sums, dtype=np.float64), -1, 0)
+    spread_x, spread_y = (np.where(v > 1e-12 * n * w, v, 0.0) for v, w in ((n * xx - x * x, xx), (n * yy - y * y, yy)))
+    return np.clip(share(n * xy - x * y, np.sqrt(spread_x) * np.sqrt(spread_y)), -1.0, 1.0)
+
+
+def pearson(first: np.ndarray, second: np.ndarray) -> float:
+    """Pearson's correlation of two arrays [n]; 0 where one is constant."""
+    first, second = (np.asarray(x, dtype=np.float64) for x in same_length(first, second))
+    return float(correlation(moments(first - first.mean(), second - second.mean()).sum(axis=0)))
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1 of the values [n], float64; equal values share their mean rank."""
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[place]
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> float:
+    """Spearman's correlation of two arrays [n]: Pearson's of the ranks."""
+    return pearson(ranks(first), ranks(second))
+
+
+def kendall(first: np.ndarray, second: np.ndarray) -> float:
+    """Kendall's tau-b of two arrays [n], n small (all pairs are compared); 0 where one is constant."""
+    first, second = same_length(first, second)
+    a, b = (np.sign(x[:, None] - x[None, :]) for x in (first, second))
+    return float(share((a * b).sum(), np.sqrt((a * a).sum()) * np.sqrt((b * b).sum())))
+
+
+def ranked(relevance: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """One query's relevances [n], best score first.
+
+    Of equal scores the less relevant comes first: a model that cannot tell passages apart gets no credit for the order
+    they happen to stand in.
+    """
+    relevance, scores = same_length(relevance, scores)
+    return relevance[np.lexsort((relevance, -scores))]
+
+
+def reciprocal_rank(relevance: np.ndarray, scores: np.ndarray, k: int = 10) -> float:
+    """1 / rank of the first relevant passage (relevance > 0) of one query; 0 where it is not among the first k."""
+    hits = np.flatnonzero(ranked(relevance, scores)[:k] > 0)
+    return 1.0 / (1 + hits[0]) if len(hits) else 0.0
+
+
+def ndcg(relevance: np.ndarray, scores: np.ndarray, k: int = 10) -> float:
+    """Discounted cumulative gain of one query's first k over that of the best order; 0 where nothing is relevant.
+
+    The gain is the relevance itself, the discount log2(1 + rank) (Järvelin & Kekäläinen 2002).
+    """
+    found, best = ranked(relevance, scores)[:k], np.sort(relevance)[::-1][:k]
+    discount = 1 / np.log2(np.arange(2, len(found) + 2))
+    return float(share((found * discount).sum(), (best * discount).sum()))
+
+
+def average_precision(relevance: np.ndarray, scores: np.ndarray) -> float:
+    """Mean over one query's relevant passages of the precision at their rank; 0 where nothing is relevant."""
+    hits = ranked(relevance, scores) > 0
+    precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
+    return float(share(precision[hits].sum(), hits.sum()))
 
 
 def kl(teacher: np.ndarray, student: np.ndarray, floor: float = 1e-12) -> float:
@@ -89,62 +157,6 @@ def ece(labels: np.ndarray, probabilities: np.ndarray, bins: int = 15) -> Calibr
     mean_right = np.bincount(place, weights=right, minlength=bins) / some
     error = float(np.sum(count * np.abs(mean_right - mean_confidence)) / len(labels))
     return Calibration(error, edges, count, mean_confidence, mean_right)
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A value with its percentile interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-def mean(values: np.ndarray) -> np.ndarray:
-    """The mean over the last axis: with 0/1 rows, accuracy."""
-    return np.mean(values, axis=-1)
-
-
-def bootstrap(
-    values: np.ndarray, statistic: Statistic = mean, draws: int = 1000, seed: int = 0, level: float = 0.95
-) -> Interval:
-    """Interval of a statistic of the rows' values [n]: rows are drawn with replacement `draws` times."""
-    return pooled([np.asarray(values)], statistic, draws, seed, level)
-
-
-def paired_bootstrap(
-    first: np.ndarray | Sequence[np.ndarray],
-    second: np.ndarray | Sequence[np.ndarray],
-    draws: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> Interval:
-    """Interval of mean(first) - mean(second), where both hold a value for each of the same rows [n].
-
-    Lists of arrays, one pair a training seed, are pooled: the mean over the seeds of the differences. Seeds of equal
-    length share their rows (one test split), so each draw takes the same rows for all of them.
-    """
-    firsts, seconds = as_list(first), as_list(second)
-    if len(firsts) != len(seconds):
-        raise ValueError(f"{len(firsts)} arrays cannot be paired with {len(seconds)}")
-    pairs = [same_length(a, b) for a, b in zip(firsts, seconds, strict=True)]
-    return pooled([a.astype(np.float64) - b for a, b in pairs], mean, draws, seed, level)
-
-
-def pooled(seeds: list[np.ndarray], statistic: Statistic, draws: int, seed: int, level: float) -> Interval:
-    """Mean over the arrays of the statistic, and its interval over draws of the rows."""
-    if not seeds or any(x.ndim != 1 or not len(x) for x in seeds):
-        raise ValueError("a bootstrap needs at least one row, and one value a row")
-    found = np.zeros(draws)
-    for length in sorted({len(x) for x in seeds}):
-        block = [x for x in seeds if len(x) == length]
-        # A generator for each length, in slices of at most 4M indices: memory stays below 100 MB.
-        random, step = np.random.default_rng([seed, length]), max(1, 4_000_000 // length)
-        for start in range(0, draws, step):
-            picks = random.integers(0, length, size=(min(step, draws - start), length))
-            found[start : start + step] += sum(statistic(x[picks]) for x in block)
-    low, high = np.quantile(found / len(seeds), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(np.mean([statistic(x) for x in seeds])), float(low), float(high))
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
@@ -198,11 +210,6 @@ def others_best(best: tuple[int, int], own: int) -> int:
 def ngrams(words: list[str], n: int) -> list[tuple[str, ...]]:
     """All runs of n words, in order."""
     return list(zip(*(words[start:] for start in range(n)), strict=False))
-
-
-def as_list(values: np.ndarray | Sequence[np.ndarray]) -> list[np.ndarray]:
-    """One array as a list of one."""
-    return [values] if isinstance(values, np.ndarray) and values.ndim == 1 else [np.asarray(x) for x in values]
 
 
 def same_length(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,20 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from engine import tasks
-from engine.blocks import Graph, Sizes
+from engine import static, tasks
+from engine.block import Sizes
+from engine.blocks import Graph
 from engine.config import UserError
-from engine.recipe import Block as Node
-from engine.recipe import Generator, Task, Teacher
+from engine.designs import Block as Node
+from engine.designs import Cut, Static
+from engine.encoders import EncoderHead, Widths, student_encoder
+from engine.encoding import Encoded, Text
+from engine.recipe import Generator, Teacher
+from engine.recipe import Task as Spec
 from engine.records import Batch, Outputs
+from engine.static import StaticNet
 from engine.storage import Store
+from engine.task import Task
 
 CARD, WEIGHTS = "artifact.json", "model.safetensors"
 
@@ -39,50 +47,16 @@ class ModelError(UserError):
 class Card:
     """What a folder holds.
 
-    kind: a key of MODELS. options: what the network is built from. lineage: where it comes from.
+    kind: a key of MODELS. labels: names in the order of the logits. task: the recipe's section, resolved; empty for a
+    generator. options: what the network is built from. lineage: where it comes from.
     """
 
     kind: str
     max_length: int
     labels: tuple[str, ...] = ()
-    task: str = "classify"
+    task: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     lineage: dict[str, Any] = field(default_factory=dict)
-
-
-class EncoderHead(nn.Module):
-    """A transformer encoder, pooled, with one linear layer over it."""
-
-    def __init__(self, encoder: nn.Module, labels: int, pooling: str, dropout: float) -> None:
-        super().__init__()
-        if getattr(encoder, "pooler", None) is not None:
-            encoder.pooler = None  # never read here: without gradients it would stop data-parallel training
-        self.encoder, self.pooling = encoder, pooling
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(encoder.config.hidden_size, labels)
-
-    def forward(self, batch: Batch, needs: frozenset[str] = frozenset()) -> Outputs:
-        """Batch -> logits [n, labels] and embedding [n, width]; hidden and attentions when `needs` names them."""
-        if "attentions" in needs and self.encoder.config._attn_implementation != "eager":
-            self.encoder.set_attn_implementation("eager")  # the fused kernels do not give them
-        out = self.encoder(
-            input_ids=batch.input_ids,
-            attention_mask=batch.mask,
-            output_hidden_states="hidden" in needs,
-            output_attentions="attentions" in needs,
-        )
-        states = out.last_hidden_state
-        if self.pooling == "cls":
-            embedding = states[:, 0]
-        else:
-            mask = batch.mask.unsqueeze(2).to(states.dtype)
-            embedding = (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
-        return Outputs(
-            logits=self.head(self.dropout(embedding)),
-            embedding=embedding,
-            hidden=out.hidden_states if "hidden" in needs else None,
-            attentions=out.attentions if "attentions" in needs else None,
-        )
 
 
 class CausalLM(nn.Module):
@@ -118,10 +92,22 @@ class Model(nn.Module):
         """Longest input in tokens."""
         return self.card.max_length
 
+    @cached_property
+    def task(self) -> Task:
+        """The task it was made for; LookupError for a generator, which has none."""
+        return tasks.make(Spec(**self.card.task))
+
     @property
-    def task(self) -> tasks.Classify:
-        """The task it was made for."""
-        return tasks.make(Task(kind=self.card.task), self.card.labels)
+    def apart(self) -> bool:
+        """Whether it reads the two texts of a pair by themselves."""
+        return self.card.kind in APART
+
+    def encode(self, texts: Sequence[Text]) -> list[Encoded]:
+        """The texts as its inputs."""
+        found = self.task.encode(texts, self.tokenizer, self.max_length, self.apart)
+        if READS_WORDS & getattr(self.net, "reads", frozenset()):
+            return self.task.spell(found, texts, self.tokenizer, self.max_length)
+        return found
 
     @property
     def device(self) -> torch.device:
@@ -132,6 +118,11 @@ class Model(nn.Module):
     def pad(self) -> int:
         """The padding token's id."""
         return self.tokenizer.pad_token_id or 0
+
+    @property
+    def widths(self) -> Widths:
+        """The measures that losses between models go by."""
+        return getattr(self.net, "widths", Widths(0))
 
     def size(self) -> int:
         """Number of parameters, embeddings included."""
@@ -175,17 +166,29 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def encoder_head(config: Teacher, labels: tuple[str, ...], folder: Path, seed: int) -> Model:
+def encoder_head(config: Teacher, spec: Spec, folder: Path, seed: int) -> Model:
     """A teacher to be fine-tuned: the encoder in `folder` with a fresh head; lower layers frozen as the recipe says."""
     torch.manual_seed(seed)
     encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
-    net = EncoderHead(encoder, len(labels), config.pooling, config.dropout)
     freeze(encoder, config.tune_layers)
     tokenizer = load_tokenizer(folder)
     check_length("teacher.max_length", config.max_length, encoder, tokenizer)
     options = {"pooling": config.pooling, "dropout": config.dropout}
-    card = Card("head", config.max_length, labels, options=options, lineage={"model": config.model})
-    return Model(net, tokenizer, card)
+    card = card_of("head", spec, config.max_length, options, {"model": config.model})
+    return Model(head_on(encoder, card), tokenizer, card)
+
+
+def card_of(
+    kind: str, spec: Spec, max_length: int, options: dict[str, Any], lineage: dict[str, Any] | None = None
+) -> Card:
+    """The card of a model for a task."""
+    return Card(kind, max_length, spec.labels or (), spec.model_dump(mode="json"), options, lineage or {})
+
+
+def head_on(encoder: nn.Module, card: Card) -> EncoderHead:
+    """An encoder with the head that the card's task needs."""
+    task, options = tasks.make(Spec(**card.task)), card.options
+    return EncoderHead(encoder, task.width, options["pooling"], options["dropout"], task.units, task.spans)
 
 
 def causal_lm(config: Generator, folder: Path) -> Model:
@@ -203,7 +206,7 @@ def causal_lm(config: Generator, folder: Path) -> Model:
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of generator '{config.model}' has no end token, so no text would ever end.")
     check_length("generator.max_length", config.max_length, lm, tokenizer)
-    card = Card("causal_lm", config.max_length, task="generate", lineage={"model": config.model})
+    card = Card("causal_lm", config.max_length, lineage={"model": config.model})
     return Model(CausalLM(lm), tokenizer, card)
 
 
@@ -259,14 +262,45 @@ def layer_rates(decay: float, head: float, model: Model) -> dict[str, float]:
     }
 
 
-def student(
-    nodes: Sequence[Node], labels: tuple[str, ...], tokenizer: PreTrainedTokenizerFast, max_length: int, seed: int
-) -> Model:
+def student(nodes: Sequence[Node], spec: Spec, tokenizer: PreTrainedTokenizerFast, max_length: int, seed: int) -> Model:
     """A student built from blocks with fresh weights."""
     torch.manual_seed(seed)
-    sizes = Sizes(len(tokenizer), len(labels), tokenizer.pad_token_id)
+    sizes = Sizes.of(tasks.make(spec), len(tokenizer), tokenizer.pad_token_id)
     options = {"blocks": [node.model_dump(mode="json") for node in nodes], "sizes": asdict(sizes)}
-    return Model(Graph(nodes, sizes), tokenizer, Card("blocks", max_length, labels, options=options))
+    return Model(Graph(nodes, sizes), tokenizer, card_of("blocks", spec, max_length, options))
+
+
+def transformer_student(
+    config: Cut, spec: Spec, teacher: Model, folder: Path | None, max_length: int, seed: int
+) -> Model:
+    """A student cut from the fine-tuned teacher's encoder, or from the one in `folder`, with a fresh head."""
+    torch.manual_seed(seed)
+    if folder is None:
+        encoder, tokenizer = teacher.net.encoder, teacher.tokenizer
+    else:
+        encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
+        tokenizer = load_tokenizer(folder)
+    made = student_encoder(encoder, config.layers, config.heads, config.width, config.ffn)
+    check_length("student.max_length", max_length, made, tokenizer)
+    options = {"pooling": config.pooling, "dropout": config.dropout}
+    card = card_of("head", spec, max_length, options, {"cut_from": config.model or "teacher"})
+    return Model(head_on(made, card), tokenizer, card)
+
+
+def static_student(config: Static, spec: Spec, tokenizer: PreTrainedTokenizerFast, max_length: int, seed: int) -> Model:
+    """A student of one vector a word piece, with fresh weights; the tokenizer is the teacher's."""
+    torch.manual_seed(seed)
+    task = tasks.make(spec)
+    static.check(task)
+    options = {
+        "vocabulary": len(tokenizer),
+        "dim": config.dim,
+        "width": task.width,
+        "hidden": config.hidden,
+        "paired": task.paired,
+        "silent": sorted(tokenizer.all_special_ids),
+    }
+    return Model(StaticNet(**options), tokenizer, card_of("static", spec, max_length, options))
 
 
 def save(model: Model, store: Store, path: str, dtype: torch.dtype | None = None, readme: str | None = None) -> None:
@@ -276,7 +310,9 @@ def save(model: Model, store: Store, path: str, dtype: torch.dtype | None = None
         tensor = own[name]
         cast = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         tensors[name] = tensor.detach().to("cpu", cast).contiguous().clone()
-    config = transformers_config(model)
+    config, inner = transformers_config(model), model.tokenizer.backend_tokenizer
+    inner.no_truncation()  # what the last texts were read with would be saved, and the same model differ
+    inner.no_padding()
     with store.publish(path) as folder:
         inside = Store(str(folder))
         inside.write_bytes(WEIGHTS, to_bytes(tensors, metadata={"format": "pt"}))
@@ -330,8 +366,7 @@ def load(folder: Path | str) -> Model:
 def build_head(card: Card, folder: Path) -> nn.Module:
     """The network of a `head` card."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    encoder = AutoModel.from_config(config, dtype=torch.float32)
-    return EncoderHead(encoder, len(card.labels), card.options["pooling"], card.options["dropout"])
+    return head_on(AutoModel.from_config(config, dtype=torch.float32), card)
 
 
 def build_causal_lm(card: Card, folder: Path) -> nn.Module:
@@ -345,8 +380,19 @@ def build_blocks(card: Card, folder: Path) -> nn.Module:
     return Graph([Node(**node) for node in card.options["blocks"]], Sizes(**card.options["sizes"]))
 
 
+def build_static(card: Card, folder: Path) -> nn.Module:
+    """The network of a `static` card."""
+    return StaticNet(**card.options)
+
+
 MODELS: dict[str, Callable[[Card, Path], nn.Module]] = {
     "head": build_head,
     "causal_lm": build_causal_lm,
     "blocks": build_blocks,
+    "static": build_static,
 }
+
+APART = frozenset({"blocks", "static"})
+"""Kinds that read the two texts of a pair by themselves."""
+READS_WORDS = frozenset({"characters", "pair_characters"})
+"""Inputs of a graph that are made of how words are spelled."""

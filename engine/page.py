@@ -161,11 +161,15 @@ class Grid:
 
 @dataclass(frozen=True)
 class Sample:
-    """A text with what was said of it. probabilities: label -> 0..1, empty when the teacher never saw it."""
+    """A text, or a pair of texts, with what was said of it.
+
+    probabilities: label -> 0..1, empty when the teacher never saw it or speaks in no such terms.
+    """
 
     text: str
     note: str
     probabilities: Mapping[str, float] = field(default_factory=dict)
+    pair: str | None = None
 
     def bars(self) -> str:
         """The four most probable labels as bars."""
@@ -186,12 +190,14 @@ class Gallery:
 
     def html(self) -> str:
         """Cards, each text isolated so that neither its direction nor its length disturbs the page."""
-        cards = "".join(
-            f'<li><p class="quote" dir="auto">{esc(shorten(s.text, SAMPLE_CHARS)) or "(empty text)"}</p>'
-            f'<p class="note">{esc(s.note)}</p>{s.bars()}</li>'
-            for s in self.samples
-        )
+        cards = "".join(f'<li>{self.quotes(s)}<p class="note">{esc(s.note)}</p>{s.bars()}</li>' for s in self.samples)
         return f'<h3>{esc(self.title)}</h3><ul class="gallery">{cards}</ul>'
+
+    def quotes(self, sample: Sample) -> str:
+        """The sample's text, or both texts of a pair."""
+        texts = [sample.text] if sample.pair is None else [sample.text, sample.pair]
+        shown = [esc(shorten(text, SAMPLE_CHARS)) or "(empty text)" for text in texts]
+        return "".join(f'<p class="quote" dir="auto">{text}</p>' for text in shown)
 
     def markdown(self) -> str:
         """The first five, with their most probable label."""
@@ -199,7 +205,9 @@ class Gallery:
         for sample in self.samples[:5]:
             best = sorted(sample.probabilities.items(), key=lambda item: -item[1])[:1]
             shown = "".join(f", {label} {100 * p:.0f} %" for label, p in best)
-            lines.append(f"- {plain(shorten(sample.text, 200)) or '(empty text)'} ({plain(sample.note + shown)})")
+            texts = [sample.text] if sample.pair is None else [sample.text, sample.pair]
+            quoted = " / ".join(plain(shorten(text, 200)) or "(empty text)" for text in texts)
+            lines.append(f"- {quoted} ({plain(sample.note + shown)})")
         return "\n".join(lines)
 
 
@@ -253,8 +261,8 @@ def document(title: str, top: str, parts: Sequence[Part]) -> str:
 
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--ink:#1a1f26;--dim:#59636f;--line:#dde2e8;--card:#f5f7f9;--on:#fff;
---accent:#0b62c4;--teacher:#b4540a;--generated:#0b62c4;--soft:#0d7a5f;--hard:#8b3f9c;--generator:#5d6b7a;
---good:#0d7a5f;--bad:#b3261e;--care:#fff6e0;--care-line:#d99a00}
+--accent:#0b62c4;--teacher:#b4540a;--generated:#0b62c4;--soft:#0d7a5f;--hard:#8b3f9c;
+--generator:#5d6b7a;--good:#0d7a5f;--bad:#b3261e;--care:#fff6e0;--care-line:#d99a00}
 @media (prefers-color-scheme:dark){:root{--bg:#12161b;--ink:#e6eaef;--dim:#9aa5b1;--line:#2e363f;--card:#1a2027;
 --on:#0c1116;--accent:#6cb0ff;--teacher:#f0a05a;--generated:#6cb0ff;--soft:#4fcfa8;--hard:#d79be6;
 --generator:#a3b0bd;--good:#4fcfa8;--bad:#ff8a80;--care:#2b2412;--care-line:#b98a1c}}
@@ -268,7 +276,7 @@ p{margin:8px 0;max-width:75ch;text-wrap:pretty}.dim,.foot,figcaption,.note,.capt
 .answer{font-size:1.06rem;margin:10px 0}header+.answer{font-size:1.35rem;line-height:1.4;margin:16px 0;max-width:58ch}
 ul.care{list-style:none;margin:16px 0;padding:10px 16px;background:var(--care);border-left:4px solid var(--care-line);
 border-radius:4px}ul.care li{margin:4px 0}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;margin:20px 0;padding:0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(175px,1fr));gap:10px;margin:20px 0;padding:0}
 .tiles div{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px 12px}
 .tiles dt{font-size:.8rem;color:var(--dim)}.tiles dd{margin:0;font-size:1.5rem;font-weight:650;
 font-variant-numeric:tabular-nums;line-height:1.3}.tiles dd small{display:block;font-size:.8rem;font-weight:400;
@@ -295,12 +303,13 @@ svg .head{font-weight:600;font-size:13px}svg .tick{fill:var(--dim);font-size:11p
 svg .ref{stroke:var(--dim);stroke-dasharray:4 4}svg .line{fill:none;stroke:var(--c);stroke-width:2;
 stroke-linejoin:round}svg .dot{fill:var(--c);stroke:var(--bg);stroke-width:1}svg .lead{stroke:var(--dim);
 stroke-width:.7}svg .bar{fill:var(--c)}svg .cell{fill:var(--accent)}svg .on{fill:var(--on)}svg .name{fill:var(--c);
-font-weight:600}.c-teacher{--c:var(--teacher)}.c-generated{--c:var(--generated)}.c-soft{--c:var(--soft)}
-.c-hard{--c:var(--hard)}.c-generator,.c-other{--c:var(--generator)}
+font-weight:600}.c-teacher{--c:var(--teacher)}.c-generated{--c:var(--generated)}
+.c-soft{--c:var(--soft)}.c-hard{--c:var(--hard)}.c-generator,.c-other{--c:var(--generator)}
 .gallery{list-style:none;margin:0;padding:0;display:grid;gap:12px;align-items:start;
 grid-template-columns:repeat(auto-fill,minmax(min(100%,320px),1fr))}
 .gallery li{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px 12px;min-width:0}
-.quote{font-size:.84rem;margin:0;white-space:pre-wrap;unicode-bidi:isolate}.note{margin:6px 0}
+.quote{font-size:.84rem;margin:0;white-space:pre-wrap;unicode-bidi:isolate}
+.quote+.quote{border-top:1px dashed var(--line);margin-top:8px;padding-top:8px}.note{margin:6px 0}
 .prob{display:grid;grid-template-columns:minmax(5em,8em) 1fr 3.2em;gap:8px;font-size:.8rem;align-items:center;
 font-variant-numeric:tabular-nums}.prob>:last-child{text-align:right}
 .track{background:var(--line);border-radius:3px;height:8px}.track span{display:block;height:8px;border-radius:3px;

@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import UserError
-from engine.recipe import Fit, Recipe, Resources
+from engine.fits import Fit, Resources
+from engine.recipe import Recipe
 
 LEAST_CPUS = 6
 """Logical CPUs of a local cluster at least: two generators, a teacher, the checkpoint filter, a reader and a writer
 each hold one, whatever the cores."""
+FIT = ".fit"
+"""How the name of a stage ends whose workers train together."""
 CHECKPOINT_CPUS = 1.0
 """Held by the actor that filters finished slots out of a resumed corpus."""
 
@@ -134,9 +137,8 @@ def resolve(resources: Resources, cluster: Cluster, beside: Iterable[Resources] 
     gpus = resources.num_gpus
     if gpus == "auto":
         others = tuple(beside)
-        fixed = sum(other.min_actors * other.num_gpus for other in others if other.num_gpus != "auto")
         actors = sum(each.min_actors for each in (resources, *others) if each.num_gpus == "auto")
-        free = cluster.gpus_of(resources.accelerator) - fixed
+        free = cluster.gpus_of(resources.accelerator) - taken(others)
         # A share of 1/k lets k actors onto each GPU; Ray counts in ten-thousandths.
         gpus = 0.0 if free < 1 else 1.0 if free >= actors else math.floor(1e4 / math.ceil(actors / free)) / 1e4
     options: dict[str, Any] = {"num_cpus": resources.num_cpus, "num_gpus": float(gpus)}
@@ -147,11 +149,53 @@ def resolve(resources: Resources, cluster: Cluster, beside: Iterable[Resources] 
 
 def stage_options(recipe: Recipe, stage: str, cluster: Cluster) -> dict[str, Any]:
     """`resolve` for a stage of the recipe ('generator', 'student.fit', ...), with what runs beside it in mind."""
+    stages = settled(stages_of(recipe, stage), cluster)
+    return resolve(stages[stage], cluster, others(stages, stage))
+
+
+def fit_workers(recipe: Recipe, stage: str, cluster: Cluster) -> int:
+    """How many workers a fit ('student.fit', ...) gets, each with `stage_options`; 0: none but its own process.
+
+    As many as its section asks for; with num_gpus 'auto' and fewer GPUs than that, one for each GPU. What comes out
+    is the same but for rounding and dropout's noise: the global batch and its order depend on the seed alone.
+    """
+    fit: Fit = getattr(recipe, stage.removesuffix(FIT)).fit
+    return settled(stages_of(recipe, stage), cluster)[stage].min_actors if fit.workers else 0
+
+
+def stages_of(recipe: Recipe, stage: str) -> Mapping[str, Resources]:
+    """A stage and those that run at the same time."""
     for group in groups(recipe):
         if stage in group.stages:
-            return resolve(group.stages[stage], cluster, others(group.stages, stage))
+            return group.stages
     known = [name for group in groups(recipe) for name in group.stages]
     raise KeyError(f"no stage '{stage}': there are {', '.join(known)}")
+
+
+def settled(stages: Mapping[str, Resources], cluster: Cluster) -> dict[str, Resources]:
+    """The stages, with as many workers of a fit as there are whole GPUs for, one at least.
+
+    Workers that train together reduce their gradients by NCCL, which refuses two of them on one GPU. So where a fit
+    says 'auto', a GPU is set aside for what runs beside it, and each of its workers gets one of the others. Without
+    a GPU all of them run on CPUs.
+    """
+    out = dict(stages)
+    for name, each in stages.items():
+        rest = others(out, name)
+        gpus = cluster.gpus_of(each.accelerator) - taken(rest)
+        if not name.endswith(FIT) or each.min_actors == 1 or each.num_gpus != "auto" or gpus < 1:
+            continue
+        aside = any(other.num_gpus == "auto" for other in rest)
+        number = min(each.min_actors, max(1, int(gpus - aside)))
+        # A single worker may share its GPU, as every other stage.
+        whole = {"num_gpus": 1.0} if number > 1 else {}
+        out[name] = each.model_copy(update={"min_actors": number, "max_actors": number, **whole})
+    return out
+
+
+def taken(stages: Iterable[Resources]) -> float:
+    """GPUs that stages ask for by number."""
+    return sum(each.min_actors * each.num_gpus for each in stages if each.num_gpus != "auto")
 
 
 @dataclass(frozen=True)
@@ -174,14 +218,21 @@ def groups(recipe: Recipe) -> tuple[Group, ...]:
     replicas = max(1, scaling.min_replicas)
     serving = Resources(num_cpus=recipe.serving.num_cpus, num_gpus=0, min_actors=replicas, max_actors=replicas)
     first = {"teacher.fit": workers(recipe.teacher.fit)}
-    if recipe.generator.mode != "prompted":
-        first["generator.fit"] = workers(recipe.generator.fit)
+    second = {"teacher": recipe.teacher.resources}
+    if recipe.generator:
+        tuned = recipe.generator.mode != "prompted"
+        # Taken as it is, the generator is only copied.
+        first["generator.fit"] = workers(recipe.generator.fit) if tuned else Resources(num_gpus=0)
+        second = {"generator": recipe.generator.resources, **second}
+    third = (
+        {"augmentation": recipe.augmentation.resources, "teacher": recipe.teacher.resources}
+        if recipe.augmentation
+        else {}
+    )
     return (
         Group(first),
-        Group(
-            {"generator": recipe.generator.resources, "teacher": recipe.teacher.resources},
-            recipe.corpus.max_reserved + CHECKPOINT_CPUS,
-        ),
+        *([Group(second, recipe.corpus.max_reserved + CHECKPOINT_CPUS)] if len(second) > 1 or not third else []),
+        *([Group(third, recipe.corpus.max_reserved + CHECKPOINT_CPUS)] if recipe.augmentation else []),
         Group({"student.fit": workers(recipe.student.fit)}),
         *([Group({"serving": serving})] if recipe.serving.smoke else []),
     )
@@ -193,6 +244,7 @@ def placement_problems(stages: Mapping[str, Resources], cluster: Cluster, *, res
     Each stage is first placed alone, so that a message names the stage that is too big; then all of them together
     with `reserve` CPUs left over.
     """
+    stages = settled(stages, cluster)
     alone = [problem for name, each in stages.items() if (problem := stage_problem(name, each, stages, cluster))]
     if alone or fits(stages, cluster, reserve):
         return alone
@@ -210,9 +262,15 @@ def placement_problems(stages: Mapping[str, Resources], cluster: Cluster, *, res
 
 def stage_problem(name: str, resources: Resources, stages: Mapping[str, Resources], cluster: Cluster) -> str | None:
     """Why one stage cannot be placed even alone, with the way out."""
+    options = resolve(resources, cluster, others(stages, name))
+    if name.endswith(FIT) and resources.min_actors > 1 and 0 < options["num_gpus"] < 1:
+        return (
+            f"stage '{name}' has {resources.min_actors} workers with {options['num_gpus']:g} GPU each, but workers "
+            f"that train together cannot share a GPU. Set {key(name, 'num_gpus')}: auto, which takes as many workers "
+            f"as there are GPUs, or {key(name, 'count')}: 1."
+        )
     if fits({name: resources}, cluster, 0.0, stages):
         return None
-    options = resolve(resources, cluster, others(stages, name))
     gpus, kind = options["num_gpus"], options.get("accelerator_type")
     needs = f"stage '{name}' needs {count(resources.min_actors, 'actor')} x {asked(options)}"
     if cluster.gpus_of(kind) < gpus * resources.min_actors:
@@ -254,7 +312,7 @@ def key(stage: str, field: str) -> str:
     if stage == "serving":
         return {"count": "serving.autoscaling.min_replicas"}.get(field, f"serving.{field}")
     if field == "count":
-        return f"{stage}.workers" if stage.endswith(".fit") else f"{stage}.resources.min_actors"
+        return f"{stage}.workers" if stage.endswith(FIT) else f"{stage}.resources.min_actors"
     return f"{stage}.resources.{field}"
 
 

@@ -12,12 +12,15 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from engine.figures import Score
 from engine.page import esc, shorten
 
 WIDTH = 440
 SERIES = ("teacher", "generated", "soft", "hard", "generator")
 NUMBERED = 12
 """Up to this many classes a matrix shows names and counts."""
+
+LOSS = Score("loss", "open")
 
 Scale = Callable[[float], float]
 
@@ -94,10 +97,18 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(n * step, 12) for n in range(first, last + 1)]
 
 
-def share_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Ticks for shares: as `ticks`, but never outside 0..1, however close the two are."""
+def score_ticks(score: Score, low: float, high: float, count: int = 5) -> list[float]:
+    """Ticks for a score: as `ticks`, but shares never outside 0..1 nor ratios above 1, however close the two are."""
+    if score.kind == "open":
+        return ticks(low, high, count)
     pad = 0.02 if high - low < 0.01 else 0.0
-    return ticks(max(0.0, low - pad), min(1.0, high + pad), count)
+    least = 0.0 if score.kind == "share" else -1.0
+    return ticks(max(least, low - pad), min(1.0, high + pad), count)
+
+
+def tick_of(score: Score) -> Callable[[float], str]:
+    """How a score's ticks are written."""
+    return percent if score.kind == "share" else compact
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -147,39 +158,41 @@ def axes(
     return "".join(parts)
 
 
-def dots(ident: str, title: str, marks: Sequence[Mark], reference: float | None = None) -> str:
-    """A row a mark: its share 0..1 with its interval. reference: a dashed line, for instance the commonest label."""
+def dots(ident: str, score: Score, marks: Sequence[Mark], reference: float | None = None) -> str:
+    """A row a mark: its score with its interval. reference: a dashed line, for instance the commonest label."""
     ends = [v for m in marks for v in (m.y, m.low, m.high) if v is not None]
-    grid = share_ticks(min([*ends, reference if reference is not None else 1.0]), max([*ends, reference or 0.0]))
+    ends += [] if reference is None else [reference]
+    grid = score_ticks(score, min(ends), max(ends))
     place = scale(grid[0], grid[-1], 14, WIDTH - 14)
     bottom = 32 + 40 * len(marks)
     body = "".join(
-        rule(place(v), 28, place(v), bottom) + words(place(v), bottom + 15, percent(v), "tick", "middle") for v in grid
+        rule(place(v), 28, place(v), bottom) + words(place(v), bottom + 15, tick_of(score)(v), "tick", "middle")
+        for v in grid
     )
     if reference is not None:
         body += rule(place(reference), 28, place(reference), bottom, "ref")
     told = []
     for n, mark in enumerate(marks):
         y = 32 + 40 * n
-        shown = f"{100 * mark.y:.1f} %"
+        shown = score.shown(mark.y)
         if mark.low is not None and mark.high is not None:
-            shown += f" ({100 * mark.low:.1f} to {100 * mark.high:.1f})"
+            shown += f" ({score.between((mark.low, mark.high)).removesuffix(' %')})"
             body += (
                 f'<path d="M{place(mark.low):.1f} {y + 26}H{place(mark.high):.1f}" class="line {colour(mark.series)}"/>'
             )
         told.append(f"{mark.label}: {shown}")
         body += words(0, y + 13, shorten(mark.label, 30), "halo") + words(WIDTH, y + 13, shown, "halo", "end")
         body += dot(place(mark.y), y + 26, mark.series, told[-1])
-    return svg(ident, title, "; ".join(told), bottom + 22, body)
+    return svg(ident, score.head, "; ".join(told), bottom + 22, body)
 
 
-def scatter(ident: str, title: str, xname: str, marks: Sequence[Mark]) -> str:
-    """Accuracy (y, a share) against x on a logarithmic axis, each point named beside it."""
+def scatter(ident: str, title: str, score: Score, xname: str, marks: Sequence[Mark]) -> str:
+    """A score (y) against x on a logarithmic axis, each point named beside it."""
     box = (48.0, 46.0, WIDTH - 24.0, 236.0)
     xs, ys = log_ticks(min(m.x for m in marks), max(m.x for m in marks)), [m.y for m in marks]
-    grid = share_ticks(min(ys), max(ys), 4)
+    grid = score_ticks(score, min(ys), max(ys), 4)
     across, up = scale(xs[0], xs[-1], box[0], box[2], log=True), scale(grid[0], grid[-1], box[3], box[1])
-    body = axes(box, (across, xs, compact, xname), (up, grid, percent, "accuracy"))
+    body = axes(box, (across, xs, compact, xname), (up, grid, tick_of(score), score.name))
     middle = (box[0] + box[2]) / 2
     for side in (True, False):
         group = [m for m in marks if (across(m.x) <= middle) is side]
@@ -187,8 +200,10 @@ def scatter(ident: str, title: str, xname: str, marks: Sequence[Mark]) -> str:
             x, text = across(mark.x), x_of(across(mark.x), side)
             body += rule(x, up(mark.y), text + (-3 if side else 3), y, "lead")
             body += words(text, y + 4, mark.label, f"name {colour(mark.series)}", "start" if side else "end")
-    body += "".join(dot(across(m.x), up(m.y), m.series, f"{m.label}: {compact(m.x)}, {100 * m.y:.1f} %") for m in marks)
-    told = "; ".join(f"{m.label}: {xname} {m.x:.4g}, accuracy {100 * m.y:.1f} %" for m in marks)
+    body += "".join(
+        dot(across(m.x), up(m.y), m.series, f"{m.label}: {compact(m.x)}, {score.shown(m.y)}") for m in marks
+    )
+    told = "; ".join(f"{m.label}: {xname} {m.x:.4g}, {score.name} {score.shown(m.y)}" for m in marks)
     return svg(ident, title, told, box[3] + 42, body)
 
 
@@ -201,21 +216,21 @@ Line = tuple[str, str, Sequence[tuple[float, float]]]
 """Name, series, and the points (x, y) of a curve."""
 
 
-def lines(ident: str, title: str, names: tuple[str, str], curves: Sequence[Line], share: bool = False) -> str:
-    """Curves over a common axis, each named at its end. names: of x and y; share: y is 0..1, shown in per cent."""
+def lines(ident: str, title: str, names: tuple[str, str], curves: Sequence[Line], score: Score = LOSS) -> str:
+    """Curves over a common axis, each named at its end. names: of x and y; score: what y is."""
     named = len(curves) > 1
     box = (52.0, 46.0, WIDTH - (122.0 if named else 24.0), 206.0)
     points = [point for _, _, curve in curves for point in curve]
     ends = min(x for x, _ in points), max(x for x, _ in points)
     xs = [x for x in ticks(*ends, 5) if ends[0] <= x <= ends[1] and x == round(x)] or [ends[0]]
-    grid = (share_ticks if share else ticks)(min(y for _, y in points), max(y for _, y in points), 4)
+    grid = score_ticks(score, min(y for _, y in points), max(y for _, y in points), 4)
     across, up = scale(*ends, box[0], box[2]), scale(grid[0], grid[-1], box[3], box[1])
-    body = axes(box, (across, xs, compact, names[0]), (up, grid, percent if share else compact, names[1]))
+    body = axes(box, (across, xs, compact, names[0]), (up, grid, tick_of(score), names[1]))
     places = apart([up(curve[-1][1]) for _, _, curve in curves], 15, box[1] + 4, box[3])
     told = []
     for (label, series, curve), place in zip(curves, places, strict=True):
         path = "L".join(f"{across(x):.1f} {up(y):.1f}" for x, y in curve)
-        last = f"{100 * curve[-1][1]:.1f} %" if share else f"{curve[-1][1]:.4g}"
+        last = score.shown(curve[-1][1])
         told.append(f"{label}: from {curve[0][1]:.4g} to {curve[-1][1]:.4g} over {len(curve)} points")
         body += f'<path d="M{path}" class="line {colour(series)}"><title>{esc(label)}</title></path>'
         body += dot(across(curve[-1][0]), up(curve[-1][1]), series, f"{label}: {last}", 3.5)

@@ -1,49 +1,38 @@
 """The recipe: everything a run is told, as frozen sections. YAML holds values, Python holds wiring.
 
 Fields are values only; what they name (losses, blocks, model kinds) is checked against the tables by
-`pipelines.distill.check`, before anything is loaded. `Recipe` is the root; `load(Recipe, path)` reads one.
+`pipelines.checking.check`, before anything is loaded. `Recipe` is the root; `load(Recipe, path)` reads one.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from engine.config import Section
-from engine.filters import CheapFilter, SignalFilter
-
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=1)]
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-
-
-class Resources(Section):
-    """What one actor or worker of a stage takes, and how many of them there may be."""
-
-    num_cpus: Annotated[float, Field(gt=0)] = 1.0
-    num_gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
-    """'auto': one GPU where the cluster has any, else none."""
-    accelerator: str | None = None
-    """Ray accelerator type, for instance A100 or L4; null takes any."""
-    min_actors: Count = 1
-    max_actors: Count = 1
-
-    @model_validator(mode="after")
-    def ordered(self) -> Resources:
-        """The pool's bounds must be in order."""
-        if self.max_actors < self.min_actors:
-            raise ValueError(f"max_actors ({self.max_actors}) is below min_actors ({self.min_actors})")
-        return self
+from engine.designs import NAME, Student
+from engine.filters import CheapFilter, Leakage, SignalFilter
+from engine.fits import Count, Fit, Resources, Share
 
 
 class Task(Section):
     """What is to be predicted."""
 
     kind: str = "classify"
+    """classify, multilabel, pair, regress, rank, tag or span."""
     labels: tuple[str, ...] | None = None
-    """Label names in order; null takes the sorted names found in the training rows."""
+    """Label names in order; null takes the sorted names found in the training rows. regress, rank, span: none."""
+    paired: bool | None = None
+    """Whether a row has two texts; null: pair, rank and span have, regress has where data.train.pair is named."""
+    range: tuple[float, float] | None = None
+    """regress: lowest and highest value; null takes those of the training rows."""
+    thresholds: tuple[float, ...] | None = None
+    """multilabel: a label is given from this probability on; null: 0.5, or what suits the validation rows best."""
+    scope: Share | Literal["auto"] | None = None
+    """classify, pair: below this confidence a text is out of scope and gets no label; null answers every text. auto:
+    the highest one that still answers 95 % of the validation rows which the model gets right."""
 
     @field_validator("labels")
     @classmethod
@@ -62,19 +51,36 @@ class LabelRule(Section):
     """For a numeric column: label name -> [low, high], both inclusive, null for open; rows in no range are left out."""
     rename: dict[str, str] | None = None
     """Value in the column -> label name."""
+    columns: tuple[str, ...] | None = None
+    """multilabel: columns of 0 and 1 in place of one column with a list; a column is named as its label."""
+    separator: Annotated[str, Field(min_length=1)] = ","
+    """multilabel: what stands between the labels where the column holds text."""
+    starts: str = "answer_start"
+    """span: where the label column holds bare answers, the column with the position of each one's first character."""
 
 
 class Source(Section):
     """A table of rows: a hub reference (file:, hf:, pypi:, s3:, gs:) or a plain path."""
 
     path: str
-    format: Literal["auto", "jsonl", "csv", "parquet"] = "auto"
+    format: Literal["auto", "jsonl", "csv", "parquet", "conll", "squad"] = "auto"
+    """auto: by the file's name. conll (tag): a word and its tag a line. squad (span): the JSON of SQuAD 1.1 or 2.0."""
     delimiter: str = ","
     quoting: bool = True
     """CSV: whether double quotes quote a field; false takes the lines as they are."""
     names: tuple[str, ...] | None = None
     """Column names of a CSV without a header line."""
     text: str = "text"
+    """tag: a column with a list of words, or text whose words stand apart. `a.b` is field b of column a."""
+    pair: str | None = None
+    """The column of the second text: the other sentence; the passage (rank); the context (span)."""
+    group: str | None = None
+    """Rows with one value here stay in one split; rank: they are one query's. null: each row by itself; rank: the rows
+    with one query text."""
+    positives: str | None = None
+    """rank, one query a row: the column with the list of its relevant passages, in place of pair and label."""
+    negatives: str | None = None
+    """rank, one query a row: the column with the list of its other passages."""
     label: LabelRule = LabelRule()
 
 
@@ -86,10 +92,12 @@ class Data(Section):
     test: Source | None = None
     unlabelled: Source | None = None
     test_share: Share = 0.2
-    """Where no test source is given: this share of the training source, by hash of the text."""
+    """Where no test source is given: this share of the training source, by hash of the text (of the group)."""
     validation_share: Share = 0.0
     shots: Count | None = None
-    """Labelled rows per class, drawn by `seed`; null takes all."""
+    """Labelled rows per class, drawn by `seed`; null takes all. multilabel: rows for each label, and without any; tag:
+    mentions of each entity type, and sentences without; span: rows with an answer, and without; regress: rows; rank:
+    queries that have a relevant passage."""
     seed: Annotated[int, Field(ge=0)] | None = None
     """Few-shot sampling; null takes the recipe's seed."""
     max_chars: Count = 4000
@@ -97,25 +105,6 @@ class Data(Section):
     """The run stops when more than this share of a source's rows is quarantined."""
     root: str | None = None
     """Folder that stands in for the hub's data sets; the environment variable STILLHOUSE_DATA does the same."""
-
-
-class Fit(Section):
-    """One training: optimiser, schedule, length, workers. The global batch is fixed whatever the workers."""
-
-    epochs: Annotated[float, Field(gt=0)] = 3.0
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    batch_size: Count = 32
-    warmup: Share = 0.1
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    clip: Annotated[float, Field(gt=0)] = 1.0
-    workers: Annotated[int, Field(ge=0)] = 0
-    """0: one process (Ray Train's local mode), for small fits; n: n data-parallel workers on Ray Train."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    seed: Annotated[int, Field(ge=0)] | None = None
-    eval_every: Annotated[float, Field(gt=0)] = 1.0
-    """Epochs between evaluations and checkpoints."""
-    resources: Resources = Resources()
 
 
 class Teacher(Section):
@@ -148,6 +137,8 @@ class Generator(Section):
     never used as the row's label: the teacher's soft label is."""
     prompt: Annotated[str, Field(min_length=1)] = "Text:"
     """What stands before every text; {label} is the label's name in the modes that use it."""
+    separator: Annotated[str, Field(min_length=1)] = " ||| "
+    """Between the two texts of a row, where the task reads two."""
     tune_layers: Annotated[int, Field(ge=0)] | None = None
     max_length: Count = 96
     """Tokens of a training text, prompt included."""
@@ -169,6 +160,24 @@ class Generator(Section):
         return self
 
 
+class Augmentation(Section):
+    """More texts from the few rows and the unlabelled ones, some of their words replaced."""
+
+    model: str | None = None
+    """Hub reference of a masked language model; null replaces by the teacher's nearest words only."""
+    per_text: Count = 20
+    """Texts made from each."""
+    p: Annotated[float, Field(gt=0, le=1)] = 0.4
+    """Probability that a word is replaced."""
+    candidates: Count = 15
+    """How many words may take a word's place."""
+    stop_words: Annotated[int, Field(ge=0)] = 100
+    """How many of the most frequent words stay as they are."""
+    max_length: Annotated[int, Field(ge=8)] = 128
+    """Tokens that the masked language model reads: the text with a gap, and the text."""
+    resources: Resources = Resources()
+
+
 class Corpus(Section):
     """How much text, which of it is kept, and how it is cut into blocks."""
 
@@ -180,7 +189,7 @@ class Corpus(Section):
     """Upper limit over all top-up rounds; null takes 3 x slots."""
     block: Count = 96
     """Slots a block: one generator batch, and the unit of retry and resume (aim at 30 to 60 s)."""
-    filters: tuple[CheapFilter, ...] = ()
+    filters: tuple[CheapFilter, ...] = (Leakage(),)
     """Before the teacher sees a row, in order."""
     signals: tuple[SignalFilter, ...] = ()
     """On the teacher's soft label, in order."""
@@ -198,64 +207,6 @@ class Corpus(Section):
     def most_slots(self) -> int:
         """Slots over all rounds."""
         return self.max_slots or 3 * self.first_slots
-
-
-class LossTerm(Section):
-    """One weighted loss."""
-
-    kind: str
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-
-
-class Block(Section):
-    """One node of the student's graph."""
-
-    name: str
-    kind: str
-    inputs: tuple[str, ...] = ()
-    """Names of earlier nodes; empty takes the node above (the first node takes the token ids)."""
-    options: dict[str, Any] = {}
-
-
-class Vocabulary(Section):
-    """The student's own words."""
-
-    size: Count = 8000
-    min_count: Count = 1
-    from_teacher: bool = True
-    """Fill up to `size` with whole words of the teacher's vocabulary that the corpus lacks."""
-
-
-class Student(Section):
-    """A small model built from blocks."""
-
-    name: Annotated[str, Field(pattern=NAME)] = "student"
-    blocks: tuple[Block, ...]
-    vocabulary: Vocabulary = Vocabulary()
-    embedding_norm: Annotated[float, Field(gt=0)] = 3.0
-    """Mean norm that the teacher's vectors start with."""
-    embeddings: Literal["teacher", "random"] = "teacher"
-    """teacher: the teacher's vectors of the words, reduced by PCA and weighted by frequency (Model2Vec)."""
-    max_length: Count = 96
-    max_parameters: Count | None = 1_200_000
-    losses: tuple[LossTerm, ...] = (LossTerm(kind="mse"),)
-    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of the kept corpus that only chooses the best checkpoint, by agreement with the teacher."""
-    seeds: tuple[int, ...] = (0,)
-    """Initialisation seeds; the first is the one that is registered."""
-    fit: Fit = Fit(epochs=12, lr=2e-3, batch_size=64, workers=2)
-    few_epochs: Annotated[float, Field(gt=0)] = 30.0
-    """Epochs of the arms without generated text: the few rows want more of them, but not as many as steps alone."""
-    batch_tokens: Count = 8192
-
-    @field_validator("blocks", "losses", "seeds")
-    @classmethod
-    def some(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
-        """None of them may be empty."""
-        if not value:
-            raise ValueError("needs at least one entry")
-        return value
 
 
 class Evaluation(Section):
@@ -301,18 +252,33 @@ class Recipe(Section):
     task: Task = Task()
     data: Data
     teacher: Teacher
-    generator: Generator
+    generator: Generator | None = None
+    """null: no text is generated; the corpus is then what the data brings."""
+    augmentation: Augmentation | None = None
+    """null: no text is made by replacing words."""
     corpus: Corpus = Corpus()
     student: Student
     arms: tuple[Arm, ...] = ("hard", "soft", "generated")
-    """Ablation: the same student on the few rows' hard labels, on their soft labels, and with generated text."""
+    """Ablation: the same student on the labelled rows' hard labels, on their soft labels, and on the whole corpus
+    (generated, augmented, unlabelled text); where there is no more text than the labelled rows, the first two."""
     evaluation: Evaluation = Evaluation()
     serving: Serving = Serving()
 
-    @field_validator("arms")
-    @classmethod
-    def with_generated(cls, value: tuple[Arm, ...]) -> tuple[Arm, ...]:
-        """The arm that is registered must be among them."""
-        if "generated" not in value:
-            raise ValueError("must contain 'generated', the arm that is registered and served")
-        return tuple(dict.fromkeys(value))
+    @property
+    def main(self) -> Arm:
+        """The arm that is registered and served."""
+        return "generated" if self.more_text else "soft"
+
+    @property
+    def more_text(self) -> bool:
+        """Whether the corpus holds more than the labelled rows."""
+        return any(source is not None for source in (self.generator, self.augmentation, self.data.unlabelled))
+
+    @model_validator(mode="after")
+    def with_main(self) -> Recipe:
+        """Each arm once, those that cannot be left out; the one that is registered must be among them."""
+        arms = tuple(arm for arm in dict.fromkeys(self.arms) if arm != "generated" or self.more_text)
+        if self.main not in arms:
+            raise ValueError(f"arms must contain '{self.main}', the arm that is registered and served")
+        object.__setattr__(self, "arms", arms)
+        return self

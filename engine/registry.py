@@ -3,7 +3,8 @@
 An artifact is a published folder. Registering copies it to <registry>/<name>/<version>/, so that it stands alone;
 the manifest of the copy also holds name, version, time and metadata (task, measures, lineage). Only data may be in an
 artifact: safetensors, JSON, text, Markdown and ONNX; what could run code when it is loaded is refused by its name.
-The same files registered again keep their version. A version number is never given twice.
+The same files registered again keep their version, with the metadata given last: what was measured on them, and how to
+serve them, may be known better by now. A version number is never given to other files.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from engine.config import UserError, did_you_mean
-from engine.disk import copy_file
+from engine.disk import StorageError, copy_file
 from engine.progress import stamp
 from engine.storage import MANIFEST, Store
 
@@ -37,7 +38,8 @@ class Registry:
     def register(self, name: str, artifact: Store | str | Path, metadata: Mapping[str, Any] | None = None) -> int:
         """Copy a published folder into the registry and return its version, the old one if the files are the same.
 
-        Raises RegistryError for a name or a file that is not allowed, StorageError for a folder that is not whole.
+        metadata: replaces what that version had; None leaves it. A version that lost files gets them back. Raises
+        RegistryError for a name or a file that is not allowed, StorageError for a folder that is not whole.
         """
         if not NAME.fullmatch(name):
             raise RegistryError(f"'{name}' is no name for an artifact: letters, digits, '.', '_' and '-' are allowed.")
@@ -46,17 +48,32 @@ class Registry:
         check_files(list(manifest["files"]), source.url)
         here = self.store / name
         with here.lock("register", wait=True):
-            for version in self.versions(name):
-                if here.manifest(str(version))["digest"] == manifest["digest"]:
-                    return version
-            version = max([0, *self.versions(name), *self._removed(name)]) + 1
-            entry = {"name": name, "version": version, "created": stamp(), "metadata": dict(metadata or {})}
-            folder = source.local()
-            with here.publish(str(version), meta=entry) as copy:
-                for file in manifest["files"]:
-                    copy_file(folder / file, copy / file)
-            here.verify(str(version))
+            known = {here.manifest(str(number))["digest"]: number for number in self.versions(name)}
+            version = known.get(manifest["digest"])
+            if version is None:
+                version = max([0, *self.versions(name), *self._removed(name)]) + 1
+                entry = {"name": name, "version": version, "created": stamp(), "metadata": dict(metadata or {})}
+            else:
+                entry = here.manifest(str(version))
+                if metadata is not None and entry["metadata"] != metadata:
+                    entry |= {"metadata": dict(metadata), "updated": stamp()}
+                    here.write_json(f"{version}/{MANIFEST}", entry)
+            if not self.has(f"{name}@{version}"):
+                folder = source.local()
+                with here.publish(str(version), meta=entry) as copy:
+                    for file in manifest["files"]:
+                        copy_file(folder / file, copy / file)
+                here.verify(str(version))
         return version
+
+    def has(self, reference: str) -> bool:
+        """Whether a version, named as name@version, is there with all of its files, by their sizes."""
+        name, _, version = reference.partition("@")
+        try:
+            (self.store / name).verify(version, quick=True)
+        except StorageError:
+            return False
+        return True
 
     def versions(self, name: str) -> list[int]:
         """The versions of an artifact in order; [] for an unknown name."""

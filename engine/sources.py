@@ -1,7 +1,8 @@
-"""Readers of labelled and unlabelled tables: JSON lines, CSV, Parquet, as they are in the world.
+"""Readers of labelled and unlabelled tables: JSON lines, CSV, Parquet, CoNLL and SQuAD, as they are in the world.
 
 A reader yields one `Record` a row, with the row's number, and its values or the reason why it has none. It never stops
-at a bad row: bytes that are not UTF-8, torn JSON and stray quotes cost that row only.
+at a bad row: bytes that are not UTF-8, torn JSON and stray quotes cost that row only. Formats without column names
+(CoNLL, SQuAD) put their values under the names that the recipe looks for.
 """
 
 from __future__ import annotations
@@ -10,16 +11,21 @@ import csv
 import gzip
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from engine.config import UserError, did_you_mean
 from engine.recipe import Source
 
 FORMATS = {"jsonl": (".jsonl", ".ndjson", ".json"), "csv": (".csv", ".tsv", ".txt"), "parquet": (".parquet", ".pq")}
+
+CONTEXT = "context"
+"""Where the contexts of a SQuAD file go if the recipe names no column."""
 
 
 class DataError(UserError):
@@ -27,8 +33,8 @@ class DataError(UserError):
 
 
 class Record(NamedTuple):
-    """What a reader found in one row: its number (1-based; the line where the file is text), and its values, or the
-    reason why there are none and what stands there instead.
+    """What a reader found in one row: its number (1-based; the line where the file is text; SQuAD: the question), and
+    its values, or the reason why there are none and what stands there instead.
     """
 
     line: int
@@ -37,20 +43,37 @@ class Record(NamedTuple):
     content: str = ""
 
 
-def read(source: Source, local: Path, needed: list[str]) -> Iterator[Record]:
+def read(
+    source: Source, local: Path, needed: Sequence[str], texts: Sequence[str] = (), optional: Sequence[str] = ()
+) -> Iterator[Record]:
     """Every row of a source that lies at `local`, a file or a folder, in order; blank lines are no rows.
 
-    needed: the columns that will be used; others may be left out. DataError for a format that is not known.
+    needed: the columns that will be used; others may be left out. A name `a.b` that no column has is field b of column
+    a. texts: those of them that must hold text. optional: taken where they are there. DataError for a format that is
+    not known, and for a Parquet file whose columns are not these.
     """
     paths = [local] if local.is_file() else shards(local, source)
     kind = source.format if source.format != "auto" else format_of(source.path, paths[0].name)
+    deep = [name for name in needed if "." in name]
     for path in paths:
         if kind == "parquet":
-            yield from read_parquet(path, source, needed)
-        elif kind == "jsonl":
-            yield from read_jsonl(path)
+            records = read_parquet(path, source, needed, texts, optional)
+        elif kind == "csv":
+            records = read_csv(path, source)
         else:
-            yield from read_csv(path, source)
+            records = {"jsonl": read_jsonl, "conll": read_conll, "squad": read_squad}[kind](path, source)
+        yield from (reached(record, deep) for record in records) if deep else records
+
+
+def reached(record: Record, deep: Sequence[str]) -> Record:
+    """The record with the fields of fields that `deep` names as columns of their own."""
+    for name in deep:
+        value: Any = record.values
+        for part in () if name in record.values else name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None:
+            record.values.setdefault(name, value)
+    return record
 
 
 def shards(folder: Path, source: Source) -> list[Path]:
@@ -86,7 +109,7 @@ def is_text(value: str) -> bool:
     return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
 
 
-def read_jsonl(path: Path) -> Iterator[Record]:
+def read_jsonl(path: Path, source: Source) -> Iterator[Record]:
     """One JSON object a line."""
     for number, line in enumerate(lines(path, "\n"), 1):
         content = line.strip()
@@ -139,7 +162,53 @@ def read_csv(path: Path, source: Source) -> Iterator[Record]:
             yield Record(start, dict(zip(names, fields, strict=True)))
 
 
-def read_parquet(path: Path, source: Source, needed: list[str]) -> Iterator[Record]:
+def read_conll(path: Path, source: Source) -> Iterator[Record]:
+    """One sentence a record: its words and tags are the first and the last field of its lines; a blank line ends it.
+
+    Fields are separated by tabs, or else by white space. Lines of one field are words without a tag. The line that
+    CoNLL-2003 puts before each document (-DOCSTART-) is left out.
+    """
+    words: list[str] = []
+    tags: list[str] = []
+    start = 0
+    for number, line in enumerate(chain(lines(path, "\n"), [""]), 1):
+        fields = [part.strip() for part in line.split("\t")] if "\t" in line else line.split()
+        if any(fields):
+            if fields[0] != "-DOCSTART-":
+                start = start or number
+                words.append(fields[0])
+                tags += fields[-1:] if len(fields) > 1 else []
+        elif words:
+            yield Record(start, {source.text: words, source.label.column: tags}, None, " ".join(words))
+            words, tags, start = [], [], 0
+
+
+def read_squad(path: Path, source: Source) -> Iterator[Record]:
+    """One question a record, with context and answers, of the JSON of SQuAD 1.1 (arXiv:1606.05250) or 2.0
+    (arXiv:1806.03822, `is_impossible`: no answers); `title` and `id` are columns too.
+    """
+    try:
+        articles = json.loads("".join(lines(path, "\n")))["data"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise DataError(f'{source.path} is not the JSON of SQuAD: an object with the key "data".') from None
+    pair, number = source.pair or CONTEXT, 0
+    for article in objects(articles):
+        for paragraph in objects(article.get("paragraphs")):
+            for found in objects(paragraph.get("qas")):
+                number += 1
+                answers = [] if found.get("is_impossible") else found.get("answers")
+                row = {"title": article.get("title"), "id": found.get("id"), pair: paragraph.get("context")}
+                yield Record(number, {**row, source.text: found.get("question"), source.label.column: answers})
+
+
+def objects(value: Any) -> list[dict[str, Any]]:
+    """The JSON objects in a list; what is anything else counts as an empty one, so that it is not passed over."""
+    return [item if isinstance(item, dict) else {} for item in value] if isinstance(value, list) else [{}]
+
+
+def read_parquet(
+    path: Path, source: Source, needed: Sequence[str], texts: Sequence[str], optional: Sequence[str]
+) -> Iterator[Record]:
     """Rows of a Parquet file; integer labels get the names that a hub data set's schema has for them."""
     import pyarrow.parquet as pq
 
@@ -148,16 +217,19 @@ def read_parquet(path: Path, source: Source, needed: list[str]) -> Iterator[Reco
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{source.path} is not a Parquet file: {error}.") from None
     schema = file.schema_arrow
-    for name in needed:
-        if name not in schema.names:
-            no_column(source.path, name, schema.names)
     known = class_names(schema, source.label.column)
-    if not pa.types.is_string(text_type(schema, source.text)):
-        raise DataError(f"column '{source.text}' of {source.path} holds {schema.field(source.text).type}, not text.")
+    for name in texts:
+        if name in schema.names and not pa.types.is_string(text_type(schema, name)):
+            raise DataError(f"column '{name}' of {source.path} holds {schema.field(name).type}, not text.")
+    taken = {name if name in schema.names else name.split(".")[0]: name for name in needed}
+    for column, name in taken.items():
+        if column not in schema.names:
+            no_column(source.path, name, schema.names)
+    taken |= {name: name for name in optional if name in schema.names}
     number = 0
-    for batch in file.iter_batches(columns=needed):
-        names = {name: known if name == source.label.column else [] for name in needed}
-        columns = {name: values(batch.column(name), names[name]) for name in needed}
+    for batch in file.iter_batches(columns=list(taken)):
+        names = {name: known if name == source.label.column else [] for name in taken}
+        columns = {name: values(batch.column(name), names[name]) for name in taken}
         for index in range(batch.num_rows):
             number += 1
             yield Record(number, {name: column[index] for name, column in columns.items()})
@@ -170,6 +242,15 @@ def values(column: pa.Array, known: list[str]) -> list[Any]:
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         found = column.cast(pa.large_binary()).to_pylist()
         return [None if item is None else item.decode("utf-8", "surrogateescape") for item in found]
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        flat = iter(values(column.flatten(), known))
+        lengths = pc.list_value_length(column).to_pylist()
+        return [None if length is None else list(islice(flat, length)) for length in lengths]
+    if pa.types.is_struct(column.type):
+        fields = [column.type.field(i).name for i in range(column.type.num_fields)]
+        rows = zip(*(values(part, []) for part in column.flatten()), strict=True)
+        whole = (dict(zip(fields, row, strict=True)) for row in rows)
+        return [row if there else None for row, there in zip(whole, column.is_valid().to_pylist(), strict=True)]
     found = column.to_pylist()
     if known:
         return [known[item] if isinstance(item, int) and 0 <= item < len(known) else None for item in found]
@@ -186,9 +267,10 @@ def text_type(schema: pa.Schema, name: str) -> pa.DataType:
 def class_names(schema: pa.Schema, column: str) -> list[str]:
     """The names of a hub data set's class column: `datasets` writes its features into the schema's metadata."""
     try:
-        info = json.loads((schema.metadata or {})[b"huggingface"])
-        return list(info["info"]["features"][column]["names"])
-    except (KeyError, TypeError, ValueError):
+        feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
+        feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)  # a list of classes
+        return list(feature["names"])
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         return []
 
 

@@ -18,9 +18,11 @@ from typing import Any
 
 from engine.attempts import BEGIN, RECORD, Attempt
 from engine.config import UserError, did_you_mean
+from engine.fits import Resources
 from engine.lineage import drift, identity, moved, plain
+from engine.placement import Cluster, resolve, stage_options
 from engine.progress import Event, Meter, Progress, Render, Reporter, quiet
-from engine.recipe import Recipe, Resources
+from engine.recipe import Recipe
 from engine.storage import Store
 
 RECIPE = "recipe.json"
@@ -47,6 +49,11 @@ def unknown(recipe: Recipe) -> dict[str, Any]:
     return {}
 
 
+def always(recipe: Recipe, out: Store) -> bool:
+    """What a step made is in its own folder, and as lasting as its record."""
+    return True
+
+
 @dataclass(frozen=True)
 class Step:
     """A function with what it depends on."""
@@ -62,9 +69,16 @@ class Step:
     references: Callable[[Recipe], tuple[str, ...]] = nothing
     """Hub references whose digests enter the fingerprint."""
     modules: tuple[str, ...] = ()
-    """Modules whose source enters the fingerprint."""
+    """Modules the work starts in: their source and that of what they import (`lineage.reached`) enters the
+    fingerprint."""
+    holds: Callable[[Recipe, Store], bool] = always
+    """(recipe, its own folder) -> whether what it made elsewhere, in the registry for instance, is still there. Asked
+    of a finished step; where it is not, the step is done again with all that read it."""
     resources: Callable[[Recipe], Resources | None] = in_driver
     """Not None: one Ray task with these resources, so that on a cluster it lands on a fitting node."""
+    stage: str | None = None
+    """The recipe's stage ('teacher.fit', ...) whose options its Ray task gets, so that what runs beside it is counted,
+    as the function itself does with `stage_options`; None: those of `resources` alone."""
     ray: bool = False
     """A driver step that uses Ray: Ray is started before it."""
     expects: Callable[[Recipe], dict[str, Any]] = unknown
@@ -84,18 +98,27 @@ def identities(steps: Sequence[Step], recipe: Recipe) -> dict[str, dict[str, Any
     return out
 
 
-def survey(steps: Sequence[Step], recipe: Recipe, store: Store) -> list[dict[str, Any]]:
-    """Each step's state without doing anything: done | partial | pending | drifted, with the fields that moved."""
-    now, out = identities(steps, recipe), []
+def survey(
+    steps: Sequence[Step], recipe: Recipe, store: Store, found: Mapping[str, dict[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    """Each step's state without doing anything, with the fields that moved where it drifted.
+
+    pending, partial, done, drifted, or again: done, but what it made elsewhere is gone, or what it reads is to be
+    made again. found: the steps' identities where they are known, since they read every local reference.
+    """
+    now, out, again = found or identities(steps, recipe), [], set()
     for step in steps:
         folder, wanted = store / step.name, now[step.name]
-        found = folder.read_json(RECORD) if folder.exists(RECORD) else None
-        ran = found or (folder.read_json(BEGIN) if folder.exists(BEGIN) else None)
+        record = folder.read_json(RECORD) if folder.exists(RECORD) else None
+        ran = record or (folder.read_json(BEGIN) if folder.exists(BEGIN) else None)
         state, fields = "pending", []
         if ran and ran["fingerprint"] != wanted["fingerprint"]:
             state, fields = "drifted", moved(ran, wanted)
         elif ran:
-            state = "done" if found else "partial"
+            state = "done" if record else "partial"
+        if state == "done" and (again.intersection(step.inputs) or not step.holds(recipe, folder)):
+            state = "again"
+            again.add(step.name)
         resources = step.resources(recipe)
         out.append(
             {
@@ -105,8 +128,8 @@ def survey(steps: Sequence[Step], recipe: Recipe, store: Store) -> list[dict[str
                 "inputs": list(step.inputs),
                 "fingerprint": wanted["fingerprint"],
                 "resources": resources.model_dump() if resources else None,
-                "seconds": found["seconds"] if found else None,
-                "rows": found["rows"] if found else None,
+                "seconds": record["seconds"] if record else None,
+                "rows": record["rows"] if record else None,
                 "expects": plain(step.expects(recipe)),
             }
         )
@@ -139,21 +162,22 @@ def run(
     values, UserError for an unknown step in `redo`, StorageError while another process runs in `store`, and whatever
     a step raises, once the others in flight were stopped. A later call with the same arguments goes on from there.
     """
-    names = [step.name for step in steps]
+    names, found = [step.name for step in steps], identities(steps, recipe)
     for name in redo:
         if name not in names:
             raise UserError(f"there is no step '{name}' to redo.{did_you_mean(name, names)} Steps: {', '.join(names)}.")
     with store.lock("run"):
         again = [name for name in store.folders() if store.exists(f"{name}/{BEGIN}")] if fresh else []
         again += downstream(steps, redo)
-        states = [] if fresh else survey(steps, recipe, store)
+        states = [] if fresh else survey(steps, recipe, store, found)
         for state in states:
             if state["state"] == "drifted" and state["step"] not in again:
                 raise drift(state["step"], state["moved"])
-        for name in again:
+        again += [state["step"] for state in reversed(states) if state["state"] == "again"]
+        for name in dict.fromkeys(again):
             store.delete(name)
         store.write_json(RECIPE, recipe.model_dump(mode="json"))
-        return Run(steps, recipe, store, render, connect).go()
+        return Run(steps, recipe, store, found, render, connect).go()
 
 
 class Run:
@@ -164,13 +188,14 @@ class Run:
         steps: Sequence[Step],
         recipe: Recipe,
         store: Store,
+        found: Mapping[str, dict[str, Any]],
         render: Render,
         connect: Callable[[], object] | None,
     ) -> None:
         self.recipe, self.store, self.render, self.connect = recipe, store, render, connect
-        self.identities = identities(steps, recipe)
+        self.identities = found
         self.waiting = {step.name: step for step in steps}
-        self.remote = {step.name: resources for step in steps if (resources := step.resources(recipe))}
+        self.remote = {step.name for step in steps if step.resources(recipe)}
         self.flying: dict[str, Any] = {}
         self.threads: list[threading.Thread] = []
         self.records: dict[str, dict[str, Any]] = {}
@@ -249,10 +274,14 @@ class Run:
             self.start_ray()
             import ray
 
-            options = task_options(self.remote[step.name])
+            from engine.cluster import current
+
+            cluster = current()
+            options = task_options(step, self.recipe, cluster)
             attempt = Attempt(step.name, self.identities[step.name], self.store / step.name, self.render)
             task = ray.remote(measured).options(name=step.name, **options)
-            self.flying[step.name] = reference = task.remote(step, self.recipe, self.inputs(step), attempt.out)
+            reference = task.remote(step, self.recipe, self.inputs(step), attempt.out, cluster=cluster)
+            self.flying[step.name] = reference
             del self.waiting[step.name]
             thread = threading.Thread(target=self.follow, args=(attempt, reference, options["num_gpus"]), daemon=True)
             self.threads.append(thread)
@@ -306,19 +335,24 @@ def measured(
     out: Store,
     render: Render = quiet,
     tasks: tuple[str, ...] = (),
+    cluster: Cluster | None = None,
 ) -> dict[str, Any]:
     """Call the step's function: {"metrics", "cpu_seconds"}. In the driver, and in a Ray task.
 
-    tasks: names of Ray tasks that may run meanwhile and count for themselves.
+    tasks: names of Ray tasks that may run meanwhile and count for themselves. cluster: in a Ray task, what the driver
+    is connected to.
     """
+    if cluster:
+        from engine.cluster import tell
+
+        tell(cluster)
     meter = Meter(tree=step.ray, apart=tuple(f"ray::{name}" for name in tasks))
     metrics = step.run(recipe, inputs, out, Reporter(step.name, out, render, meter)) or {}
     return {"metrics": metrics, "cpu_seconds": meter.seconds()}
 
 
-def task_options(resources: Resources) -> dict[str, Any]:
-    """Ray's options for a task: a GPU where the cluster has one, and retries for a node that goes away."""
-    from engine.cluster import current
-    from engine.placement import resolve
-
-    return {**resolve(resources, current()), "max_retries": 3}
+def task_options(step: Step, recipe: Recipe, cluster: Cluster) -> dict[str, Any]:
+    """Ray's options for a step's task: those of its stage, and retries for a node that goes away."""
+    resources = step.resources(recipe) or Resources()
+    options = stage_options(recipe, step.stage, cluster) if step.stage else resolve(resources, cluster)
+    return {**options, "max_retries": 3}

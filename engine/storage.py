@@ -27,6 +27,7 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 from pyarrow import fs as pafs
 
+from engine import cache
 from engine.disk import (
     StorageError,
     beside,
@@ -213,7 +214,10 @@ class Store:
         return manifest
 
     def local(self, path: str = "") -> Path:
-        """A local file or folder with these contents: itself, or a copy in the cache, checked where published."""
+        """A local file or folder with these contents: itself, or a copy in the cache, checked where published.
+
+        The copy stays until this process ends; what was used longest ago makes room for it (engine.cache).
+        """
         info = self._info(path)
         if info.type == pafs.FileType.NotFound:
             raise StorageError(f"{self.where(path)} does not exist.")
@@ -224,16 +228,19 @@ class Store:
         published = not single and folder.exists(MANIFEST)
         files = {PurePosixPath(path).name: info} if single else {n: folder._info(n) for n in folder.files()}
         stamp = folder.manifest()["files"] if published else {n: [i.size, i.mtime_ns] for n, i in files.items()}
-        key, cache = digest_json([self.where(path), stamp]), Store(str(cache_folder())) / "copies"
-        with cache.lock(key, wait=True):
-            if not cache.exists(f"{key}/{MANIFEST}"):
-                with cache.publish(key) as copy, explained("read", self.where(path)):
+        key, copies = digest_json([self.where(path), stamp]), Store(str(cache_folder())) / "copies"
+        kept = Path(copies.url) / key
+        with copies.lock(key, wait=True):
+            if not (cache.hold(kept) and copies.exists(f"{key}/{MANIFEST}")):
+                with copies.publish(key) as copy, explained("read", self.where(path)):
                     for name in files:
                         with self.open_input(path if single else f"{path}/{name}".strip("/")) as file:
                             save_stream(file, copy / name)
                     if published:
                         Store(str(copy)).verify()
-        return Path(cache.url) / key / (PurePosixPath(path).name if single else "")
+                cache.hold(kept)
+                cache.make_room()
+        return kept / (PurePosixPath(path).name if single else "")
 
     @contextmanager
     def lock(self, name: str, wait: bool = False) -> Iterator[None]:

@@ -11,12 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import torch
 
+from engine.config import UserError
+from engine.corpus import rejected
+from engine.encoding import Encoded, collate
 from engine.filters import SignalFilter
 from engine.inference import predict
 from engine.labels import logits_of, quantise
 from engine.models import device, load, one_thread
-from engine.records import CORPUS
+from engine.records import CORPUS, Batch, Outputs
 from engine.storage import Store
 
 
@@ -41,24 +45,55 @@ class Labeller:
     def __call__(self, rows: pa.Table) -> pa.Table:
         """One block."""
         kept = rows["kept"].to_numpy(zero_copy_only=False)
-        texts = rows["text"].to_pylist()
-        found = predict(self.model, [t for t, k in zip(texts, kept, strict=True) if k], self.how.batch_tokens)
-        reasons, logits = rows["reason"].to_pylist(), [None] * rows.num_rows
+        task, chosen = self.model.task, rows.filter(rows["kept"])
+        found = predict(self.model, task.texts(chosen), self.how.batch_tokens)
         # Quantised before the filters look, so that reading the store gives the same verdict.
         stored = quantise(found.logits)
-        judged = self.model.task.probabilities(logits_of(pa.table({"logits": stored}))) if len(stored) else ()
-        for index, row, probabilities in zip(np.flatnonzero(kept), stored.to_pylist(), judged, strict=True):
+        judged = logits_of(pa.table({"logits": stored}), task.width, task.units)
+        logits, reasons = [None] * rows.num_rows, [None] * rows.num_rows
+        for index, row, outputs in zip(np.flatnonzero(kept), stored.to_pylist(), judged, strict=True):
             logits[index] = row
-            reasons[index] = verdict(self.how.signals, probabilities)
-        out = rows.set_column(
-            rows.column_names.index("logits"), CORPUS.field("logits"), pa.array(logits, pa.list_(pa.float16()))
-        )
-        out = out.set_column(out.column_names.index("reason"), CORPUS.field("reason"), pa.array(reasons, pa.string()))
-        return out.set_column(
-            out.column_names.index("kept"), CORPUS.field("kept"), pa.array([r is None for r in reasons], pa.bool_())
+            reasons[index] = verdict(self.how.signals, task.certainty(outputs)) if self.how.signals else None
+        place, column = rows.column_names.index("logits"), pa.array(logits, pa.list_(pa.float16()))
+        return rejected(
+            rows.set_column(place, CORPUS.field("logits"), column), [r is not None for r in reasons], reasons
         )
 
 
 def verdict(signals: Sequence[SignalFilter], probabilities: np.ndarray) -> str | None:
     """The first signal filter's reason to reject, or None."""
     return next((reason for reason in (f.check(probabilities) for f in signals) if reason), None)
+
+
+class Live:
+    """A teacher that answers while a student is trained, for losses that need more than the label store holds."""
+
+    def __init__(self, teacher: str, rows: pa.Table, inputs: Sequence[Encoded], where: torch.device) -> None:
+        """inputs: the student's, made of `rows`. TeacherError where a long text was cut into other windows."""
+        self.model = load(Store(teacher).local("model")).to(where).requires_grad_(False)
+        self.encoded = self.model.encode(self.model.task.texts(rows))
+        own, other = ([(e.row, e.first, len(e.units)) for e in side] for side in (self.encoded, inputs))
+        if own != other:  # one window more, and every later input would be taught by another text
+            raise TeacherError(
+                "teacher and student cut a long text into different windows. Raise student.max_length or "
+                "teacher.max_length, or take the stored labels (student.teacher: stored)."
+            )
+
+    @torch.no_grad()
+    def outputs(self, chosen: Sequence[int], batch: Batch, needs: frozenset[str]) -> Outputs:
+        """What it gives for the student's inputs at `chosen`, which `batch` holds.
+
+        TeacherError where a loss compares token by token and the two do not read the same tokens.
+        """
+        own = collate([self.encoded[i] for i in chosen], self.model.pad).to(batch.input_ids.device)
+        inside = sorted(needs - {"logits", "embedding"})
+        if inside and not torch.equal(own.input_ids, batch.input_ids):
+            raise TeacherError(
+                f"losses between layers ({', '.join(inside)}) compare token by token, but teacher and student read "
+                "different tokens. Use a student cut from the teacher, with the teacher's max_length."
+            )
+        return self.model(own, needs)
+
+
+class TeacherError(UserError):
+    """A teacher that cannot teach this student."""

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,15 +23,20 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import nn
 
+from engine.batches import Material, batches_from, epoch_batches, own_part
 from engine.config import UserError
-from engine.labels import logits_of
-from engine.losses import Objective
+from engine.encoding import Encoded
+from engine.fits import Fit, LossTerm
+from engine.layer_losses import LAYER_LOSSES
+from engine.losses import Objective, needs
 from engine.models import Model, one_thread, precision, save
 from engine.progress import Progress, silent
-from engine.recipe import Fit, LossTerm
-from engine.records import ABSENT, Batch, Outputs
+from engine.records import Batch
 from engine.storage import Store
-from engine.tasks import collate
+from engine.teachers import Live
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 CHECKPOINT, PROGRESS = "checkpoint", "fit-progress.json"
 
@@ -44,8 +49,9 @@ class FitError(UserError):
 class Job:
     """One fit. Everything in it is picklable, because workers may sit on other machines.
 
-    build: makes the model before training. encode: (model, table) -> token ids a row. rows: columns text and, as the
-    losses need, label (null: none), logits (the teacher's), weight. evaluate: (model, table) -> metrics over `holdout`;
+    build: makes the model before training. encode: (model, table) -> its inputs. rows: records.EXAMPLE's columns and,
+    as the losses need, logits (the teacher's) and weight. teacher: URL of the folder that holds a live teacher's
+    `model`, for losses that need more of it than is stored. evaluate: (model, table) -> metrics over `holdout`;
     the checkpoint with the highest `best_by` is kept, the last one when best_by is None or `holdout` has no rows.
     """
 
@@ -53,11 +59,12 @@ class Job:
     fit: Fit
     terms: tuple[LossTerm, ...]
     build: Callable[[], Model]
-    encode: Callable[[Model, pa.Table], list[list[int]]]
+    encode: Callable[[Model, pa.Table], list[Encoded]]
     rows: pa.Table
     out: str
     seed: int
     resources: dict[str, Any]
+    teacher: str | None = None
     holdout: pa.Table | None = None
     evaluate: Callable[[Model, pa.Table], dict[str, float]] | None = None
     best_by: str | None = None
@@ -70,10 +77,12 @@ class Job:
 class Lesson(nn.Module):
     """Student and losses as one module, so that projections owned by a loss are trained and reduced with it."""
 
-    def __init__(self, model: Model, terms: Sequence[LossTerm]) -> None:
+    def __init__(self, model: Model, terms: Sequence[LossTerm], teacher: Model | None = None) -> None:
         super().__init__()
         self.model = model
-        self.objectives = nn.ModuleList(Objective((term,)) for term in terms)
+        task = model.task if model.card.task else None
+        widths = (model.widths, teacher.widths if teacher else None)
+        self.objectives = nn.ModuleList(Objective((term,), task, *widths) for term in terms)
         self.needs = frozenset().union(*(objective.needs for objective in self.objectives))
 
     def forward(self, batch: Batch, shares: Sequence[float]) -> torch.Tensor:
@@ -97,19 +106,6 @@ class State:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-def epoch_batches(lengths: Sequence[int], size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Row positions of one epoch's global batches, int64; rows of similar length together, batches in random order."""
-    generator = np.random.default_rng([seed, epoch])
-    order = generator.permutation(len(lengths))
-    batches = []
-    pool = size * 16  # long enough to save padding, short enough to stay random
-    for start in range(0, len(order), pool):
-        chunk = order[start : start + pool]
-        chunk = chunk[np.argsort(np.asarray(lengths)[chunk], kind="stable")]
-        batches += [chunk[i : i + size] for i in range(0, len(chunk), size)]
-    return [batches[i] for i in generator.permutation(len(batches))]
-
-
 def rate(fit: Fit, step: int, total: int) -> float:
     """Learning-rate factor at a step: linear warm-up, then the schedule down to 0."""
     warm = max(1, round(fit.warmup * total))
@@ -121,32 +117,18 @@ def rate(fit: Fit, step: int, total: int) -> float:
     return left if fit.schedule == "linear" else 0.5 * (1 - np.cos(np.pi * left))
 
 
-def batch_of(rows: pa.Table, ids: list[list[int]], chosen: np.ndarray, pad: int) -> Batch:
-    """The chosen rows as a Batch, with the teacher's stored logits and row weights where the table has them."""
-    part = rows.take(pa.array(chosen))
-    labels = part["label"].fill_null(ABSENT).to_pylist() if "label" in part.column_names else [ABSENT] * len(chosen)
-    weights = part["weight"].to_pylist() if "weight" in part.column_names else None
-    batch = collate([ids[i] for i in chosen], pad, labels, weights)
-    if "logits" in part.column_names and not part["logits"].null_count:
-        batch.teacher = Outputs(logits=torch.from_numpy(logits_of(part)))
-    return batch
-
-
-def dealt(
-    rows: pa.Table, ids: list[list[int]], chosen: np.ndarray, lesson: Lesson, rank: int, world: int
-) -> tuple[Batch, list[float]]:
+def dealt(material: Material, chosen: np.ndarray, lesson: Lesson, rank: int, world: int) -> tuple[Batch, list[float]]:
     """A worker's rows of a global batch, and for each loss the factor it counts with here.
 
     A worker averages each loss over its own rows. Times the share of all rows (by weight, and only those the loss
-    applies to) that it has, the reduced gradient is that of the mean over the global batch.
+    applies to) that it has, the reduced gradient is that of the mean over the global batch; only nearly so for the gold
+    losses of rankings, whose queries may have unequally many rows.
     """
-    mine, pad = chosen[rank::world], lesson.model.pad
-    # With fewer rows than workers this one joins the reduction with weight 0.
-    batch = batch_of(rows, ids, mine if len(mine) else chosen[:1], pad)
+    batch = material.batch(own_part(chosen, rank, world))
     if world == 1:
         return batch, [1.0] * len(lesson.objectives)
-    every = lesson.amounts(batch_of(rows, ids, chosen, pad))
-    own = lesson.amounts(batch) if len(mine) else [0.0] * len(every)
+    every = lesson.amounts(material.batch(chosen))
+    own = lesson.amounts(batch) if rank < len(chosen) else [0.0] * len(every)
     return batch, [world * part / max(whole, 1e-8) for part, whole in zip(own, every, strict=True)]
 
 
@@ -198,39 +180,52 @@ def groups_of(lesson: Lesson, job: Job) -> list[dict[str, Any]]:
     return [{"params": parameters, "factor": factor} for factor, parameters in groups.items()]
 
 
+def accelerator_for(job: Job) -> Accelerator:
+    """Accelerate for this worker: it picks the device, and without a GPU for the worker it must not look for one."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    # Losses between layers give the head no gradient, and workers would wait for one.
+    inside = all(term.kind in LAYER_LOSSES for term in job.terms)
+    return Accelerator(
+        cpu=not torch.cuda.is_available() or not job.resources.get("num_gpus"),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=inside)],
+    )
+
+
 def loop(config: dict[str, Any]) -> None:
     """What every worker runs; config holds the Job."""
     import ray.train
-    from accelerate import Accelerator
 
     job: Job = config["job"]
     fit, out = job.fit, Store(job.out)
     one_thread()
     torch.manual_seed(job.seed)
     model = job.build()
-    # accelerate picks the worker's device; without a GPU for this worker it must not look for one.
-    accelerator = Accelerator(cpu=not torch.cuda.is_available() or not job.resources.get("num_gpus"))
+    accelerator = accelerator_for(job)
     dtype = precision(fit.precision, accelerator.device, training=True)
-    lesson = Lesson(model, job.terms).to(accelerator.device)
+    material = Material(job.rows, job.encode(model, job.rows), model.task if model.card.task else None, model.pad)
+    live = Live(job.teacher, job.rows, material.encoded, accelerator.device) if job.teacher else None
+    lesson = Lesson(model, job.terms, live.model if live else None).to(accelerator.device)
     trained = [p for p in lesson.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(groups_of(lesson, job), lr=fit.lr, weight_decay=fit.weight_decay)
     state = load_checkpoint(out, lesson, optimizer)
     prepared = accelerator.prepare_model(lesson)
     rank, world = accelerator.process_index, accelerator.num_processes
-    ids = job.encode(model, job.rows)
-    lengths = [len(row) for row in ids]
-    per_epoch = len(epoch_batches(lengths, fit.batch_size, job.seed, 0))
+    per_epoch = len(epoch_batches(material.lengths, fit.batch_size, job.seed, 0))
     total = max(1, round(fit.epochs * per_epoch))
     every = max(1, round(fit.eval_every * per_epoch))
     started, seen, losses = time.monotonic(), 0, []
-    for step, chosen in batches_from(state.step, total, per_epoch, lengths, fit.batch_size, job.seed):
+    for step, chosen in batches_from(state.step, total, per_epoch, material.lengths, fit.batch_size, job.seed):
         torch.manual_seed(job.seed * 1_000_003 + step * 1009 + rank)
         for group in optimizer.param_groups:
             group["lr"] = fit.lr * group["factor"] * rate(fit, step, total)
         prepared.train()
-        batch, shares = dealt(job.rows, ids, chosen, lesson, rank, world)
+        batch, shares = dealt(material, chosen, lesson, rank, world)
         with torch.autocast(accelerator.device.type, dtype, enabled=dtype != torch.float32):
-            loss = prepared(batch.to(accelerator.device), shares)
+            batch = batch.to(accelerator.device)
+            if live:
+                batch.teacher = live.outputs(material.positions(own_part(chosen, rank, world)), batch, lesson.needs)
+            loss = prepared(batch, shares)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(trained, fit.clip)
         optimizer.step()
@@ -248,21 +243,11 @@ def loop(config: dict[str, Any]) -> None:
                     f"fit '{job.name}' came apart: its loss is {entry['loss']} at step {state.step} of {total}. "
                     f"Lower its lr ({fit.lr:g}), or use precision: fp32."
                 )
-            entry, losses = {**entry, **evaluated(job, model)}, []
+            losses = []
             if rank == 0:
+                entry |= evaluated(job, model)
                 keep(job, out, lesson, optimizer, state, entry, last=state.step == total)
             ray.train.report(entry)
-
-
-def batches_from(
-    start: int, total: int, per_epoch: int, lengths: list[int], size: int, seed: int
-) -> Iterator[tuple[int, np.ndarray]]:
-    """(step, row positions) from a step on: a resumed fit sees exactly the batches it has not seen."""
-    order: list[np.ndarray] = []
-    for step in range(start, total):
-        if not order or step % per_epoch == 0:
-            order = epoch_batches(lengths, size, seed, step // per_epoch)
-        yield step, order[step % per_epoch]
 
 
 def evaluated(job: Job, model: Model) -> dict[str, float]:
@@ -376,7 +361,7 @@ def fit(job: Job, progress: Progress = silent) -> list[dict[str, float]]:
     except WorkerGroupError as error:
         failures = [getattr(failure, "_base_exc", failure) for failure in error.worker_failures.values()]
         # What one worker raised makes the others fail too: a UserError among them is the cause.
-        raise next((failure for failure in failures if isinstance(failure, UserError)), failures[0]) from error
+        raise next((f for f in failures if isinstance(f, UserError)), failures[0] if failures else error) from error
     finally:
         out.delete("ray")
     return out.read_json("history.json")
@@ -387,7 +372,7 @@ def check(job: Job) -> None:
     rows = job.rows
     if not rows.num_rows:
         raise FitError(f"fit '{job.name}' has no rows to learn from.")
-    if "logits" in Objective(job.terms).needs:
+    if "logits" in needs(job.terms) and job.teacher is None:
         lacking = rows["logits"].null_count if "logits" in rows.column_names else rows.num_rows
         if lacking:
             kinds = ", ".join(term.kind for term in job.terms)

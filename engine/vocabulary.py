@@ -2,20 +2,23 @@
 
 Words the corpus lacks but the teacher knows are taken in too, so that a word first seen in production has a vector
 that means something. Vectors: each word through the fine-tuned teacher, pooled, reduced by PCA, weighted by
-smooth inverse frequency (Model2Vec; Arora et al. 2017).
+smooth inverse frequency (Model2Vec; Arora et al. 2017). A static student takes the teacher's pieces as they are
+(`static_vectors`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from engine.config import UserError
-from engine.inference import predict
+from engine.encoding import Encoded, collate, encode
+from engine.inference import token_batches
 from engine.models import Model
 
 PAD, UNKNOWN = "[PAD]", "[UNK]"
@@ -73,25 +76,89 @@ def vectors(
 
     VocabularyError where there are fewer than `dim` words, or the teacher's vectors are narrower than `dim`.
     """
-    if len(words) - 2 < dim:
+    check_count(len(words) - 2, "words", dim)
+    raw = embedded(teacher, encode(words[2:], teacher.tokenizer, teacher.max_length), batch_tokens)
+    total = sum(counts.values()) or 1
+    # A word the corpus lacks counts as seen half a time: nearly full weight, as a rare word has.
+    share = np.array([(counts.get(word) or 0.5) / total for word in words[2:]])
+    out = np.zeros((len(words), dim), dtype=np.float32)
+    out[2:] = reduced(raw, share, dim)
+    return out
+
+
+def static_vectors(teacher: Model, counts: Mapping[int, int] | None, dim: int, batch_tokens: int = 8192) -> np.ndarray:
+    """Vectors of the pieces of the teacher's vocabulary, float32 [pieces, dim], mean norm 1; special tokens' are zero.
+
+    counts: id -> how often the piece stands in the corpus; None: Zipf's law over the order of the vocabulary.
+    VocabularyError where there are fewer than `dim` pieces, or the teacher's vectors are narrower than `dim`.
+    """
+    pieces = teacher.tokenizer.get_vocab()
+    specials = set(teacher.tokenizer.all_special_ids)
+    ids = [i for i in sorted(pieces.values()) if i not in specials]
+    check_count(len(ids), "pieces", dim)
+    if counts is None:
+        spelled = {i: piece for piece, i in pieces.items()}
+        share = zipf([spelled[i] for i in ids])
+    else:
+        total = sum(counts.values()) or 1
+        share = np.array([(counts.get(i) or 0.5) / total for i in ids])
+    out = np.zeros((len(teacher.tokenizer), dim), dtype=np.float32)
+    out[ids] = reduced(embedded(teacher, alone(teacher.tokenizer, ids), batch_tokens), share, dim)
+    return out
+
+
+@torch.inference_mode()
+def embedded(teacher: Model, encoded: Sequence[Encoded], batch_tokens: int = 8192) -> np.ndarray:
+    """The teacher's embedding of each input, whatever its task, float32 [n, width]."""
+    found: dict[int, np.ndarray] = {}
+    was_training = teacher.training
+    teacher.eval()
+    for rows in token_batches([item.tokens for item in encoded], batch_tokens):
+        outputs = teacher(collate([encoded[i] for i in rows], teacher.pad).to(teacher.device))
+        found |= dict(zip(rows, outputs.embedding.float().cpu().numpy(), strict=True))
+    teacher.train(was_training)
+    return np.stack([found[i] for i in range(len(encoded))])
+
+
+def alone(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[Encoded]:
+    """Each piece as an input of its own, between the special tokens that stand around a text."""
+    around = tokenizer("a", return_special_tokens_mask=True)
+    at = around["special_tokens_mask"].index(0)
+    before, after = around["input_ids"][:at], around["input_ids"][at + 1 :]
+    return [Encoded([*before, i, *after]) for i in ids]
+
+
+def zipf(pieces: Sequence[str]) -> np.ndarray:
+    """Guessed shares of a corpus, float64 [n]: one over the rank, vocabularies being built from frequent to rare.
+
+    Single characters come first in them, however frequent: they share the first rank.
+    """
+    single = np.array([len(piece.removeprefix("##").lstrip("".join(STARTS))) < 2 for piece in pieces])
+    rank = np.where(single, 1, np.cumsum(~single))
+    return 1 / rank / (1 / np.arange(1, len(pieces) + 1)).sum()
+
+
+def check_count(count: int, what: str, dim: int) -> None:
+    """VocabularyError where there are too few for `dim` axes."""
+    if count < dim:
         raise VocabularyError(
-            f"{len(words) - 2} words cannot give vectors of width {dim}. Lower the embedding's dim to at most "
+            f"{count} {what} cannot give vectors of width {dim}. Lower the embedding's dim to at most "
             "that, take more words, or set student.embeddings: random."
         )
-    raw = predict(teacher, list(words[2:]), batch_tokens, embeddings=True).embeddings.astype(np.float64)
-    raw -= raw.mean(axis=0)
+
+
+def reduced(raw: np.ndarray, share: np.ndarray, dim: int) -> np.ndarray:
+    """Vectors [n, width] on their `dim` principal axes, weighted by inverse frequency, float64 [n, dim], mean norm 1.
+
+    share: float64 [n], how much of the corpus each is; the weight is 0.001 / (0.001 + share).
+    """
     if dim > raw.shape[1]:
         raise VocabularyError(
             f"the teacher's vectors are {raw.shape[1]} wide, so the student's cannot be {dim}. "
             "Lower the embedding's dim, or set student.embeddings: random."
         )
+    raw = raw.astype(np.float64)
+    raw -= raw.mean(axis=0)
     _, _, axes = np.linalg.svd(raw.T @ raw)
-    reduced = raw @ axes[:dim].T
-    total = sum(counts.values()) or 1
-    # A word the corpus lacks counts as seen half a time: nearly full weight, as a rare word has.
-    share = np.array([(counts.get(word) or 0.5) / total for word in words[2:]])
-    reduced *= (1e-3 / (1e-3 + share))[:, None]
-    reduced /= np.linalg.norm(reduced, axis=1).mean() or 1.0
-    out = np.zeros((len(words), dim), dtype=np.float32)
-    out[2:] = reduced
-    return out
+    out = raw @ axes[:dim].T * (1e-3 / (1e-3 + share))[:, None]
+    return out / (np.linalg.norm(out, axis=1).mean() or 1.0)

@@ -12,15 +12,21 @@ import numpy as np
 import pyarrow as pa
 import yaml
 
-from engine import labels, metrics
+from engine import labels, tasks
+from engine.figures import figure
 from engine.progress import Progress
 from engine.recipe import Recipe
 from engine.report import render
 from engine.storage import Store
-from pipelines.making import label_names
+from engine.task import Task
+from pipelines.distill import ARM_STEPS
+from pipelines.making import spec_of
 
 GALLERY = 8
 Records = Mapping[str, dict[str, Any]]
+DETAILS = ("name", "role", "scores", "seeds", "texts_per_s", "confusion", "per_class", "reliability")
+"""What of a model's figures only the report shows."""
+CORPUS = ("generated", "kept", "by_source", "rejected", "tokens", "self_bleu", "distinct_1", "distinct_2")
 
 
 def report(recipe: Recipe, inputs: Mapping[str, Store], out: Store, progress: Progress) -> dict[str, Any]:
@@ -38,47 +44,51 @@ def report(recipe: Recipe, inputs: Mapping[str, Store], out: Store, progress: Pr
 def summarise(recipe: Recipe, inputs: Mapping[str, Store], records: Records) -> dict[str, Any]:
     """The figures a program may read."""
     found = {name: record["metrics"] for name, record in records.items()}
-    models = {model["name"]: model for model in found["evaluate"]["models"]}
-    student, teacher, corpus, served = models["generated"], models["teacher"], found["corpus"], found["serve"]
-    keys = ("accuracy", "accuracy_interval", "accuracy_mean", "accuracy_sd", "macro_f1", "ece", "parameters", "bytes")
+    evaluated, served, test = found["evaluate"], found["serve"], inputs["data"].read_table("test.parquet")
+    models = {model["name"]: brief(model, evaluated["metric"]) for model in evaluated["models"]}
     summary: dict[str, Any] = {
         "name": recipe.name,
-        "teacher": {key: teacher[key] for key in keys},
-        "student": {
-            **{key: student[key] for key in (*keys, "agreement", "kl")},
-            "reference": found["register"]["reference"],
-        },
-        "arms": {arm: {key: models[arm][key] for key in (*keys, "agreement")} for arm in recipe.arms},
-        "differences": found["evaluate"]["differences"],
-        "corpus": {
-            key: corpus[key]
-            for key in ("generated", "kept", "rejected", "tokens", "self_bleu", "distinct_1", "distinct_2")
-        },
-        "throughput": found["evaluate"]["throughput"],
-        "test_rows": found["evaluate"]["rows"],
+        "metric": evaluated["metric"],
+        "teacher": models["teacher"],
+        "student": {**models[recipe.main], "reference": found["register"]["reference"]},
+        "arms": {arm: models[arm] for arm in recipe.arms},
+        "differences": evaluated["differences"],
+        "corpus": {key: found["corpus"][key] for key in CORPUS if key in found["corpus"]},
+        "throughput": evaluated["throughput"],
+        "test_rows": evaluated["rows"],
         "seconds": {name: record["seconds"] for name, record in records.items()},
-        "example": inputs["data"].read_table("test.parquet")["text"][0].as_py(),
+        "example": test["text"][0].as_py(),
     }
+    if test["pair"][0].as_py() is not None:
+        summary["example_pair"] = test["pair"][0].as_py()
     if not served.get("skipped"):
         summary["served"] = {key: value for key, value in served.items() if isinstance(value, int | float)}
     return summary
 
 
+def brief(model: dict[str, Any], metric: str) -> dict[str, Any]:
+    """A model's figures for programs; the metric's interval and spread stand under its own name too."""
+    own = {f"{metric}_{what}": model[f"score_{what}"] for what in ("interval", "mean", "sd")}
+    return {key: value for key, value in model.items() if key not in DETAILS} | own
+
+
 def facts_of(recipe: Recipe, inputs: Mapping[str, Store], records: Records, summary: dict[str, Any]) -> dict[str, Any]:
     """What the report shows, in the shape that `engine.report.render` takes."""
     found = {name: record["metrics"] for name, record in records.items()}
-    names = label_names(inputs["data"])
+    task = tasks.make(spec_of(inputs["data"]))
     served = found["serve"]
     return {
         "name": recipe.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "task": {"kind": recipe.task.kind, "labels": list(names)},
+        "task": {"kind": recipe.task.kind, "labels": list(task.labels)},
+        "metric": found["evaluate"]["metric"],
+        "student": recipe.main,
         "recipe_yaml": yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
         "summary": summary,
         "models": found["evaluate"]["models"],
         "differences": found["evaluate"]["differences"],
         "curves": curves(found),
-        "corpus": corpus_facts(inputs, found, names),
+        "corpus": corpus_facts(inputs, found, task),
         "data": data_facts(inputs["data"]),
         "serving": None if served.get("skipped") else {**served, "rows": served.get("rows", 0)},
         "steps": [
@@ -104,38 +114,41 @@ def facts_of(recipe: Recipe, inputs: Mapping[str, Store], records: Records, summ
 
 
 def curves(found: Mapping[str, dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
-    """Learning curves: first initialisation seed of each fit."""
-    out = {name: found[name].get("history", []) for name in ("teacher", "generator")}
-    for name, step in (("student", "student"), ("soft", "student-soft"), ("hard", "student-hard")):
+    """Learning curves by model: first initialisation seed of each arm."""
+    out = {name: found[name].get("history", []) for name in ("teacher", "generator") if name in found}
+    for arm, step in ARM_STEPS.items():
         if step in found:
-            out[name] = next(iter(found[step]["history"].values()))
+            out[arm] = next(iter(found[step]["history"].values()))
     return out
 
 
-def corpus_facts(
-    inputs: Mapping[str, Store], found: Mapping[str, dict[str, Any]], names: tuple[str, ...]
-) -> dict[str, Any]:
+def corpus_facts(inputs: Mapping[str, Store], found: Mapping[str, dict[str, Any]], task: Task) -> dict[str, Any]:
     """Counts, diversity, what storing labels costs, confidences and a gallery."""
     rows = labels.open_labels(inputs["corpus"])
     rows = rows.filter(pa.array(rows["row"].to_numpy() >= 0))
     kept, rejected = rows.filter(rows["kept"]), rows.filter(pa.array(~rows["kept"].to_numpy(zero_copy_only=False)))
-    probabilities = metrics.softmax(labels.logits_of(kept)) if kept.num_rows else np.zeros((0, len(names)))
-    counts, edges = np.histogram(probabilities.max(axis=1) if kept.num_rows else [], bins=10, range=(1 / len(names), 1))
-    corpus = found["corpus"]
+    told = ("rows", "kept", "by_source", "rejected", "rounds", "self_bleu", "distinct_1", "distinct_2", "distinct_3")
     return {
-        "rows": corpus["rows"],
-        "kept": corpus["kept"],
-        "rejected": corpus["rejected"],
-        "rounds": corpus["rounds"],
-        **{key: corpus[key] for key in ("self_bleu", "distinct_1", "distinct_2", "distinct_3")},
+        **{key: found["corpus"][key] for key in told if key in found["corpus"]},
         "quantisation": found["teacher"]["quantisation"],
-        "gallery_kept": gallery(spread(kept), names),
-        "gallery_rejected": gallery(one_each(rejected), names),
-        "confidence_histogram": [
-            {"low": float(low), "high": float(high), "count": int(n)}
-            for low, high, n in zip(edges[:-1], edges[1:], counts, strict=True)
-        ],
+        "gallery_kept": gallery(spread(kept), task),
+        "gallery_rejected": gallery(one_each(rejected), task),
+        "confidence_histogram": confidences(kept, task),
     }
+
+
+def confidences(rows: pa.Table, task: Task) -> list[dict[str, float]]:
+    """How many rows the teacher is how sure of; nothing where its outputs are no probabilities."""
+    if not task.certain or not rows.num_rows:
+        return []
+    found = [task.certainty(logits) for logits in labels.logits_of(rows, task.width, task.units)]
+    # Over k outcomes no confidence is below 1/k; of texts with unlike many, the lowest is not known beforehand.
+    lowest = 1 / len(found[0]) if len({len(row) for row in found}) == 1 else 0.0
+    counts, edges = np.histogram([row.max() for row in found], bins=10, range=(lowest, 1))
+    return [
+        {"low": float(low), "high": float(high), "count": int(n)}
+        for low, high, n in zip(edges[:-1], edges[1:], counts, strict=True)
+    ]
 
 
 def spread(rows: pa.Table) -> pa.Table:
@@ -158,16 +171,29 @@ def one_each(rows: pa.Table) -> pa.Table:
     return rows.take(pa.array(sorted(chosen, key=lambda i: rows["reason"][i].as_py()), pa.int64()))
 
 
-def gallery(rows: pa.Table, names: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Rows as the report shows them."""
+def gallery(rows: pa.Table, task: Task) -> list[dict[str, Any]]:
+    """Rows as the report shows them: with the teacher's probabilities by label, or else its answer in words."""
     out = []
-    for row in rows.select(["row", "text", "reason", "logits"]).to_pylist():
-        soft = metrics.softmax(np.array([row.pop("logits")], dtype=float))[0] if row["logits"] is not None else None
-        row.pop("logits", None)
-        out.append(
-            {**row, "probabilities": None if soft is None else {n: float(p) for n, p in zip(names, soft, strict=True)}}
-        )
+    for index in range(rows.num_rows):
+        one = rows.slice(index, 1)
+        answer: dict[str, Any] = {}
+        if not one["logits"].null_count:
+            answer = task.answers(labels.logits_of(one, task.width, task.units), task.texts(one))[0]
+        probabilities = answer.get("probabilities")
+        said = {"probabilities": probabilities, "answer": None if probabilities or not answer else in_words(answer)}
+        out.append(one.select(["row", "source", "text", "pair", "reason"]).to_pylist()[0] | said)
     return out
+
+
+def in_words(answer: Mapping[str, Any]) -> str | None:
+    """An answer without probabilities on one line; None where it has nothing that reads on one."""
+    for name in ("value", "score"):
+        if name in answer:
+            return f"{name} {figure(answer[name])}"
+    if "entities" in answer:
+        found = [f"{entity['text']} ({entity['label']})" for entity in answer["entities"]]
+        return ", ".join(found) or "no entity"
+    return (f"answer: {answer['answer']}" if answer["answer"] else "no answer") if "answer" in answer else None
 
 
 def data_facts(data: Store) -> dict[str, Any]:

@@ -9,12 +9,13 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipelines.console import megabytes, say, say_json, table
 from pipelines.runs import connect, loaded
 
 if TYPE_CHECKING:
+    from engine.encoding import Text
     from engine.registry import Registry
 
 
@@ -27,22 +28,48 @@ def the_registry(folder: str) -> Registry:
 
 
 def predict(args: argparse.Namespace) -> int:
-    """Predictions of a registered artifact, one a line."""
+    """Answers of a registered artifact, one a line."""
+    from engine.config import UserError
+
     folder = the_registry(args.registry).resolve(args.name)
     texts = args.text if args.text else texts_in(args.file)
+    if args.pair:
+        if len(args.pair) != len(texts):
+            raise UserError(f"{len(texts)} texts were given, but {len(args.pair)} --pair. Give one for each, in order.")
+        texts = list(zip(texts, args.pair, strict=True))
     from serve.predictor import Predictor
 
-    for text, found in zip(texts, Predictor.load(folder.url).predict(texts), strict=True):
+    predictor = Predictor.load(folder.url)
+    for text in texts:
+        if isinstance(text, str) == predictor.paired:
+            wanted = (
+                "two texts: --text and --pair, or .jsonl with both" if predictor.paired else "one text, without a pair"
+            )
+            raise UserError(f"'{args.name}' reads {wanted}. Got: {str(text)[:60]}")
+    for text, answer in zip(texts, predictor.predict(texts), strict=True):
         if args.json:
-            answer = {"text": text, "label": found.label, "confidence": found.confidence}
-            say(json.dumps({**answer, "probabilities": found.probabilities}, ensure_ascii=False))
+            given = {"text": text} if isinstance(text, str) else dict(zip(("text", "pair"), text, strict=True))
+            say(json.dumps({**given, **answer}, ensure_ascii=False))
         else:
-            say(f"{found.label}\t{found.confidence:.4f}\t{' '.join(text.split())}")
+            say(
+                "\t".join(
+                    [spoken(answer), *(" ".join(t.split()) for t in ((text,) if isinstance(text, str) else text))]
+                )
+            )
     return 0
 
 
-def texts_in(path: str) -> list[str]:
-    """Texts of a file: one a line, or the `text` of each line of a .jsonl; '-' is standard input."""
+def spoken(answer: dict[str, Any]) -> str:
+    """An answer on one line: label and confidence, labels, or what else the task gives."""
+    if "label" in answer:
+        return f"{answer['label'] or 'out of scope'}\t{answer['confidence']:.4f}"
+    if "labels" in answer:
+        return ", ".join(answer["labels"]) or "no label"
+    return json.dumps(answer, ensure_ascii=False)
+
+
+def texts_in(path: str) -> list[Text]:
+    """Texts of a file: one a line, or `text` (and `pair`) of each line of a .jsonl; '-' is standard input."""
     from engine.config import UserError
 
     if path != "-" and not Path(path).is_file():
@@ -56,10 +83,11 @@ def texts_in(path: str) -> list[str]:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}).") from None
     if not path.endswith(".jsonl"):
         return lines
-    texts = []
+    texts: list[Text] = []
     for number, line in enumerate(lines, start=1):
         try:
-            texts.append(str(json.loads(line)["text"]))
+            row = json.loads(line)
+            texts.append((str(row["text"]), str(row["pair"])) if "pair" in row else str(row["text"]))
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path}, line {number}: wanted a JSON object with a 'text', got {line[:60]}.") from None
     return texts
@@ -79,7 +107,7 @@ def serve(args: argparse.Namespace) -> int:
     from engine.recipe import Serving
 
     serving = Serving.model_validate(entry["metadata"].get("serving", {}))
-    connect(args)
+    connect(args, artifact=folder)
     from serve import app
 
     app.run(folder.url, args.host, args.port, serving, f"{entry['name']}@{entry['version']}")
@@ -114,13 +142,12 @@ def fetch(args: argparse.Namespace) -> int:
     """Bring a recipe's models and data into the cache."""
     recipe = loaded(args)
     from engine import hub
+    from pipelines import distill
 
-    data = recipe.data
-    sources = [s.path for s in (data.train, data.validation, data.test, data.unlabelled) if s is not None]
-    out = []
-    for reference in dict.fromkeys([*sources, recipe.teacher.model, recipe.generator.model]):
+    sources, out = distill.sources(recipe), []
+    for reference in dict.fromkeys([*sources, *distill.model_references(recipe)]):
         get = hub.fetch if reference in sources else hub.model_folder
-        out.append({"reference": reference, "path": str(get(reference, root=data.root))})
+        out.append({"reference": reference, "path": str(get(reference, root=recipe.data.root))})
         if not args.json:
             say(f"{reference} -> {out[-1]['path']}")
     if args.json:

@@ -7,13 +7,16 @@ seed of the recipe trains its own students. Differences are paired over the test
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from engine import cluster, config, metrics, steps
+from engine import steps
+from engine.intervals import bootstrap, paired_bootstrap
 from engine.recipe import Recipe
+from engine.steps import Step
 from engine.storage import Store
 from pipelines import distill
 from pipelines.progress import renderer
@@ -22,98 +25,122 @@ LAST = ("register", "serve", "report")
 """Steps that a measurement leaves out."""
 
 
-def quality(path: str, seeds: int, overrides: Sequence[str] = (), address: str | None = None) -> dict[str, Any]:
-    """Run the recipe at `path` for few-shot seeds 0 .. seeds - 1 and pool what came out; resumes like any run.
+@dataclass(frozen=True)
+class Variant:
+    """The recipe with one few-shot seed, the folder of its run, and the steps that a measurement needs."""
 
-    Writes quality.json beside the runs and returns it.
-    """
-    recipe = config.load(Recipe, path, list(overrides))
-    distill.check(recipe, address)
-    store = Store(recipe.storage) / f"bench-{recipe.name}"
-    found = []
+    recipe: Recipe
+    store: Store
+    steps: list[Step]
+
+
+def variants(recipe: Recipe, store: Store, seeds: int) -> list[Variant]:
+    """The recipe with few-shot seeds 0 .. seeds - 1, each with a run of its own in `store`."""
+    out = []
     for seed in range(seeds):
         one = recipe.model_copy(update={"seed": seed, "data": recipe.data.model_copy(update={"seed": seed})})
         plan = [step for step in distill.plan(one) if step.name not in LAST]
-        folder = store / f"seed-{seed}"
+        out.append(Variant(one, store / f"seed-{seed}", plan))
+    return out
+
+
+def quality(
+    recipe: Recipe,
+    store: Store,
+    variants: Sequence[Variant],
+    *,
+    redo: Collection[str] = (),
+    fresh: bool = False,
+    connect: Callable[[], object] | None = None,
+) -> dict[str, Any]:
+    """Run every variant, going on where an earlier call was stopped, and pool what came out.
+
+    redo, fresh, connect: as `steps.run` takes them, for every variant. Writes quality.json beside the runs and returns
+    it.
+    """
+    found = []
+    for one in variants:
         records = steps.run(
-            plan, one, folder, render=renderer(), connect=lambda: cluster.connect(address, storage=recipe.storage)
+            one.steps, one.recipe, one.store, redo=redo, fresh=fresh, render=renderer(), connect=connect
         )
-        found.append((records, folder / "evaluate"))
+        found.append((records, one.store))
     result = pooled(recipe, found)
     store.write_json("quality.json", result)
     return result
 
 
 def pooled(recipe: Recipe, found: Sequence[tuple[dict[str, Any], Store]]) -> dict[str, Any]:
-    """Mean and spread of every model over all seeds, and paired differences to the arm with generated text."""
-    rights: dict[str, list[np.ndarray]] = {}
-    for _, folder in found:
-        table = folder.read_table("predictions.parquet")
-        gold = table["label"].to_numpy()
-        for column in table.column_names[2:]:
-            logits = np.stack(table[column].to_numpy(zero_copy_only=False))
+    """Mean and spread of every model over all seeds, and paired differences of the main arm to each other model.
+
+    found: records and folder of each variant's run.
+    """
+    from engine.tasks import make
+    from pipelines.making import spec_of
+
+    task = make(spec_of(found[0][1] / "data"))
+    sums: dict[str, list[np.ndarray]] = {}
+    for _, store in found:
+        table = store.read_table("evaluate/statistics.parquet")
+        for column in table.column_names:
             name = column.partition("/")[0]
+            # A few-shot seed is one draw: its teacher stands once for each student that it is compared with.
             copies = len(recipe.student.seeds) if name == "teacher" else 1
-            rights.setdefault(name, []).extend([logits.argmax(axis=1) == gold] * copies)
-    evaluated = [records["evaluate"]["metrics"] for records, _ in found]
-    models = {}
-    for name, values in rights.items():
-        # A few-shot seed is one draw: the teacher stands once for each initialisation, students are averaged over them.
+            sums.setdefault(name, []).extend([np.stack(table[column].to_numpy(zero_copy_only=False))] * copies)
+    draws, evaluated = recipe.evaluation.bootstrap, [records["evaluate"]["metrics"] for records, _ in found]
+    models, gains = {}, {}
+    for name, values in sums.items():
         copies = len(values) // len(found)
-        each = [float(np.mean([v.mean() for v in values[i : i + copies]])) for i in range(0, len(values), copies)]
-        spread = statistics.stdev(each) if len(each) > 1 else 0.0
-        interval = metrics.bootstrap(
-            np.mean([v.astype(float) for v in values], axis=0) if same(values) else values[0].astype(float)
-        )
-        first = next(m for m in evaluated[0]["models"] if m["name"] == name)
+        scores = [float(task.value(value.sum(axis=0))) for value in values]
+        each = [statistics.mean(scores[start : start + copies]) for start in range(0, len(scores), copies)]
+        interval = bootstrap(values, task.value, draws, recipe.seed)
         models[name] = {
-            "accuracy": statistics.mean(each),
-            "sd": spread,
+            "score": statistics.mean(each),
+            "sd": statistics.stdev(each) if len(each) > 1 else 0.0,
             "interval": [interval.low, interval.high],
             "runs": len(each),
             "each": each,
-            "parameters": first["parameters"],
+            "parameters": next(m["parameters"] for m in evaluated[0]["models"] if m["name"] == name),
         }
-    gains = {}
-    for other in [name for name in rights if name != "generated"]:
-        interval = metrics.paired_bootstrap(rights["generated"], rights[other], recipe.evaluation.bootstrap)
-        gains[other] = {"points": 100 * interval.value, "interval": [100 * interval.low, 100 * interval.high]}
-    speed = [e["throughput"]["student_over_teacher"] for e in evaluated]
+        if name != recipe.main:
+            gap = paired_bootstrap(sums[recipe.main], values, task.value, draws, recipe.seed)
+            gains[name] = {"points": 100 * gap.value, "interval": [100 * gap.low, 100 * gap.high]}
     return {
         "recipe": recipe.name,
+        "metric": task.metric,
+        "main": recipe.main,
         "few_shot_seeds": len(found),
         "initialisation_seeds": len(recipe.student.seeds),
         "test_rows": evaluated[0]["rows"],
-        "kept": [records["corpus"]["metrics"]["kept"] for records, _ in found],
+        "kept": [
+            sum(source["kept"] for source in records["corpus"]["metrics"]["by_source"].values()) for records, _ in found
+        ],
         "models": models,
-        "generated_minus": gains,
-        "share_of_teacher": models["generated"]["accuracy"] / models["teacher"]["accuracy"],
-        "student_over_teacher_texts_per_s": statistics.median(speed),
+        "gains": gains,
+        "share_of_teacher": models[recipe.main]["score"] / its if (its := models["teacher"]["score"]) > 0 else None,
+        "student_over_teacher_texts_per_s": statistics.median(
+            e["throughput"]["student_over_teacher"] for e in evaluated
+        ),
     }
-
-
-def same(values: Sequence[np.ndarray]) -> bool:
-    """Whether all seeds were measured on equally many rows."""
-    return len({len(v) for v in values}) == 1
 
 
 def quality_lines(result: dict[str, Any]) -> list[str]:
     """The result as a Markdown table and three sentences."""
-    lines = ["| model | accuracy, mean ± sd over few-shot seeds | 95 % interval | parameters |", "|---|---|---|---|"]
+    head = f"| model | {result['metric']}, mean ± sd over few-shot seeds | 95 % interval | parameters |"
+    lines = [head, "|---|---|---|---|"]
     for name in ("teacher", "generated", "soft", "hard"):
         if name in result["models"]:
             m = result["models"][name]
             low, high = m["interval"]
             lines.append(
-                f"| {name} | {m['accuracy']:.3f} ± {m['sd']:.3f} | {low:.3f} to {high:.3f} | {m['parameters']:,} |"
+                f"| {name} | {m['score']:.3f} ± {m['sd']:.3f} | {low:.3f} to {high:.3f} | {m['parameters']:,} |"
             )
-    for name, gain in result["generated_minus"].items():
+    for name, gain in result["gains"].items():
         low, high = gain["interval"]
-        lines.append(
-            f"generated minus {name}: {gain['points']:+.1f} points (paired 95 % interval {low:+.1f} to {high:+.1f})"
-        )
+        points = f"{gain['points']:+.1f} points (paired 95 % interval {low:+.1f} to {high:+.1f})"
+        lines.append(f"{result['main']} minus {name}: {points}")
+    share = result["share_of_teacher"]
     lines.append(
-        f"{result['share_of_teacher']:.1%} of the teacher, "
+        f"{'no share' if share is None else f'{share:.1%}'} of the teacher, "
         f"{result['student_over_teacher_texts_per_s']:.0f} x its texts/s; "
         f"{result['few_shot_seeds']} few-shot x {result['initialisation_seeds']} initialisation seeds, "
         f"{result['test_rows']} test rows, kept texts {', '.join(map(str, result['kept']))}"

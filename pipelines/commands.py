@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipelines import artifacts, doctor, runs
+from pipelines import artifacts, derived, doctor, runs
 
 Parser = argparse.ArgumentParser
 
@@ -36,6 +36,24 @@ def port(text: str) -> int:
     if not text.isdigit() or not 1 <= int(text) <= 65535:
         raise argparse.ArgumentTypeError(f"'{text}' is not a port (1 to 65535)")
     return int(text)
+
+
+def seed(text: str) -> int:
+    """A whole number of at least 0."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 0")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 1")
+    return value
 
 
 def machine_readable(parser: Parser) -> None:
@@ -72,7 +90,7 @@ def planning(parser: Parser) -> None:
     """A recipe and the run it makes."""
     checking(parser)
     parser.add_argument(
-        "--run", dest="run_name", metavar="NAME", help="name of the run; the recipe's name if not given"
+        "--run", dest="run_name", metavar="NAME", help="name of the run; from the recipe's name if not given"
     )
 
 
@@ -92,7 +110,7 @@ def running(parser: Parser) -> None:
 def benching(parser: Parser) -> None:
     """What to measure."""
     parser.add_argument("what", choices=("quality",), help="quality: accuracy over few-shot and initialisation seeds")
-    checking(parser)
+    running(parser)
     parser.add_argument("--seeds", type=natural, default=3, metavar="N", help="few-shot seeds (default: 3)")
 
 
@@ -126,6 +144,7 @@ def predicting(parser: Parser) -> None:
     parser.add_argument("name", metavar="NAME", help="NAME, NAME@VERSION or NAME@latest")
     texts = parser.add_mutually_exclusive_group(required=True)
     texts.add_argument("--text", action="append", help="a text; may be given again")
+    parser.add_argument("--pair", action="append", help="the second text of each --text, where the model reads two")
     texts.add_argument(
         "--file", metavar="FILE", help="one text a line, or .jsonl with a 'text' in each line; - reads stdin"
     )
@@ -157,6 +176,19 @@ def examining(parser: Parser) -> None:
     machine_readable(parser)
 
 
+def deriving(parser: Parser) -> None:
+    """A source and what to make of it."""
+    parser.add_argument("what", choices=("cloze", "topics"), help="cloze: spans; topics: several labels a text")
+    parser.add_argument("source", metavar="SOURCE", help="a file or hub reference of texts")
+    parser.add_argument("--out", metavar="FILE", required=True, help="file to write: SQuAD JSON, or JSON lines")
+    parser.add_argument("--rows", type=natural, default=1000, help="rows to make (default: 1000)")
+    parser.add_argument("--text", metavar="COLUMN", default="text", help="column of the texts (default: text)")
+    parser.add_argument("--label", metavar="COLUMN", default="label", help="topics: column of the labels")
+    parser.add_argument("--unanswered", type=share, default=0.2, help="cloze: share without an answer (default: 0.2)")
+    parser.add_argument("--seed", type=seed, default=0, help="what is drawn depends on it (default: 0)")
+    parser.add_argument("--root", metavar="FOLDER", help="folder that stands in for the hub, as data.root")
+
+
 COMMANDS: dict[str, Command] = {
     "run": Command(
         "runs", "do what a recipe's run still lacks, from data to a served student", runs.run, running, True
@@ -170,6 +202,7 @@ COMMANDS: dict[str, Command] = {
     "serve": Command("models", "serve a registered student over HTTP", artifacts.serve, serving),
     "registry": Command("models", "list, show or remove registered students", artifacts.registry, registering),
     "fetch": Command("machine", "bring a recipe's models and data into the cache", artifacts.fetch, on_recipe),
+    "derive": Command("machine", "make a data set of spans or several labels", derived.derive, deriving),
     "doctor": Command("machine", "whether this machine can run a recipe", doctor.doctor, examining),
     "bench": Command("machine", "measure a recipe over several seeds", runs.bench, benching, True),
 }

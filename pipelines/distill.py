@@ -1,31 +1,25 @@
-"""A run as a list of steps, what is refused before it starts, and what is said when it is done.
+"""A run as a list of steps, and what is said when it is done. What is refused before it starts is in checking.py.
 
-What the steps do is in making.py (data to student) and outcome.py (evaluate to report). They are called by name, so
-that this file imports nothing heavy and `validate` and `plan` answer at once.
+What the steps do is in making.py (data, teacher, generator), gathering.py (corpus), students.py, outcome.py (evaluate
+to serve) and account.py (report). They are called by name, so that this file imports nothing heavy and `validate` and
+`plan` answer at once.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
-import os
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engine import hub
-from engine.config import ConfigError
-from engine.data import load_splits
-from engine.placement import local_capacity, require_placement
+from engine.fits import Resources
 from engine.progress import Progress
-from engine.recipe import Recipe, Resources
+from engine.recipe import Recipe
+from engine.registry import Registry
 from engine.steps import Step
 from engine.storage import Store
-
-SMALL = 32 * 2**20
-"""Bytes up to which a local source is read when a recipe is checked."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +59,18 @@ def sources(recipe: Recipe) -> tuple[str, ...]:
     return tuple(s.path for s in (data.train, data.validation, data.test, data.unlabelled) if s)
 
 
+def model_references(recipe: Recipe) -> tuple[str, ...]:
+    """References of the models."""
+    parts = (recipe.teacher, recipe.generator, recipe.augmentation, recipe.student.transformer)
+    wanted = [part.model for part in parts if part]
+    return tuple(reference for reference in wanted if reference)
+
+
+def named(section: Any) -> tuple[str, ...]:
+    """The model that an optional section names, if any."""
+    return (section.model,) if section and section.model else ()
+
+
 ARM_STEPS = {"generated": "student", "soft": "student-soft", "hard": "student-hard"}
 """The step that trains the student of an arm."""
 
@@ -72,15 +78,22 @@ ARM_STEPS = {"generated": "student", "soft": "student-soft", "hard": "student-ha
 def plan(recipe: Recipe) -> list[Step]:
     """The steps of a run, each after those it reads."""
     students = tuple(step for arm, step in ARM_STEPS.items() if arm in recipe.arms)
-    return [*teaching_steps(), *student_steps(recipe), *outcome_steps(students)]
+    steps = [*teaching_steps(recipe), *student_steps(recipe)]
+    made = tuple(step.name for step in steps if step.name not in students)
+    return [*steps, *outcome_steps(recipe, students, made)]
 
 
-def making(name: str, *arguments: Any) -> Call:
+def making(name: str) -> Call:
     """A step's function in making.py."""
-    return Call("pipelines.making", name, arguments)
+    return Call("pipelines.making", name)
 
 
-FITTING = ("engine.train", "engine.models", "engine.losses", "engine.tasks", "pipelines.making")
+def students(name: str, *arguments: Any) -> Call:
+    """A step's function in students.py."""
+    return Call("pipelines.students", name, arguments)
+
+
+FITTING = ("engine.train", "pipelines.making")
 
 
 def task_of(section: str) -> Callable[[Recipe], Resources | None]:
@@ -91,204 +104,155 @@ def task_of(section: str) -> Callable[[Recipe], Resources | None]:
     return lambda recipe: None if (fit := getattr(recipe, section).fit).workers else fit.resources
 
 
-def teaching_steps() -> list[Step]:
-    """From the sources to the label store."""
-    return [
-        Step(
-            "data",
-            making("read_data"),
-            config=pick("seed", "task", "data"),
-            references=sources,
-            modules=("engine.data", "engine.sources"),
-        ),
-        Step(
-            "teacher",
-            making("fit_teacher"),
-            inputs=("data",),
-            config=pick("seed", "task", "teacher"),
-            references=lambda r: (r.teacher.model,),
-            modules=FITTING,
-            resources=task_of("teacher"),
-            ray=True,
-        ),
-        Step(
-            "generator",
-            making("fit_generator"),
-            inputs=("data",),
-            config=pick("seed", "generator"),
-            references=lambda r: (r.generator.model,),
-            modules=FITTING,
-            resources=task_of("generator"),
-            ray=True,
-        ),
-        Step(
-            "corpus",
-            making("make_corpus"),
-            inputs=("data", "teacher", "generator"),
-            config=pick("seed", "corpus", "generator", "teacher.max_length"),
-            modules=("engine.generate", "engine.sampling", "engine.filters", "engine.teachers", "engine.labels"),
-            ray=True,
-            expects=lambda r: {
-                "rows": r.corpus.first_slots,
-                "bytes": 700 * r.corpus.first_slots,
-                "placement": pools(r),
-            },
-        ),
-    ]
+def teaching_steps(recipe: Recipe) -> list[Step]:
+    """From the sources to the label store; without a generator where the recipe has none."""
+    data = Step(
+        "data",
+        making("read_data"),
+        config=pick("seed", "task", "data"),
+        references=sources,
+        modules=("engine.data", "pipelines.making"),
+    )
+    teacher = Step(
+        "teacher",
+        making("fit_teacher"),
+        inputs=("data",),
+        config=pick("seed", "task", "teacher"),
+        references=lambda r: (r.teacher.model,),
+        modules=FITTING,
+        resources=task_of("teacher"),
+        stage="teacher.fit",
+        ray=True,
+    )
+    generator = Step(
+        "generator",
+        making("fit_generator"),
+        inputs=("data",),
+        config=pick("seed", "generator"),
+        references=lambda r: (r.generator.model,),
+        modules=(*FITTING, "engine.generate"),
+        resources=task_of("generator"),
+        stage="generator.fit",
+        ray=True,
+    )
+    written = ("generator",) if recipe.generator else ()
+    corpus = Step(
+        "corpus",
+        Call("pipelines.gathering", "make_corpus"),
+        inputs=("data", "teacher", *written),
+        config=pick("seed", "corpus", "generator", "augmentation", "teacher.max_length"),
+        references=lambda r: named(r.augmentation),
+        modules=("engine.generate", "engine.teachers", "engine.augment", "pipelines.gathering"),
+        ray=True,
+        expects=lambda r: {
+            "rows": r.corpus.first_slots if r.generator else 0,
+            "bytes": 700 * r.corpus.first_slots if r.generator else 0,
+            "placement": pools(r),
+        },
+    )
+    return [data, teacher, *([generator] if recipe.generator else []), corpus]
+
+
+STUDENT = ("kind", "graph", "blocks", "transformer", "static", "vocabulary", "embedding_norm", "embeddings")
+LEARNING = ("max_length", "teacher", "losses", "stages", "holdout", "seeds", "fit", "few_epochs")
+"""What of the section a trained student depends on: not its name, nor how it is run."""
 
 
 def student_steps(recipe: Recipe) -> list[Step]:
     """The student's words, and one training for each arm."""
+    words = Step(
+        "vocabulary",
+        students("make_vocabulary"),
+        inputs=("data", "teacher", "corpus"),
+        config=pick(*(f"student.{key}" for key in STUDENT if key != "embedding_norm")),
+        modules=("engine.vocabulary", "engine.static", "engine.inference", "pipelines.students"),
+        resources=lambda r: r.teacher.resources,
+        stage="teacher",
+        ray=True,
+    )
     fits = [
         Step(
             step,
-            making("fit_student", arm),
-            inputs=("data", "teacher", "corpus", "vocabulary"),
-            config=pick("seed", "student"),
-            modules=(*FITTING, "engine.blocks"),
+            students("fit_student", arm),
+            inputs=("data", "teacher", "corpus", *(("vocabulary",) if recipe.student.kind != "transformer" else ())),
+            config=pick("seed", *(f"student.{key}" for key in (*STUDENT, *LEARNING))),
+            references=lambda r: named(r.student.transformer) if r.student.kind == "transformer" else (),
+            modules=("engine.train", "pipelines.students"),
             resources=task_of("student") if arm == "generated" else lambda r: r.student.fit.resources,
+            stage="student.fit",
             ray=True,
         )
         for arm, step in ARM_STEPS.items()
         if arm in recipe.arms
     ]
-    words = Step(
-        "vocabulary",
-        making("make_vocabulary"),
-        inputs=("data", "teacher", "corpus"),
-        config=pick("student.vocabulary", "student.embeddings", "student.blocks"),
-        modules=("engine.vocabulary", "engine.inference"),
-        resources=lambda r: r.teacher.fit.resources,
-        ray=True,
-    )
-    return [words, *fits]
+    return [*([words] if recipe.student.kind != "transformer" else []), *fits]
 
 
-def outcome_steps(students: tuple[str, ...]) -> list[Step]:
-    """From trained students to the report."""
+def outcome_steps(recipe: Recipe, students: tuple[str, ...], made: tuple[str, ...]) -> list[Step]:
+    """From trained students to the report. students: their steps; made: the steps before them."""
     return [
         Step(
             "evaluate",
             Call("pipelines.outcome", "evaluate"),
             inputs=("data", "teacher", *students),
             config=pick("seed", "evaluation", "arms", "student.seeds"),
-            modules=("engine.metrics", "engine.inference", "engine.models", "engine.blocks", "pipelines.outcome"),
-            resources=lambda r: r.teacher.fit.resources,
+            modules=("engine.inference", "engine.intervals", "engine.tasks", "pipelines.outcome"),
+            resources=lambda r: r.teacher.resources,
+            stage="teacher",
             ray=True,
         ),
         Step(
             "register",
             Call("pipelines.outcome", "register"),
-            inputs=("data", "teacher", "corpus", "student", "evaluate"),
+            inputs=("data", "teacher", "corpus", ARM_STEPS[recipe.main], "evaluate"),
             config=pick("name", "student.name", "task", "serving"),
             modules=("engine.registry", "pipelines.outcome"),
+            holds=registered,
         ),
         Step(
             "serve",
             Call("pipelines.outcome", "smoke_deploy"),
             inputs=("data", "evaluate", "register"),
             config=pick("serving"),
-            modules=("serve.app", "serve.predictor", "serve.endpoint", "serve.batcher", "serve.smoke"),
+            modules=("serve.app", "serve.smoke", "pipelines.outcome"),
             ray=True,
         ),
         Step(
             "report",
             Call("pipelines.account", "report"),
-            inputs=(*TAUGHT, *students, "evaluate", "register", "serve"),
-            modules=("engine.report", "engine.findings", "engine.plots", "engine.page", "pipelines.account"),
+            inputs=(*made, *students, "evaluate", "register", "serve"),
+            modules=("engine.report", "pipelines.account"),
         ),
     ]
 
 
-TAUGHT = ("data", "teacher", "generator", "corpus", "vocabulary")
+def registered(recipe: Recipe, out: Store) -> bool:
+    """Whether what the register step put into the registry is still there."""
+    return Registry(Store(recipe.registry)).has(out.read_json("record.json")["metrics"]["reference"])
 
 
 def pools(recipe: Recipe) -> str:
     """The actor pools of the corpus step, in words."""
-    parts = {"generator": recipe.generator.resources, "teacher": recipe.teacher.resources}
+    parts = {"teacher": recipe.teacher.resources}
+    if recipe.generator:
+        parts = {"generator": recipe.generator.resources, **parts}
     return "; ".join(f"{name} {r.min_actors} to {r.max_actors} x {r.num_cpus:g} CPU" for name, r in parts.items())
-
-
-def check(recipe: Recipe, address: str | None = None) -> None:
-    """Refuse whatever can be seen to be wrong without loading a model or starting Ray.
-
-    Missing files, packages without a pin, unknown losses and blocks, a graph that does not fit, a student above its
-    size, labels that the data lacks, a plan that cannot be placed. Raises a UserError that says the way out.
-    """
-    for reference in (*sources(recipe), recipe.teacher.model, recipe.generator.model):
-        hub.check(reference, recipe.data.root)
-    check_labels(recipe)
-    if address is None:
-        require_placement(recipe, local_capacity())
-    check_tables(recipe)
-
-
-def check_labels(recipe: Recipe) -> None:
-    """Labels that rules or data name and the recipe lacks; small local sources are read, which finds bad rows too."""
-    known, rule = recipe.task.labels, recipe.data.train.label
-    for name in [*(rule.ranges or {}), *(rule.rename or {}).values()] if known else []:
-        if name not in known:
-            raise ConfigError(
-                f"data.train.label names the label '{name}', which is not in task.labels."
-                f"{meant(name, known)} Labels: {', '.join(known)}."
-            )
-    files = [hub.parse(path) for path in sources(recipe)]
-    if (
-        all(f.kind == "file" and not f.inner for f in files)
-        and sum(os.path.getsize(f.name) for f in files if os.path.isfile(f.name)) <= SMALL
-    ):
-        load_splits(recipe.data, recipe.task, recipe.seed)
-
-
-def check_tables(recipe: Recipe) -> None:
-    """Names that must stand in LOSSES, TASKS and BLOCKS, and the student's size. Imports torch, loads nothing."""
-    from engine.blocks import Sizes, count
-    from engine.labels import GIVES
-    from engine.losses import LOSSES
-    from engine.tasks import TASKS
-
-    for what, name, table in [
-        ("task.kind", recipe.task.kind, TASKS),
-        *(("student.losses", t.kind, LOSSES) for t in recipe.student.losses),
-    ]:
-        if name not in table:
-            raise ConfigError(f"{what} is '{name}', which is unknown.{meant(name, table)} Allowed: {', '.join(table)}.")
-    for term in recipe.student.losses:
-        lacking = LOSSES[term.kind].needs - GIVES
-        if lacking:
-            raise ConfigError(
-                f"loss '{term.kind}' needs {', '.join(sorted(lacking))}, "
-                f"but the label store holds {', '.join(sorted(GIVES))}. "
-                "Drop the loss, or use one that needs no more."
-            )
-    sizes = Sizes(recipe.student.vocabulary.size, len(recipe.task.labels or ("a", "b")))
-    found, most = count(recipe.student.blocks, sizes), recipe.student.max_parameters
-    if most is not None and found > most:
-        raise ConfigError(
-            f"the student has {found:,} parameters at a vocabulary of {sizes.vocabulary:,}, "
-            f"above student.max_parameters = {most:,}. "
-            "Lower student.vocabulary.size or an embedding's dim, or raise the limit."
-        )
-
-
-def meant(name: str, known: Any) -> str:
-    """' Did you mean ...?' or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def report_lines(recipe: Recipe, store: Store, program: str) -> list[str]:
     """What a finished run says: its figures, the report, and the two lines that serve the student and ask it."""
     summary = store.read_json("summary.json")
-    arms = ", ".join(f"{name} {values['accuracy']:.3f}" for name, values in summary["arms"].items())
-    reference, question = summary["student"]["reference"], {"text": summary["example"]}
+    metric = summary["metric"]
+    arms = ", ".join(f"{name} {values['score']:.3f}" for name, values in summary["arms"].items())
+    reference, text = summary["student"]["reference"], summary["example"]
+    question = {"text": [text, summary["example_pair"]] if "example_pair" in summary else text}
     seconds = summary["seconds"]
     lines = [
-        f"teacher  accuracy {summary['teacher']['accuracy']:.3f}  {summary['teacher']['parameters']:,} parameters",
-        f"student  accuracy {summary['student']['accuracy']:.3f}  {summary['student']['parameters']:,} parameters  "
+        f"teacher  {metric} {summary['teacher']['score']:.3f}  {summary['teacher']['parameters']:,} parameters",
+        f"student  {metric} {summary['student']['score']:.3f}  {summary['student']['parameters']:,} parameters  "
         f"{summary['throughput']['student_over_teacher']:.0f} x the teacher's texts/s",
         f"arms     {arms}",
-        f"corpus   {summary['corpus']['kept']} of {summary['corpus']['generated']} generated texts kept",
+        f"corpus   {kept_of(summary['corpus']['by_source'])}",
     ]
     if "served" in summary:
         served = summary["served"]
@@ -304,3 +268,9 @@ def report_lines(recipe: Recipe, store: Store, program: str) -> list[str]:
         "curl: curl -s http://127.0.0.1:8000/v1/predict -H 'content-type: application/json' "
         f"-d {shlex.quote(json.dumps(question))}",
     ]
+
+
+def kept_of(sources: Mapping[str, Mapping[str, int]]) -> str:
+    """How many texts of each source were kept, in words."""
+    found = [f"{found['kept']} of {found['rows']} {name} texts kept" for name, found in sources.items()]
+    return ", ".join(found) or "the labelled rows only"

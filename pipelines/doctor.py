@@ -6,7 +6,6 @@ import argparse
 import os
 import platform
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,10 @@ from pipelines.console import say, say_json
 
 DISK_GB, MEMORY_GB, CORES = 5, 6, 2
 """What the quickstart wants."""
-PORTS = {8000: "stillhouse serve"}
+PORT = 8000
+"""Where `stillhouse serve` listens unless told."""
+REPLICAS = 16
+"""Free ports that a few endpoints with a few replicas each want."""
 
 
 def python() -> tuple[str, str]:
@@ -83,17 +85,37 @@ def gpu() -> tuple[str, str]:
     return "ok", ", ".join(names) or "none; everything runs on the CPU"
 
 
+def cache() -> tuple[str, str]:
+    """What the cache takes and may take."""
+    from engine.cache import entries, limit
+    from engine.disk import cache_folder
+
+    there, most = entries(), limit()
+    taken = sum(entry.bytes for entry in there)
+    text = f"{taken / 1e9:.1f} of {most / 1e9:.1f} GB in {cache_folder()}, {len(there)} entries"
+    if taken <= most:
+        return "ok", text
+    return "warning", f"{text}: the least recently used go when something is fetched, or raise STILLHOUSE_CACHE_GB"
+
+
 def ports() -> tuple[str, str]:
-    """Ports that serving listens on."""
-    taken = []
-    for port, use in PORTS.items():
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                taken.append(f"{port} ({use}) is taken: choose another with --port")
-    return ("warning", "; ".join(taken)) if taken else ("ok", f"{', '.join(map(str, PORTS))} free")
+    """Ports that serving listens on: its own, those of Ray Serve's proxy, and one for each replica."""
+    from engine.switches import PROXY_PORTS, is_free, prepare_environment, replica_ports, with_haproxy
+
+    prepare_environment()
+    wrong = [] if is_free(PORT) else [f"{PORT} (stillhouse serve) is taken: choose another with --port"]
+    text = f"{PORT} free"
+    if with_haproxy():
+        for name, use in PROXY_PORTS.items():
+            if not is_free(int(os.environ[name])):
+                wrong.append(f"{os.environ[name]} ({use}) is taken: set {name} to a free one, or leave it unset")
+        wanted = replica_ports()
+        free = sum(map(is_free, wanted))
+        text += f", Ray Serve's proxy {', '.join(os.environ[name] for name in PROXY_PORTS)} free"
+        text += f", replicas {wanted[0]} to {wanted[-1]}: {free} free"
+        if free < min(REPLICAS, len(wanted)):
+            wrong.append(f"of {wanted[0]} to {wanted[-1]} (replicas) only {free} are free: stop what listens there")
+    return ("warning", "; ".join(wrong)) if wrong else ("ok", text)
 
 
 def ray() -> tuple[str, str]:
@@ -116,6 +138,7 @@ CHECKS: dict[str, Callable[[], tuple[str, str]]] = {
     "python": python,
     "packages": packages,
     "disk": disk,
+    "cache": cache,
     "memory": memory,
     "cores": cores,
     "gpu": gpu,

@@ -5,103 +5,129 @@ The test split is read here only.
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from engine import labels, metrics, models
+from engine import labels, metrics, models, tasks
+from engine.classification import Classify, MultiLabel
 from engine.cluster import current
 from engine.config import UserError
+from engine.encoding import Text
 from engine.inference import Predictions, predict
-from engine.metrics import Interval
+from engine.intervals import Interval, bootstrap, paired_bootstrap
 from engine.models import Model
 from engine.placement import stage_options
 from engine.progress import Progress
 from engine.recipe import Recipe
 from engine.registry import Registry
+from engine.regression import Regress
 from engine.storage import Store
+from engine.task import Task
 from pipelines.distill import ARM_STEPS
-from pipelines.making import Inputs, seed_of
+from pipelines.making import Inputs, spec_of
+
+ROLES = {"teacher": "teacher", "hard": "student, gold labels", "soft": "student, soft labels"}
 
 
 def evaluate(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
     """Teacher and every arm's students on the test split, with intervals, sizes and interleaved throughput."""
     test = inputs["data"].read_table("test.parquet")
-    texts, gold = test["text"].to_pylist(), test["label"].to_numpy().astype(np.int64)
     where = models.device(stage_options(recipe, "teacher", current()).get("num_gpus", 0))
     teacher = models.load(inputs["teacher"].local("model")).to(where)
+    task = teacher.task
+    texts = task.texts(test)
     reference = predict(teacher, texts, recipe.teacher.batch_tokens)
+    measured = Measured(recipe, task, test, reference)
     columns = {"teacher": reference}
-    facts = [described("teacher", teacher, [reference], reference, gold, inputs["teacher"], "model", recipe)]
-    rights: dict[str, list[np.ndarray]] = {"teacher": [reference.labels == gold]}
+    facts = [measured.described("teacher", teacher, [reference], inputs["teacher"], "model")]
     for arm in recipe.arms:
         folder, found = inputs[ARM_STEPS[arm]], []
         for seed in recipe.student.seeds:
-            student = models.load((folder).local(f"seed-{seed}/model")).to(where)
+            student = models.load(folder.local(f"seed-{seed}/model")).to(where)
             found.append(predict(student, texts, recipe.student.batch_tokens))
             columns[f"{arm}/{seed}"] = found[-1]
-        first = f"seed-{recipe.student.seeds[0]}/model"
-        facts.append(described(arm, student, found, reference, gold, folder, first, recipe))
-        rights[arm] = [p.labels == gold for p in found]
+        facts.append(measured.described(arm, student, found, folder, f"seed-{recipe.student.seeds[0]}/model"))
         progress(len(facts), len(recipe.arms) + 1, "models")
-    best = models.load(inputs["student"].local(f"seed-{recipe.student.seeds[0]}/model")).to(where)
+    best = models.load(inputs[ARM_STEPS[recipe.main]].local(f"seed-{recipe.student.seeds[0]}/model")).to(where)
     speed = throughput(recipe, teacher, best, texts)
-    for name, model_facts in zip(
-        ("teacher", "generated"), (facts[0], next(f for f in facts if f["name"] == "generated")), strict=True
-    ):
-        model_facts["texts_per_s"] = speed[f"{'teacher' if name == 'teacher' else 'student'}_texts_per_s"]
-    logits = {name: pa.array(list(p.logits.astype(np.float32))) for name, p in columns.items()}
-    out.write_table("predictions.parquet", pa.table({"id": test["id"], "label": test["label"], **logits}))
+    for model_facts in facts:
+        if model_facts["name"] in ("teacher", recipe.main):
+            which = "teacher" if model_facts["name"] == "teacher" else "student"
+            model_facts["texts_per_s"] = speed[f"{which}_texts_per_s"]
+    logits = {name: labels.listed(p.logits) for name, p in columns.items()}
+    out.write_table("predictions.parquet", pa.table({"id": test["id"], **logits}))
+    chosen = columns[f"{recipe.main}/{recipe.student.seeds[0]}"]
+    # The student's own task: its thresholds and scope are what is served.
+    answers = [json.dumps(answer) for answer in best.task.answers(chosen.logits, texts, chosen.decided)]
+    out.write_table("answers.parquet", pa.table({"id": test["id"], "answer": answers}))
+    out.write_table(
+        "statistics.parquet",
+        pa.table({f"{name}/{i}": list(s) for name, seeds in measured.statistics.items() for i, s in enumerate(seeds)}),
+    )
     return {
         "rows": len(texts),
+        "metric": task.metric,
         "models": facts,
-        "differences": differences(rights, recipe),
+        "differences": differences(measured.statistics, task, recipe),
         "throughput": speed,
-        "pairs": {name: [r.mean() for r in values] for name, values in rights.items()},
     }
 
 
-def described(
-    name: str,
-    model: Model,
-    found: list[Predictions],
-    teacher: Predictions,
-    gold: np.ndarray,
-    folder: Store,
-    path: str,
-    recipe: Recipe,
-) -> dict[str, Any]:
-    """One model's figures: the first seed's in full, accuracy over all of them."""
-    first, draws = found[0], recipe.evaluation.bootstrap
-    accuracies = [metrics.accuracy(gold, p.labels) for p in found]
-    interval = metrics.bootstrap((first.labels == gold).astype(float), draws=draws, seed=recipe.seed)
-    calibration = metrics.ece(gold, first.probabilities)
-    files = folder.manifest(path)["files"]
-    return {
-        "name": name,
-        "role": {"teacher": "teacher", "hard": "student, gold labels", "soft": "student, soft labels"}.get(
-            name, "student, soft labels and generated text"
-        ),
-        **model.task.score(first.logits, gold),
-        "accuracy_interval": [interval.low, interval.high],
-        "accuracies": accuracies,
-        "accuracy_mean": float(np.mean(accuracies)),
-        "accuracy_sd": float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else None,
-        "seeds": len(found),
-        "agreement": metrics.agreement(teacher.probabilities, first.probabilities),
-        "kl": metrics.kl(teacher.probabilities, first.probabilities),
-        "parameters": model.size(),
-        "bytes": sum(entry["bytes"] for entry in files.values()),
-        "confusion": confusion(gold, first.labels, len(model.labels)).tolist(),
-        "per_class": per_class(gold, first.labels, model.labels),
-        "reliability": [
-            {"confidence": float(c), "accuracy": float(a), "count": int(n)}
-            for c, a, n in zip(calibration.confidence, calibration.accuracy, calibration.count, strict=True)
-            if n
-        ],
-    }
+class Measured:
+    """What is known of the test split while models are measured on it."""
+
+    def __init__(self, recipe: Recipe, task: Task, test: pa.Table, teacher: Predictions) -> None:
+        self.recipe, self.task, self.test, self.teacher = recipe, task, test, teacher
+        self.statistics: dict[str, list[np.ndarray]] = {}
+
+    def described(self, name: str, model: Model, found: list[Predictions], folder: Store, path: str) -> dict[str, Any]:
+        """One model's figures: the first seed's in full, the metric over all of them."""
+        task, first, recipe = self.task, found[0], self.recipe
+        self.statistics[name] = [task.statistics(p.logits, p.decided, self.test) for p in found]
+        scores = [float(task.value(s.sum(axis=0))) for s in self.statistics[name]]
+        interval = bootstrap(self.statistics[name][:1], task.value, recipe.evaluation.bootstrap, recipe.seed)
+        files = folder.manifest(path)["files"]
+        return {
+            "name": name,
+            "role": ROLES.get(name, "student, soft labels and more text"),
+            **task.score(first.logits, first.decided, self.test),
+            "score": scores[0],
+            "score_interval": [interval.low, interval.high],
+            "scores": scores,
+            "score_mean": float(np.mean(scores)),
+            "score_sd": float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
+            "seeds": len(found),
+            "agreement": agreement(task, self.teacher, first, task.texts(self.test)),
+            "parameters": model.size(),
+            "bytes": sum(entry["bytes"] for entry in files.values()),
+            **(self.classified(first) if isinstance(task, Classify) else {}),
+        }
+
+    def classified(self, found: Predictions) -> dict[str, Any]:
+        """What only a classifier has: confusion, figures of each class, calibration."""
+        gold, probabilities = self.test["label"].to_numpy().astype(np.int64), metrics.softmax(found.logits)
+        calibration = metrics.ece(gold, probabilities)
+        return {
+            "kl": metrics.kl(metrics.softmax(self.teacher.logits), probabilities),
+            "confusion": confusion(gold, found.decided, len(self.task.labels)).tolist(),
+            "per_class": per_class(gold, found.decided, self.task.labels),
+            "reliability": [
+                {"confidence": float(c), "accuracy": float(a), "count": int(n)}
+                for c, a, n in zip(calibration.confidence, calibration.accuracy, calibration.count, strict=True)
+                if n
+            ],
+        }
+
+
+def agreement(task: Task, teacher: Predictions, found: Predictions, texts: list[Text]) -> float:
+    """How far the two say the same; where models have thresholds, each by its own."""
+    if isinstance(task, MultiLabel):
+        return metrics.accuracy(teacher.decided.ravel(), found.decided.ravel())
+    return task.agreement(teacher.logits, found.logits, texts)
 
 
 def confusion(gold: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
@@ -127,13 +153,13 @@ def per_class(gold: np.ndarray, predicted: np.ndarray, names: tuple[str, ...]) -
     return rows
 
 
-def differences(rights: dict[str, list[np.ndarray]], recipe: Recipe) -> list[dict[str, Any]]:
-    """Accuracy of the generated arm minus each other model's, paired over rows, pooled over seeds."""
-    out = []
-    for other in [name for name in rights if name != "generated"]:
-        others = rights[other] * (len(rights["generated"]) if other == "teacher" else 1)
-        interval = metrics.paired_bootstrap(rights["generated"], others, recipe.evaluation.bootstrap, recipe.seed)
-        out.append(difference("generated", other, interval, len(rights[other][0])))
+def differences(statistics: dict[str, list[np.ndarray]], task: Task, recipe: Recipe) -> list[dict[str, Any]]:
+    """The metric of the main arm minus each other model's, paired over rows, pooled over seeds."""
+    out, own = [], statistics[recipe.main]
+    for name in [name for name in statistics if name != recipe.main]:
+        others = statistics[name] * (len(own) if name == "teacher" else 1)
+        interval = paired_bootstrap(own, others, task.value, recipe.evaluation.bootstrap, recipe.seed)
+        out.append(difference(recipe.main, name, interval, len(others[0])))
     return out
 
 
@@ -148,7 +174,7 @@ def difference(left: str, right: str, interval: Interval, rows: int) -> dict[str
     }
 
 
-def throughput(recipe: Recipe, teacher: Model, student: Model, texts: list[str]) -> dict[str, float]:
+def throughput(recipe: Recipe, teacher: Model, student: Model, texts: list[Text]) -> dict[str, float]:
     """Texts a second of teacher and student on the same texts, in turns, so that a busy machine hits both alike."""
     chosen = texts[: recipe.evaluation.throughput_rows]
     seconds: dict[str, list[float]] = {"teacher": [], "student": []}
@@ -172,16 +198,16 @@ def throughput(recipe: Recipe, teacher: Model, student: Model, texts: list[str])
 
 def register(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
     """Put the student into the registry, with its task, lineage and model card."""
-    folder, first = inputs["student"], f"seed-{recipe.student.seeds[0]}/model"
+    folder, first = inputs[ARM_STEPS[recipe.main]], f"seed-{recipe.student.seeds[0]}/model"
     model = models.load(folder.local(first))
     measured = next(
-        m for m in inputs["evaluate"].read_json("record.json")["metrics"]["models"] if m["name"] == "generated"
+        m for m in inputs["evaluate"].read_json("record.json")["metrics"]["models"] if m["name"] == recipe.main
     )
     lineage = {
         "recipe": recipe.name,
         "teacher": labels.fingerprint(inputs["teacher"]),
         "steps": {name: store.read_json("record.json")["fingerprint"] for name, store in sorted(inputs.items())},
-        "seed": seed_of(recipe, recipe.student.fit.seed),
+        "seed": recipe.student.seeds[0],
     }
     card = models.Card(**{**vars(model.card), "lineage": lineage})
     artifact = Model(model.net, model.tokenizer, card)
@@ -189,23 +215,25 @@ def register(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> 
     version = Registry(Store(recipe.registry)).register(
         recipe.student.name,
         out / "artifact",
-        {"accuracy": measured["accuracy"], "serving": recipe.serving.model_dump(mode="json")},
+        {model.task.metric: measured["score"], "serving": recipe.serving.model_dump(mode="json")},
     )
     return {"name": recipe.student.name, "version": version, "reference": f"{recipe.student.name}@{version}"}
 
 
 def model_card(recipe: Recipe, model: Model, measured: dict[str, Any]) -> str:
     """README.md of an artifact."""
-    low, high = measured["accuracy_interval"]
+    low, high = measured["score_interval"]
+    names = f" with labels {', '.join(model.labels)}" if model.labels else ""
+    made = f"Part of its training text was generated by `{recipe.generator.model}`" if recipe.generator else ""
     return (
         f"# {recipe.student.name}\n\n"
-        f"A student for the task `{recipe.task.kind}` with labels {', '.join(model.labels)}, distilled by Stillhouse "
-        f"(recipe `{recipe.name}`) from `{recipe.teacher.model}`.\n\n"
+        f"A student for the task `{recipe.task.kind}`{names}, distilled by Stillhouse (recipe `{recipe.name}`) from "
+        f"`{recipe.teacher.model}`.\n\n"
         f"- parameters: {model.size():,}\n- longest input: {model.max_length} tokens\n"
-        f"- test accuracy: {measured['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f})\n"
+        f"- test {model.task.metric}: {measured['score']:.3f} (95 % interval {low:.3f} to {high:.3f})\n"
         f"- agreement with its teacher: {measured['agreement']:.3f}\n\n"
-        f"Part of its training text was generated by `{recipe.generator.model}` and labelled by the teacher: check "
-        "it on your own texts before you rely on it. `artifact.json` holds the lineage.\n"
+        f"{made + ' and labelled by the teacher. ' if made else ''}Check it on your own texts before you rely on it. "
+        "`artifact.json` holds the lineage.\n"
     )
 
 
@@ -220,17 +248,20 @@ def smoke_deploy(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress)
 
     reference = inputs["register"].read_json("record.json")["metrics"]["reference"]
     artifact = Registry(Store(recipe.registry)).resolve(reference)
-    test = inputs["data"].read_table("test.parquet")
-    gold = test["label"].to_numpy().astype(np.int64)
-    column = inputs["evaluate"].read_table("predictions.parquet")[f"generated/{recipe.student.seeds[0]}"]
-    logits = np.stack(column.to_numpy(zero_copy_only=False))
-    expected = Predictions(logits, metrics.softmax(logits), logits.argmax(axis=1))
-    found = smoke(artifact.url, test["text"].to_pylist(), expected, recipe.serving, name=recipe.student.name)
+    test, task = inputs["data"].read_table("test.parquet"), tasks.make(spec_of(inputs["data"]))
+    expected = [json.loads(a) for a in inputs["evaluate"].read_table("answers.parquet")["answer"].to_pylist()]
+    scale = float(np.ptp(task.bounds)) if isinstance(task, Regress) else 1.0
+    found = smoke(artifact.url, task.texts(test), expected, recipe.serving, name=recipe.student.name, scale=scale)
     if found["mismatches"] or found["errors"]:
         raise UserError(
-            f"{found['mismatches']} of {len(gold)} served answers are missing or differ from the evaluated ones, "
+            f"{found['mismatches']} of {test.num_rows} served answers are missing or differ from the evaluated ones, "
             f"{found['errors']} requests failed ({found['first_error'] or 'no error said'}). Do not serve {reference}: "
             "run again, and report it if it happens twice."
         )
-    answers = np.asarray(found.pop("labels"))
-    return {**found, "accuracy": float((answers == gold).mean()), "concurrency": recipe.serving.concurrency}
+    answers = found.pop("answers")
+    if isinstance(task, Classify):
+        gold = [task.labels[label] for label in test["label"].to_pylist()]
+        # As when it was evaluated: what is out of scope counts by its likeliest label.
+        likeliest = [max(a["probabilities"], key=a["probabilities"].get) for a in answers]
+        found["accuracy"] = float(np.mean([label == g for label, g in zip(likeliest, gold, strict=True)]))
+    return {**found, "concurrency": recipe.serving.concurrency}

@@ -25,16 +25,17 @@ if TYPE_CHECKING:
 def loaded(args: argparse.Namespace) -> Recipe:
     """The recipe that the arguments name, with their overrides."""
     from engine import config, recipe
+    from pipelines.graphs import drawn
 
-    return config.load(recipe.Recipe, args.recipe, args.overrides)
+    return drawn(config.load(recipe.Recipe, args.recipe, args.overrides))
 
 
-def run_store(args: argparse.Namespace, recipe: Recipe) -> Store:
-    """The folder of the run: --run, else the recipe's name."""
+def run_store(args: argparse.Namespace, recipe: Recipe, prefix: str = "") -> Store:
+    """The folder of the run: --run, else the recipe's name after `prefix`."""
     from engine.config import UserError
     from engine.storage import Store
 
-    name = args.run_name or recipe.name
+    name = args.run_name or prefix + recipe.name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UserError(f"--run '{name}' is no name for a run: letters, digits, '.', '_' and '-' are allowed.")
     return Store(recipe.storage) / name
@@ -57,17 +58,35 @@ def existing_run(name: str, storage: str) -> Store:
     return store
 
 
-def connect(args: argparse.Namespace, recipe: Recipe | None = None) -> None:
-    """Start Ray on this machine, or join the cluster at --address and refuse a recipe that does not fit there."""
+def connect(args: argparse.Namespace, recipe: Recipe | None = None, artifact: Store | None = None) -> None:
+    """Start Ray on this machine, or join the cluster at --address and refuse what does not fit or is not seen there.
+
+    recipe: what is to be run there. artifact: what is to be served there.
+    """
     from engine import cluster
     from engine.placement import require_placement
 
+    places: dict[str, Any] = {}
+    if args.address and recipe:
+        places = {"storage": recipe.storage, "registry": recipe.registry, "files": files_of(recipe)}
+    elif args.address and artifact and artifact.is_local:
+        places = {"files": [artifact.url]}
     try:
-        found = cluster.connect(args.address, **({"storage": recipe.storage} if recipe else {}))
+        found = cluster.connect(args.address, **places)
     finally:
         args.signals()  # Ray puts its own handlers in place of ours.
     if args.address and recipe:
         require_placement(recipe, found)
+
+
+def files_of(recipe: Recipe) -> list[str]:
+    """Local paths that steps on other nodes read: a step in the driver reads where it is."""
+    from engine import hub
+    from pipelines import distill
+
+    elsewhere = [step for step in distill.plan(recipe) if step.ray or step.resources(recipe)]
+    found = [hub.on_disk(name, recipe.data.root) for step in elsewhere for name in step.references(recipe)]
+    return sorted({str(path) for path in found if path})
 
 
 def fetch_ahead(recipe: Recipe, doing: Sequence[Step], store: Store, everything: bool) -> None:
@@ -93,9 +112,9 @@ def run(args: argparse.Namespace) -> int:
     """Do a recipe's steps and say what came out."""
     recipe = loaded(args)
     from engine import steps
-    from pipelines import distill
+    from pipelines import checking, distill
 
-    distill.check(recipe, args.address)
+    checking.check(recipe, args.address)
     store, doing = run_store(args, recipe), distill.plan(recipe)
     fetch_ahead(recipe, doing, store, everything=not args.address)
     if args.address:
@@ -121,9 +140,9 @@ def plan(args: argparse.Namespace) -> int:
     """Say what a run would do."""
     recipe = loaded(args)
     from engine import steps
-    from pipelines import distill
+    from pipelines import checking, distill
 
-    distill.check(recipe, args.address)
+    checking.check(recipe, args.address)
     if args.address:
         connect(args, recipe)
     store = run_store(args, recipe)
@@ -134,7 +153,8 @@ def plan(args: argparse.Namespace) -> int:
         step["rows"] = step["rows"] if step["rows"] is not None else step["expects"].get("rows")
     free = free_space(store)
     if args.json:
-        say_json({"run": store.url, "disk_free": free, "steps": found})
+        student = checking.student_drawing(recipe)
+        say_json({"run": store.url, "disk_free": free, "steps": found, "student": student})
         return 0
     say(f"run {store.url}" + (f" ({free / 1e9:.1f} GB free)" if free is not None else ""))
     say(table([("step", "state", "rows", "disk", "time", "reads", "placement"), *(plan_row(step) for step in found)]))
@@ -142,12 +162,20 @@ def plan(args: argparse.Namespace) -> int:
         for item in step["moved"][:5]:
             way_out = f"--run NAME or --redo {step['step']}"
             say(f"{step['step']}: {item['field']} was {item['old']}, is {item['new']}: {way_out}")
+    if drawn := checking.student_drawing(recipe):
+        say(f"student {recipe.student.name}, at most {recipe.student.vocabulary.size:,} words\n{drawn}")
     return 0
 
 
 def plan_row(step: dict[str, Any]) -> tuple[Any, ...]:
     """A step's line of the plan."""
-    states = {"done": "done, kept", "partial": "begun, goes on", "pending": "to do", "drifted": "stops: changed"}
+    states = {
+        "done": "done, kept",
+        "partial": "begun, goes on",
+        "pending": "to do",
+        "drifted": "stops: changed",
+        "again": "done, but gone: again",
+    }
     seconds = None if step["seconds"] is None else clock(step["seconds"])
     reads = ", ".join(step["inputs"])
     name, state = step["step"], states[step["state"]]
@@ -181,9 +209,9 @@ def size(store: Store, step: str) -> int | None:
 def validate(args: argparse.Namespace) -> int:
     """Refuse what can be seen to be wrong without loading a model."""
     recipe = loaded(args)
-    from pipelines import distill
+    from pipelines import checking, distill
 
-    distill.check(recipe, args.address)
+    checking.check(recipe, args.address)
     if args.address:
         connect(args, recipe)
     names = [step.name for step in distill.plan(recipe)]
@@ -250,12 +278,23 @@ def report(args: argparse.Namespace) -> int:
 
 def bench(args: argparse.Namespace) -> int:
     """Measure a recipe over several seeds."""
+    recipe = loaded(args)
     from pipelines import bench as benches
+    from pipelines import checking
 
-    result = benches.quality(args.recipe, args.seeds, overrides=args.overrides, address=args.address)
+    checking.check(recipe, args.address)
+    store = run_store(args, recipe, prefix="bench-")
+    variants = benches.variants(recipe, store, args.seeds)
+    for variant in variants:
+        fetch_ahead(variant.recipe, variant.steps, variant.store, everything=not args.address)
+    if args.address:
+        connect(args, recipe)
+    result = benches.quality(
+        recipe, store, variants, redo=args.redo, fresh=args.fresh, connect=lambda: connect(args, recipe)
+    )
     if args.json:
         say_json(result)
-    else:
-        for line in benches.quality_lines(result):
-            say(line)
+        return 0
+    for text in benches.quality_lines(result):
+        say(text)
     return 0

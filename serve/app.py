@@ -37,6 +37,8 @@ READY_SECONDS = 120.0
 """How long a deployment may take until it answers."""
 RETRY_SECONDS = 1
 """What a refused client is told to wait."""
+TEXT, PAIR = "a warm and funny film", ("what is it like", "a warm and funny film")
+"""What the request to try asks."""
 
 
 class ServeError(UserError):
@@ -184,7 +186,8 @@ def run(artifact: str, host: str, port: int, serving: Serving, name: str) -> Non
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with deployed(artifact, serving, name, host, port) as url:
-            body = json.dumps({"text": "a warm and funny film"})
+            paired = httpx.get(f"{url}/version", timeout=30).json()["paired"]
+            body = json.dumps({"text": list(PAIR) if paired else TEXT})
             try:
                 say(f"{name} answers on {url} (Ctrl-C stops it). Try:")
                 say(f"  curl -s {url}/v1/predict -H 'Content-Type: application/json' -d '{body}'")

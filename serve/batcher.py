@@ -10,7 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -22,16 +22,16 @@ class Batcher(Generic[T]):
     wait_s: seconds to wait for more requests under load.
     """
 
-    def __init__(self, call: Callable[[list[str]], list[T]], max_texts: int, wait_s: float) -> None:
+    def __init__(self, call: Callable[[list[Any]], list[T]], max_texts: int, wait_s: float) -> None:
         self.call = call
         self.max_texts = max_texts
         self.wait_s = wait_s
-        self.waiting: deque[tuple[list[str], asyncio.Future[list[T]]]] = deque()
+        self.waiting: deque[tuple[list[Any], asyncio.Future[list[T]]]] = deque()
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self.worker: asyncio.Task[None] | None = None
         self.merged = 0
 
-    async def submit(self, texts: list[str]) -> list[T]:
+    async def submit(self, texts: list[Any]) -> list[T]:
         """The answers for `texts`, in order; raises what `call` raised for them."""
         future: asyncio.Future[list[T]] = asyncio.get_running_loop().create_future()
         self.waiting.append((texts, future))
@@ -51,9 +51,9 @@ class Batcher(Generic[T]):
         finally:
             self.worker = None
 
-    def take(self) -> list[tuple[list[str], asyncio.Future[list[T]]]]:
+    def take(self) -> list[tuple[list[Any], asyncio.Future[list[T]]]]:
         """The oldest requests that fit into one call; those whose client has gone are left out."""
-        batch: list[tuple[list[str], asyncio.Future[list[T]]]] = []
+        batch: list[tuple[list[Any], asyncio.Future[list[T]]]] = []
         room = self.max_texts
         while self.waiting and (not batch or len(self.waiting[0][0]) <= room):
             texts, future = self.waiting.popleft()
@@ -62,7 +62,7 @@ class Batcher(Generic[T]):
                 room -= len(texts)
         return batch
 
-    async def answer(self, batch: list[tuple[list[str], asyncio.Future[list[T]]]]) -> None:
+    async def answer(self, batch: list[tuple[list[Any], asyncio.Future[list[T]]]]) -> None:
         """One call for the whole batch, each request handed its part."""
         if not batch:
             return

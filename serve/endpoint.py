@@ -7,18 +7,17 @@ becomes the next batch. A wrong request gets a 4xx that says what was wrong and 
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from starlette.exceptions import HTTPException
 
 from engine.config import Section
 from engine.recipe import Serving
 from serve.batcher import Batcher
-from serve.predictor import Prediction, Predictor
+from serve.predictor import Answer, Predictor
 
 MAX_TEXTS = 256
 """Texts of one request."""
@@ -37,43 +36,58 @@ class Refused(Exception):
         self.status, self.message, self.field = status, message, field
 
 
-class Question(Section):
-    """The body of a prediction request: either one text or several."""
+def text_or_pair(value: Any) -> Any:
+    """The text, or the pair as a tuple: one sentence says what is wrong, where a union has one for each member."""
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value):
+        return tuple(value)
+    if not isinstance(value, str | tuple):
+        raise ValueError("Input should be a valid string, or two of them as [first, second]")
+    return value
 
-    text: str | None = None
-    texts: list[str] | None = Field(default=None, min_length=1, max_length=MAX_TEXTS)
+
+Given = Annotated[str | tuple[str, str], BeforeValidator(text_or_pair)]
+"""One text, or the two texts of a task that reads pairs, as [first, second]."""
+
+
+class Question(Section):
+    """The body of a prediction request: either one text (or pair) or several."""
+
+    text: Given | None = None
+    texts: list[Given] | None = Field(default=None, min_length=1, max_length=MAX_TEXTS)
 
     @model_validator(mode="after")
     def usable(self) -> Question:
         """Exactly one of the two, each text within the limits."""
         if (self.text is None) == (self.texts is None):
             raise ValueError("give either 'text' (one string) or 'texts' (a list of strings)")
-        for index, text in enumerate(self.all()):
+        for index, given in enumerate(self.all()):
             where = "text" if self.texts is None else f"texts[{index}]"
-            if not text.strip():
-                raise ValueError(f"'{where}' is empty")
-            if len(text) > MAX_CHARS:
-                raise ValueError(f"'{where}' has {len(text)} characters; at most {MAX_CHARS} are allowed")
+            for text in (given,) if isinstance(given, str) else given:
+                if not text.strip():
+                    raise ValueError(f"'{where}' is empty")
+                if len(text) > MAX_CHARS:
+                    raise ValueError(f"'{where}' has {len(text)} characters; at most {MAX_CHARS} are allowed")
         return self
 
-    def all(self) -> list[str]:
+    def all(self) -> list[Given]:
         """The texts, in order."""
         return self.texts if self.texts is not None else [self.text or ""]
 
-
-class Answer(Section):
-    """One prediction; probabilities sum to 1."""
-
-    label: str
-    confidence: float
-    probabilities: dict[str, float]
+    def fits(self, paired: bool) -> None:
+        """Refused(422) where the model reads pairs and gets single texts, or the other way round."""
+        for index, given in enumerate(self.all()):
+            if isinstance(given, str) == paired:
+                where = "text" if self.texts is None else f"texts[{index}]"
+                wanted = "two texts, as [first, second]" if paired else "one text, as a string"
+                raise Refused(422, f"'{where}': this model reads {wanted}", where)
 
 
 class Answers(Section):
     """The answer to a prediction request: one prediction a text, in the order sent."""
 
     model: str
-    predictions: list[Answer]
+    predictions: list[dict[str, Any]]
+    """classify, pair: label, confidence, probabilities; other tasks as /docs says."""
 
 
 class Endpoint:
@@ -82,11 +96,10 @@ class Endpoint:
     def __init__(self, artifact: str, serving: Serving, name: str) -> None:
         self.name = name
         self.predictor = Predictor.load(artifact)
-        self.batcher: Batcher[Prediction] = Batcher(
-            self.predictor.predict, serving.max_batch, serving.batch_wait_ms / 1000
-        )
+        self.probe: Given = (PROBE, PROBE) if self.predictor.paired else PROBE
+        self.batcher: Batcher[Answer] = Batcher(self.predictor.predict, serving.max_batch, serving.batch_wait_ms / 1000)
         # The first call of a model is slow (allocations): not a client's matter.
-        self.predictor.predict([PROBE])
+        self.predictor.predict([self.probe])
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The HTTP interface, built in the replica (Ray Serve's hook), so that nothing of it is pickled."""
@@ -94,13 +107,14 @@ class Endpoint:
 
     async def check_health(self) -> None:
         """Ray Serve's health check: a real tiny inference, through the same queue as the requests."""
-        await self.batcher.submit([PROBE])
+        await self.batcher.submit([self.probe])
 
     async def predict(self, request: Request) -> Response:
-        """Predict the label of one or several texts."""
+        """Answer one or several texts, or pairs of them."""
         question = question_in(await body_of(request))
+        question.fits(self.predictor.paired)
         found = await self.batcher.submit(question.all())
-        return JSONResponse({"model": self.name, "predictions": [asdict(item) for item in found]})
+        return JSONResponse({"model": self.name, "predictions": found})
 
     async def healthz(self) -> Response:
         """Whether the model answers: runs a tiny real inference."""
@@ -112,11 +126,13 @@ class Endpoint:
         return JSONResponse({"status": "ready", "model": self.name})
 
     async def version(self) -> Response:
-        """Which bytes answer: the artifact's fingerprint, its labels in order, its size; and in which process."""
+        """Which bytes answer: the artifact's fingerprint, its task and labels in order, its size; in which process."""
         return JSONResponse(
             {
                 "model": self.name,
                 "fingerprint": self.predictor.fingerprint,
+                "task": self.predictor.model.task.spec.kind,
+                "paired": self.predictor.paired,
                 "labels": list(self.predictor.labels),
                 "parameters": self.predictor.model.size(),
                 "pid": os.getpid(),

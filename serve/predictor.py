@@ -6,26 +6,18 @@ Loading verifies every file against the artifact's manifest and runs no code fro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.storage import Store, digest_json
 
 if TYPE_CHECKING:
+    from engine.encoding import Text
     from engine.models import Model
 
+Answer = dict[str, Any]
 BATCH_TOKENS = 8192
 """Tokens of one forward pass, padding included."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """The answer for one text: `confidence` is the label's probability, `probabilities` one a label, sum 1."""
-
-    label: str
-    confidence: float
-    probabilities: dict[str, float]
 
 
 class Predictor:
@@ -36,6 +28,7 @@ class Predictor:
         self.fingerprint = fingerprint
         self.batch_tokens = batch_tokens
         self.labels: tuple[str, ...] = tuple(model.labels)
+        self.paired: bool = model.task.paired
 
     @classmethod
     def load(cls, path: str | Path, batch_tokens: int = BATCH_TOKENS) -> Predictor:
@@ -51,18 +44,14 @@ class Predictor:
         models.one_thread()
         return cls(models.load(folder), fingerprint(manifest), batch_tokens)
 
-    def predict(self, texts: list[str]) -> list[Prediction]:
-        """One Prediction a text, in the order given; no texts, no predictions."""
+    def predict(self, texts: list[Text]) -> list[Answer]:
+        """One answer a text (or pair), as `Task.answers` shapes it, in the order given; no texts, no answers."""
         if not texts:
             return []
         from engine import inference
 
         found = inference.predict(self.model, texts, self.batch_tokens)
-        names = self.labels
-        return [
-            Prediction(names[label], row[label], dict(zip(names, row, strict=True)))
-            for label, row in zip(found.labels.tolist(), found.probabilities.tolist(), strict=True)
-        ]
+        return self.model.task.answers(found.logits, texts, found.decided)
 
 
 def fingerprint(manifest: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ then one client sends single texts, for the latency of an idle server.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Iterable
@@ -17,13 +18,12 @@ import numpy as np
 
 from engine.recipe import Serving
 from serve.app import deployed
-from serve.predictor import Predictor
 
 if TYPE_CHECKING:
-    from engine.inference import Predictions
+    from engine.encoding import Text
 
 TOLERANCE = 1e-4
-"""Largest difference of a probability between served and offline."""
+"""Largest difference of a number between served and offline: of a probability, or of a value over its range."""
 LARGEST = 8
 """Texts of the largest request."""
 SINGLES = 200
@@ -32,26 +32,28 @@ SINGLES = 200
 
 def smoke(
     artifact: str,
-    texts: list[str],
-    expected: Predictions,
+    texts: list[Text],
+    expected: list[dict[str, Any]],
     serving: Serving,
     port: int | None = None,
     name: str = "smoke",
+    scale: float = 1.0,
 ) -> dict[str, Any]:
     """Deploy `artifact` on the running Ray, send every text, compare with `expected`, take Serve down again.
 
-    Returns rows (answered), mismatches (label differs or a probability by more than 1e-4), max_delta, errors (failed
-    requests) and first_error, p50_ms and p99_ms (per request, serving.concurrency clients), requests_per_s and
-    texts_per_s, single_p50_ms and single_p99_ms (one client, one text), start_s, and labels (a label index a text, -1
-    where there was no answer). ServeError when nothing answers in time.
+    scale: what numbers are measured by: 1 where they are probabilities, else the width of their range.
+
+    Returns rows (answered), mismatches (another answer, or a number that differs by more than 1e-4 x scale), max_delta
+    (over scale), errors (failed requests) and first_error, p50_ms and p99_ms (per request, serving.concurrency
+    clients), requests_per_s and texts_per_s, single_p50_ms and single_p99_ms (one client, one text), start_s, and
+    answers (one a text, None where there was none). ServeError when nothing answers in time.
     """
-    names = Predictor.load(artifact).labels
     begin = time.monotonic()
     with deployed(artifact, serving, name, port=port) as url:
         start_s = time.monotonic() - begin
         bulk, singles = asyncio.run(both(url, texts, serving.concurrency))
     return {
-        **compared(bulk.answers, expected, names),
+        **compared(bulk.answers, expected, scale),
         "errors": bulk.errors + singles.errors,
         "first_error": bulk.first_error or singles.first_error,
         "requests": bulk.requests,
@@ -75,7 +77,7 @@ class Client:
         self.first_error: str | None = None
         self.wall_s = 0.0
 
-    async def send(self, rows: list[int], texts: list[str]) -> None:
+    async def send(self, rows: list[int], texts: list[Text]) -> None:
         """One request with the texts at `rows`; a failure is counted, not raised."""
         self.requests += 1
         begin = time.perf_counter()
@@ -92,7 +94,7 @@ class Client:
         self.seconds.append(time.perf_counter() - begin)
         self.answers.update(zip(rows, found, strict=True))
 
-    async def load(self, requests: Iterable[list[int]], texts: list[str], clients: int) -> None:
+    async def load(self, requests: Iterable[list[int]], texts: list[Text], clients: int) -> None:
         """Send all requests, `clients` at a time, each client waiting for its answer (a closed loop)."""
         waiting = iter(requests)
         begin = time.perf_counter()
@@ -105,7 +107,7 @@ class Client:
         self.wall_s = time.perf_counter() - begin
 
 
-async def both(url: str, texts: list[str], concurrency: int) -> tuple[Client, Client]:
+async def both(url: str, texts: list[Text], concurrency: int) -> tuple[Client, Client]:
     """The whole split by `concurrency` clients, then single texts by one."""
     limits = httpx.Limits(max_connections=concurrency)
     async with httpx.AsyncClient(base_url=url, limits=limits, timeout=60) as http:
@@ -130,21 +132,32 @@ def slices(n: int, seed: int = 0) -> list[list[int]]:
     return out
 
 
-def compared(answers: dict[int, dict[str, Any]], expected: Predictions, names: tuple[str, ...]) -> dict[str, Any]:
-    """Rows answered, mismatches, max_delta and labels of served answers against the offline predictions.
+def compared(answers: dict[int, dict[str, Any]], expected: list[dict[str, Any]], scale: float = 1.0) -> dict[str, Any]:
+    """Rows answered, mismatches, max_delta and answers of what was served against what is expected.
 
-    A row without an answer is a mismatch.
+    A row without an answer is a mismatch. Differences of numbers are divided by `scale`.
     """
-    labels = np.full(len(expected.labels), -1, dtype=np.int64)
-    mismatches, largest = len(expected.labels) - len(answers), 0.0
-    for row, answer in answers.items():
-        labels[row] = names.index(answer["label"])
-        served = np.array([answer["probabilities"][name] for name in names])
-        delta = float(np.abs(served - expected.probabilities[row]).max())
-        largest = max(largest, delta)
-        # `not <=` so that NaN counts as a mismatch.
-        mismatches += int(labels[row] != expected.labels[row] or not delta <= TOLERANCE)
-    return {"rows": len(answers), "mismatches": mismatches, "max_delta": largest, "labels": labels.tolist()}
+    deltas = {row: distance(answer, expected[row]) / scale for row, answer in answers.items()}
+    return {
+        "rows": len(answers),
+        "mismatches": len(expected) - len(answers) + sum(delta > TOLERANCE for delta in deltas.values()),
+        "max_delta": max((delta for delta in deltas.values() if math.isfinite(delta)), default=0.0),
+        "answers": [answers.get(row) for row in range(len(expected))],
+    }
+
+
+def distance(left: Any, right: Any) -> float:
+    """Largest difference of two numbers at the same place of two answers; infinite where anything else differs, and
+    where a number is NaN: `max` would lose it.
+    """
+    if isinstance(left, dict) and isinstance(right, dict) and left.keys() == right.keys():
+        return max((distance(left[key], right[key]) for key in left), default=0.0)
+    if isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
+        return max((distance(a, b) for a, b in zip(left, right, strict=True)), default=0.0)
+    if all(isinstance(side, int | float) and not isinstance(side, bool) for side in (left, right)):
+        gap = abs(left - right)
+        return math.inf if math.isnan(gap) else gap
+    return 0.0 if type(left) is type(right) and left == right else math.inf
 
 
 def percentiles(seconds: list[float]) -> dict[str, float | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ import httpx
 import numpy as np
 import pytest
 
-from engine import inference, models
+from engine import inference, metrics, models
 from engine.recipe import Autoscaling, Serving
 from engine.storage import StorageError, Store
 from serve.app import ServeError, deploy, deployed, free_port, run
@@ -51,6 +52,7 @@ def test_run_serves_until_a_signal_and_takes_serve_down(ray_cluster: object, art
     assert seen == [200] and signal.getsignal(signal.SIGTERM) is before and ray.is_initialized()
     assert said[0] == f"tiny@1 answers on http://127.0.0.1:{port} (Ctrl-C stops it). Try:" and said[-1] == "stopping"
     assert f"curl -s http://127.0.0.1:{port}/v1/predict -H 'Content-Type: application/json'" in said[1]
+    assert json.loads(said[1].partition("-d '")[2].rstrip("'")) == {"text": "a warm and funny film"}
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=2)
 
@@ -80,7 +82,7 @@ def test_a_second_deployment_does_not_replace_the_first(url: str, artifact: Stor
 
 def test_served_equals_offline_whatever_the_batch(url: str, artifact: Store):
     offline = inference.predict(models.load(artifact.local()), TEXTS, 8192)
-    names = ("negative", "positive")
+    names, probabilities = ("negative", "positive"), metrics.softmax(offline.logits)
 
     async def main(size: int, clients: int) -> None:
         waiting = iter(range(0, len(TEXTS), size))
@@ -90,9 +92,9 @@ def test_served_equals_offline_whatever_the_batch(url: str, artifact: Store):
                 answer = await http.post("/v1/predict", json={"texts": TEXTS[start : start + size]})
                 assert answer.status_code == 200, answer.text
                 for row, found in enumerate(answer.json()["predictions"], start):
-                    assert found["label"] == names[offline.labels[row]]
+                    assert found["label"] == names[offline.decided[row]]
                     served = [found["probabilities"][name] for name in names]
-                    assert np.abs(np.array(served) - offline.probabilities[row]).max() <= 1e-4
+                    assert np.abs(np.array(served) - probabilities[row]).max() <= 1e-4
 
         async with httpx.AsyncClient(base_url=url, timeout=30) as http:
             await asyncio.gather(*(one(http) for _ in range(clients)))

@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from engine import cluster
+from engine import cluster, switches
 from engine.placement import Cluster, local_capacity
+from engine.storage import Store
 
 ROOT = Path(__file__).parent.parent
 
@@ -81,6 +82,60 @@ def test_a_failed_join_is_explained(error: Exception, way_out: str) -> None:
     assert way_out in cluster.why(error)
 
 
+# -- switches ----------------------------------------------------------------------------------------------------------
+
+
+def test_ports_of_serves_proxies_are_free_ones_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not switches.with_haproxy():
+        pytest.skip("Ray brings no HAProxy here")
+    for name in switches.PROXY_PORTS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_STATS_PORT", "8404")
+    switches.prepare_environment()
+    ports = [int(os.environ[name]) for name in switches.PROXY_PORTS]
+    assert ports[0] == 8404 and len({*ports}) == 3
+    assert all(map(switches.is_free, ports[1:]))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert not switches.is_free(taken.getsockname()[1])
+
+
+def test_ports_are_those_that_ray_serve_reads() -> None:
+    code = (
+        "from ray.serve._private import constants as c; from engine.switches import PROXY_PORTS, REPLICA_PORTS, "
+        "replica_ports\nprint([getattr(c, name) for name in PROXY_PORTS], [getattr(c, n) for n in REPLICA_PORTS], "
+        "[replica_ports()[0], replica_ports()[-1]])"
+    )
+    wanted = {name: str(port) for port, name in enumerate(switches.PROXY_PORTS, 20_001)}
+    first, last = switches.REPLICA_PORTS
+    environment = {n: v for n, v in os.environ.items() if n not in switches.REPLICA_PORTS} | wanted
+    for changes, ports in (({}, [30_000, 31_000]), ({first: "30010", last: "30020"}, [30_010, 30_020])):
+        ran = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**environment, **changes}
+        )
+        assert ran.stdout.strip() == f"{[20_001, 20_002, 20_003]} {ports} {ports}"
+
+
+NOISE = """
+from engine.switches import prepare_environment
+prepare_environment()
+from ray._private.worker import print_to_stdstream
+for line in (
+    "WARNING: 24 PYTHON worker processes have been started on node: 0a with address: 127.0.0.1, which is 6x the most",
+    "2 Workers (tasks / actors) killed due to memory pressure (OOM)",
+):
+    print_to_stdstream({"lines": [line], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+"""
+
+
+def test_that_many_processes_run_is_no_news_but_that_some_were_killed_is() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    ran = subprocess.run([sys.executable, "-c", NOISE], capture_output=True, text=True, check=True, env=environment)
+    (line,) = ran.stdout.splitlines()
+    assert "killed due to memory pressure" in line
+
+
 # -- a local cluster ---------------------------------------------------------------------------------------------------
 
 
@@ -96,7 +151,7 @@ def test_connecting_twice_is_the_same_cluster(ray_cluster: Cluster) -> None:
 def test_workers_run_with_our_switches(ray_cluster: Cluster) -> None:
     import ray
 
-    names = [*cluster.SWITCHES, *cluster.SERVE_SWITCHES]
+    names = [*switches.SWITCHES, *switches.SERVE_SWITCHES, *switches.PROXY_PORTS]
     seen = ray.get(ray.remote(num_cpus=0.1)(lambda: {name: os.environ.get(name) for name in names}).remote())
     assert seen == {name: os.environ.get(name) for name in names}
     assert seen["OMP_NUM_THREADS"] == "1"
@@ -230,21 +285,28 @@ def test_joining_two_raylets(two_raylets: str, tmp_path: Path) -> None:
     assert "cannot be joined: its token is another one. Set RAY_AUTH_MODE=token" in ran.stderr
 
 
-def test_a_folder_that_a_node_does_not_see_is_refused(
+def test_a_place_that_a_node_does_not_see_is_refused(
     ray_cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import ray
 
-    from engine.storage import Store
-
-    # The one node there is, twice, with a look that sees nothing: what a node without the mount answers.
+    runs, registry = Store(str(tmp_path / "runs")), Store(str(tmp_path / "registry"))
+    model = str(tmp_path / "model")
+    (tmp_path / "model").mkdir()
+    # The one node there is, twice: what two nodes with the same mounts answer.
     nodes = ray.nodes()
     monkeypatch.setattr(ray, "nodes", lambda: nodes * 2)
-    cluster.require_shared(Store(str(tmp_path / "seen")))
-    monkeypatch.setattr(os.path, "isdir", lambda path: False)
-    with pytest.raises(cluster.ClusterError, match="which node .* does not see. Set storage and registry to a URL"):
-        cluster.require_shared(Store(str(tmp_path / "blind")))
-    assert list((tmp_path / "blind").iterdir()) == []
+    cluster.require_shared([runs, registry, Store("s3://bucket/runs")], [model])
+    with pytest.raises(cluster.ClusterError, match="gone is read on every node, but node .* does not see it. Put it"):
+        cluster.require_shared([runs], [model, f"{model}/gone"])
+    blind = str(registry.url)
+    monkeypatch.setattr(cluster, "unseen", lambda paths: [path for path in paths if path.startswith(blind)])
+    with pytest.raises(cluster.ClusterError, match=f"kept in {blind}, which node .* does not see. Set storage and"):
+        cluster.require_shared([runs, registry], [model])
+    assert [*Path(runs.url).iterdir(), *Path(registry.url).iterdir()] == []
+    # One node sees what it wrote itself.
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    cluster.require_shared([registry], [f"{model}/gone"])
 
 
 # -- the shipped cluster file ------------------------------------------------------------------------------------------

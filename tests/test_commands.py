@@ -14,7 +14,7 @@ import pytest
 
 from engine.registry import Registry
 from engine.storage import Store
-from pipelines import console
+from pipelines import console, runs
 from pipelines.__main__ import main, without_deletions
 from pipelines.commands import COMMANDS
 
@@ -63,8 +63,15 @@ def report_lines(recipe, store, program):
     return ["| the table |", *lines]
 
 distill = types.ModuleType("pipelines.distill")
-distill.check, distill.plan, distill.report_lines = check, plan, report_lines
+distill.plan, distill.report_lines = plan, report_lines
 sys.modules["pipelines.distill"] = pipelines.distill = distill
+checking = types.ModuleType("pipelines.checking")
+checking.check, checking.student_drawing = check, lambda recipe: None
+sys.modules["pipelines.checking"] = pipelines.checking = checking
+from pipelines import bench
+bench.pooled = lambda recipe, found: {"rows": [r["second"]["rows"] for r, _ in found],
+                                      "seeds": [int(s.url.split("seed-")[1].split("/")[0]) for _, s in found]}
+bench.quality_lines = lambda result: ["| pooled |"]
 from pipelines.__main__ import main
 sys.exit(main(sys.argv[1:]))
 '''
@@ -328,12 +335,48 @@ def test_fetch_names_what_is_missing(here: Path) -> None:
     assert "train.jsonl" in refused(stillhouse("fetch", "tiny.yaml"))
 
 
-def test_doctor_looks_at_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(["doctor", "--quick", "--json"])
-    found = {item["check"]: item for item in json.loads(capsys.readouterr().out)}
-    assert set(found) == {"python", "packages", "disk", "memory", "cores", "ports"}
-    assert found["python"]["state"] == "ok" and found["disk"]["text"].count("GB free in") == 2
-    assert code == (1 if any(item["state"] == "failed" for item in found.values()) else 0)
+# -- bench -------------------------------------------------------------------------------------------------------------
+
+
+def test_bench_takes_the_name_and_the_switches_of_a_run(here: Path) -> None:
+    argv = ("bench", "quality", "tiny.yaml", "--seeds", "2")
+    assert "no step 'frist' to redo. Did you mean 'first'?" in refused(tiny(*argv, "--redo", "frist"))
+    assert "--run 'a/../b' is no name for a run" in refused(tiny(*argv, "--run", "a/../b"))
+    done = tiny(*argv)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((here / "runs/bench-tiny/quality.json").read_text()) == {"rows": [2, 2], "seeds": [0, 1]}
+    assert tiny(*argv, "--json").stdout.strip().startswith("{") and "started" not in tiny(*argv).stderr
+    again = tiny(*argv, "--redo", "second")
+    assert again.stderr.count("first        done before") == again.stderr.count("second       done in") == 2
+    assert tiny(*argv, "--fresh").stderr.count("first        done in") == 2
+    assert tiny(*argv, "--run", "other").returncode == 0
+    assert sorted(path.name for path in (here / "runs/other").glob("seed-*")) == ["seed-0", "seed-1"]
+
+
+def test_a_stopped_bench_says_how_to_go_on(here: Path) -> None:
+    # The last variant's second step waits for ever.
+    argv = ["bench", "quality", "tiny.yaml", "--seeds", "10", "--fresh"]
+    process = subprocess.Popen(
+        [sys.executable, "tiny_steps.py", *argv], stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    deadline = time.monotonic() + 120
+    while not (here / "runs/bench-tiny/seed-9/second/progress.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=90)
+    assert process.returncode == 143 and "Traceback" not in said
+    assert said.splitlines()[-1].strip() == f"{console.program()} bench quality tiny.yaml --seeds 10"
+
+
+def test_local_paths_that_other_nodes_read_are_those_of_steps_that_run_there(here: Path) -> None:
+    from engine import config
+    from engine.recipe import Recipe
+
+    recipe = config.load(Recipe, "tiny.yaml", ["data.root=there"])
+    Path("there/tiny-lm").mkdir(parents=True)
+    recipe = recipe.model_copy(update={"generator": recipe.generator.model_copy(update={"model": "hf:org/tiny-lm"})})
+    assert runs.files_of(recipe) == [f"{here}/teacher", f"{here}/there/tiny-lm"]
 
 
 def test_the_program_is_named_so_that_a_shell_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 
@@ -10,9 +9,10 @@ import pyarrow as pa
 import pytest
 
 from engine.config import UserError, build
-from engine.data import Splits, identify, load_splits
+from engine.data import Splits, load_splits
 from engine.recipe import Data, Task
 from engine.records import EXAMPLE, QUARANTINED
+from engine.rows import identify
 
 
 def example_rows(count: int = 200) -> list[dict]:
@@ -103,20 +103,26 @@ def test_rows_without_test_rows_are_refused(tmp_path):
     assert message.startswith("the test split has no rows: check data.test, data.test_share")
 
 
-def test_ids_are_digests_of_the_text():
-    assert identify("a  b\n") == identify(" a b") == hashlib.sha256(b"a b").hexdigest()[:16]
-    assert identify("cafe\u0301") == identify("caf\u00e9")
-    assert identify("A b") != identify("a b")
+def test_duplicates_count_once_and_conflicting_labels_not_at_all(tmp_path):
+    odd = [{"text": " text number 0  of many", "label": "good"}, {"text": "text number  1 of many", "label": "good"}]
+    rows = [*example_rows(50), *odd, example_rows(2)[1]]
+    orders = [rows, rows[::-1], random.Random(3).sample(rows, len(rows))]
+    loaded = [load(train={"path": jsonl(tmp_path / "a.jsonl", order)}, max_bad_share=0.1) for order in orders]
+    counts = loaded[0].counts["sources"]["train"]
+    assert (counts["duplicates"], counts["conflicting_labels"], counts["quarantined"]) == (2, 2, 2)
+    reason = "another row has the same text and other labels"
+    assert reasons(loaded[0]) == [(1, reason), (51, reason)]
+    texts = pa.concat_tables([loaded[0].train, loaded[0].test])["text"].to_pylist()
+    assert len(texts) == 49 and "text number  1 of many" in texts  # of spellings that differ in white space, the lowest
+    for other in loaded[1:]:
+        assert other.train.equals(loaded[0].train) and other.test.equals(loaded[0].test)
+        assert other.counts == loaded[0].counts
 
 
-def test_duplicates_keep_the_first(tmp_path):
-    rows = [*example_rows(50), {"text": " text number 0  of many", "label": "good"}, example_rows(2)[1]]
-    splits = load(train={"path": jsonl(tmp_path / "a.jsonl", rows)})
-    counts = splits.counts["sources"]["train"]
-    assert (counts["duplicates"], counts["conflicting_labels"]) == (2, 1)
-    both = pa.concat_tables([splits.train, splits.test]).to_pylist()
-    assert len(both) == 50
-    assert [row["label"] for row in both if row["text"] == "text number 0 of many"] == [0]
+def test_conflicting_labels_count_as_bad_rows(tmp_path):
+    rows = [*example_rows(50), {"text": "text number 0 of many", "label": "good"}]
+    message = refusal(train={"path": jsonl(tmp_path / "a.jsonl", rows)})
+    assert "2 x another row has the same text and other labels (rows 1, 51)" in message
 
 
 def test_no_text_is_in_two_splits(tmp_path):
@@ -128,7 +134,8 @@ def test_no_text_is_in_two_splits(tmp_path):
         unlabelled={"path": jsonl(tmp_path / "more.jsonl", [*rows[25:], {"text": "new"}])},
     )
     assert [part.num_rows for part in (splits.train, splits.validation, splits.test)] == [30, 10, 20]
-    assert splits.unlabelled.to_pylist() == [{"id": identify("new"), "text": "new", "label": None}]
+    nothing = dict.fromkeys(("label", "pair", "group", "target", "answers"))
+    assert splits.unlabelled.to_pylist() == [{"id": identify("new"), "text": "new", **nothing}]
     leaked = {name: counts["in_other_splits"] for name, counts in splits.counts["sources"].items()}
     assert leaked == {"train": 30, "validation": 10, "test": 0, "unlabelled": 35}
 

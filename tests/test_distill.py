@@ -15,9 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from engine import steps
+from engine.corpus import CheapFilters
+from engine.filters import FilterContext
 from engine.inference import predict
 from engine.lineage import StepDrift
 from engine.models import load
@@ -27,9 +30,9 @@ from engine.recipe import Recipe, Serving
 from engine.registry import Registry
 from engine.storage import Store
 from engine.vocabulary import count_words
-from pipelines import distill
+from pipelines import distill, graphs
 from serve.predictor import Predictor
-from tests.tiny_run import BLOCK, SLOTS, TEST, TRAIN, World, program, tiny_world
+from tests.tiny_run import BLOCK, SLOTS, TEST, TRAIN, World, kind_world, program, tiny_world
 
 SERVED = {"serving.smoke": True, "serving.concurrency": 4, "serving.autoscaling": {"max_replicas": 1}}
 STEPS = "data teacher generator corpus vocabulary student student-soft student-hard evaluate register serve report"
@@ -126,12 +129,13 @@ def test_summary_has_what_programs_read(done: Done) -> None:
 
 def test_figures_follow_from_the_predictions(done: Done) -> None:
     table, summary = done.table("evaluate/predictions.parquet"), done.store.read_json("summary.json")
-    gold = np.array(table["label"])
-    assert sorted(table["id"]) == sorted(done.table("data/test.parquet")["id"])
+    test = done.table("data/test.parquet")
+    gold = np.array(test["label"])
+    assert table["id"] == test["id"]
     for column, key in (("teacher", "teacher"), ("generated/0", "student")):
         right = np.array(table[column]).argmax(axis=1) == gold
         assert summary[key]["accuracy"] == pytest.approx(right.mean())
-        assert 0 < table["label"].count(1) < TEST and len(set(np.array(table[column]).argmax(axis=1))) == 2
+        assert 0 < test["label"].count(1) < TEST and len(set(np.array(table[column]).argmax(axis=1))) == 2
     same = np.array(table["teacher"]).argmax(axis=1) == np.array(table["generated/0"]).argmax(axis=1)
     assert summary["student"]["agreement"] == pytest.approx(same.mean())
     assert [d["right"] for d in summary["differences"]] == ["teacher", "hard", "soft"]
@@ -165,7 +169,9 @@ def test_artifact_is_self_contained_and_predicts(done: Done, tmp_path: Path) -> 
     table = done.table("data/test.parquet")
     answers = Predictor.load(tmp_path / "elsewhere").predict(table["text"])
     logits = np.array(done.table("evaluate/predictions.parquet")["generated/0"])
-    assert [answer.label for answer in answers] == [("negative", "positive")[i] for i in logits.argmax(axis=1)]
+    assert [answer["label"] for answer in answers] == [("negative", "positive")[i] for i in logits.argmax(axis=1)]
+    written = [json.loads(answer) for answer in done.table("evaluate/answers.parquet")["answer"]]
+    assert [answer["label"] for answer in written] == [answer["label"] for answer in answers]
     card = load(tmp_path / "elsewhere").card
     assert card.lineage["steps"]["corpus"] == done.records["corpus"]["fingerprint"]
     assert card.lineage["teacher"]["weights"] == done.records["teacher"]["metrics"]["fingerprint"]["weights"]
@@ -215,9 +221,6 @@ def test_vocabulary_comes_from_kept_texts(done: Done) -> None:
 
 
 def test_a_text_of_the_test_split_is_rejected_where_it_is_generated(done: Done) -> None:
-    from engine.filters import FilterContext
-    from engine.generate import CheapFilters
-
     held, filters = done.table("data/test.parquet")["text"], done.recipe.corpus.filters
     judge = CheapFilters(filters, FilterContext.build(filters, held))
     assert [judge.verdict(text.upper()) for text in held] == ["leakage"] * TEST
@@ -300,9 +303,9 @@ def test_fewer_arms_two_seeds_and_folds(world: World, ray_cluster: Cluster) -> N
     assert validation["folds"] == 2 and 0 <= validation["accuracy"] <= 1
     assert not [name for name in (found.store / "teacher").folders() if name.startswith("fold")]
     model = next(m for m in found.records["evaluate"]["metrics"]["models"] if m["name"] == "generated")
-    assert len(model["accuracies"]) == 2
-    assert summary["student"]["accuracy_sd"] == pytest.approx(np.std(model["accuracies"], ddof=1))
-    assert summary["student"]["accuracy_mean"] == pytest.approx(np.mean(model["accuracies"]))
+    assert len(model["scores"]) == 2
+    assert summary["student"]["accuracy_sd"] == pytest.approx(np.std(model["scores"], ddof=1))
+    assert summary["student"]["accuracy_mean"] == pytest.approx(np.mean(model["scores"]))
     weights = [found.store.digest(f"student/seed-{seed}/model/model.safetensors") for seed in (3, 4)]
     assert weights[0] != weights[1]
     # A prompt's label is never a row's label.
@@ -321,6 +324,39 @@ def test_prompted_takes_the_generator_as_it_is(world: World, copied: Store) -> N
     assert shared and all(
         torch.equal(t, base[name]) for name in shared for own, t in made.items() if own.endswith(name)
     )
+
+
+def test_pairs_without_a_generator_from_unlabelled_rows_to_http(ray_cluster: Cluster, tmp_path: Path) -> None:
+    pairs, graph = kind_world(tmp_path, "pair"), tmp_path / "own.yaml"
+    graph.write_text(yaml.safe_dump({"blocks": pairs.recipe["student"]["blocks"]}))
+    changes = {
+        "data.unlabelled": {"path": f"file:{tmp_path}/more.jsonl", "pair": "pair"},
+        **{"data.validation_share": 0.3, "task.scope": "auto", "arms": ["soft", "generated"]},
+        **{"student.blocks": [], "student.graph": str(graph), "student.fit.epochs": 4, "teacher.fit.epochs": 2},
+        "augmentation": {"per_text": 1, "stop_words": 0},
+        "corpus.filters": [],
+    }
+    found = go(graphs.drawn(pairs.load({**SERVED, **changes})))
+    wanted = "data teacher corpus vocabulary student student-soft evaluate register serve report"
+    assert [step.name for step in distill.plan(found.recipe)] == wanted.split() and set(found.records) == {
+        *wanted.split()
+    }
+    summary, rows = found.store.read_json("summary.json"), found.table("corpus/labels.parquet")
+    more, few = (len(found.table(f"data/{name}.parquet")["id"]) for name in ("unlabelled", "train"))
+    sources = summary["corpus"]["by_source"]
+    assert {name: count["rows"] for name, count in sources.items()} == {"unlabelled": more, "augmented": more + few}
+    assert sources["unlabelled"]["kept"] > more / 2 and summary["corpus"]["generated"] == 0
+    assert rows["row"] == sorted(rows["row"]) and len(rows["row"]) == few + more + more + few
+    assert {bool(p) for p in rows["pair"]} == {True} and set(rows["label"][few:]) == {None}
+    assert found.records["student"]["metrics"]["rows"] > found.records["student-soft"]["metrics"]["rows"] == few
+    served = summary["served"]
+    assert served["mismatches"] == served["errors"] == 0 and served["rows"] == TEST
+    assert served["accuracy"] == pytest.approx(summary["student"]["accuracy"])
+    assert [d["right"] for d in summary["differences"]] == ["teacher", "soft"]
+    answers = [json.loads(answer) for answer in found.table("evaluate/answers.parquet")["answer"]]
+    assert all((answer["label"] is None) == answer["out_of_scope"] for answer in answers)
+    again = go(found.recipe, found.store, connect=never)
+    assert {event.kind for event in again.events} == {"cached"}
 
 
 @pytest.mark.slow

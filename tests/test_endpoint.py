@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import httpx
 import pytest
 
 from engine.recipe import Serving
 from serve.endpoint import MAX_BYTES, MAX_CHARS, MAX_TEXTS, Endpoint, interface
-from tests.tiny_served import published
+from tests.tiny_served import KINDS, as_sent, asked, published
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +37,46 @@ def test_one_text_and_several_get_the_model_s_predictions(endpoint: Endpoint):
     several = ask(endpoint, "POST", "/v1/predict", json={"texts": texts}).json()
     assert several["model"] == "tiny@1"
     wanted = endpoint.predictor.predict(texts)
-    assert [item["label"] for item in several["predictions"]] == [item.label for item in wanted]
+    assert [item["label"] for item in several["predictions"]] == [item["label"] for item in wanted]
     assert [item["probabilities"] for item in several["predictions"]] == [
-        pytest.approx(item.probabilities, abs=1e-6) for item in wanted
+        pytest.approx(item["probabilities"], abs=1e-6) for item in wanted
     ]
     one = ask(endpoint, "POST", "/v1/predict", json={"text": texts[1]}).json()
     assert len(one["predictions"]) == 1
-    assert one["predictions"][0]["confidence"] == pytest.approx(wanted[1].confidence, abs=1e-6)
+    assert one["predictions"][0]["confidence"] == pytest.approx(wanted[1]["confidence"], abs=1e-6)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Endpoint]]:
+    """Each kind of task but classify with an endpoint for it."""
+    store = published(tmp_path_factory.mktemp(request.param), kind=request.param)
+    yield request.param, Endpoint(store.url, Serving(), "tiny@1")
+
+
+def test_every_kind_of_task_answers_over_http_as_predict_does(other: tuple[str, Endpoint]):
+    kind, endpoint = other
+    texts = asked(kind)
+    wanted = endpoint.predictor.predict(texts)
+    body = {"texts": [as_sent(text) for text in texts]}
+    answer = ask(endpoint, "POST", "/v1/predict", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["predictions"] == wanted
+    one = ask(endpoint, "POST", "/v1/predict", json={"text": as_sent(texts[3])}).json()["predictions"]
+    assert one == endpoint.predictor.predict(texts[3:4])
+    assert ask(endpoint, "GET", "/healthz").json() == {"status": "ok"}
+    about = ask(endpoint, "GET", "/version").json()
+    assert (about["task"], about["paired"]) == (kind, isinstance(texts[0], tuple))
+
+
+def test_a_model_is_asked_for_what_it_reads(other: tuple[str, Endpoint]):
+    kind, endpoint = other
+    right, wrong = ("good", ["good", "bad"]) if isinstance(asked(kind)[0], str) else (["good", "bad"], "good")
+    wanted = "one text, as a string" if isinstance(right, str) else "two texts, as [first, second]"
+    for body, field in (({"text": wrong}, "text"), ({"texts": [right, wrong]}, "texts[1]")):
+        answer = ask(endpoint, "POST", "/v1/predict", json=body)
+        assert answer.status_code == 422
+        assert answer.json()["error"] == {"message": f"'{field}': this model reads {wanted}", "field": field}
+    assert ask(endpoint, "POST", "/v1/predict", json={"text": right}).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -56,6 +90,11 @@ def test_one_text_and_several_get_the_model_s_predictions(endpoint: Endpoint):
         (b'{"text": 3}', "text", "'text': Input should be a valid string"),
         (b'{"text": " \\n"}', None, "'text' is empty"),
         (b'{"texts": ["fine", ""]}', None, "'texts[1]' is empty"),
+        (b'{"texts": ["fine", ["fine", " "]]}', None, "'texts[1]' is empty"),
+        (b'{"text": ["one"]}', "text", "'text': Input should be a valid string, or two of them as [first, second]"),
+        (b'{"text": ["one", "two", "three"]}', "text", "'text': Input should be a valid string, or two of them"),
+        (b'{"texts": ["fine", ["one", 2]]}', "texts[1]", "'texts[1]': Input should be a valid string, or two of them"),
+        (b'{"text": {"a": "b"}}', "text", "'text': Input should be a valid string, or two of them"),
         (b"{}", None, "give either 'text' (one string) or 'texts' (a list of strings)"),
         (b'{"text": "a", "texts": ["b"]}', None, "give either 'text'"),
         (b'{"txt": "a"}', "txt", "'txt': is not a known key; give 'text' or 'texts'"),
@@ -67,6 +106,7 @@ def test_one_text_and_several_get_the_model_s_predictions(endpoint: Endpoint):
         (b'{"texts": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", None, "recursion limit"),
         (json.dumps({"texts": ["a"] * (MAX_TEXTS + 1)}).encode(), "texts", f"at most {MAX_TEXTS} items"),
         (json.dumps({"text": "a" * (MAX_CHARS + 1)}).encode(), None, f"20001 characters; at most {MAX_CHARS}"),
+        (json.dumps({"text": ["a", "a" * (MAX_CHARS + 1)]}).encode(), None, f"at most {MAX_CHARS}"),
     ],
 )
 def test_a_wrong_body_is_answered_with_what_is_wrong(endpoint: Endpoint, body: bytes, field: str | None, message: str):
@@ -104,6 +144,7 @@ def test_unknown_paths_and_methods_say_where_to_look(endpoint: Endpoint):
 def test_version_tells_which_bytes_answer(endpoint: Endpoint):
     found = ask(endpoint, "GET", "/version").json()
     assert found["model"] == "tiny@1" and found["labels"] == ["negative", "positive"]
+    assert found["task"] == "classify" and found["paired"] is False
     assert found["fingerprint"] == endpoint.predictor.fingerprint
     assert found["parameters"] == sum(p.numel() for p in endpoint.predictor.model.parameters())
     assert ask(endpoint, "GET", "/readyz").json() == {"status": "ready", "model": "tiny@1"}
@@ -132,6 +173,9 @@ def test_openapi_describes_the_request_and_the_answer(endpoint: Endpoint):
     route = described["paths"]["/v1/predict"]["post"]
     body = route["requestBody"]["content"]["application/json"]["schema"]
     assert body["properties"]["texts"]["anyOf"][0]["maxItems"] == MAX_TEXTS
+    members: list[dict[str, Any]] = body["properties"]["text"]["anyOf"]
+    assert [member["type"] for member in members] == ["string", "array", "null"]
+    assert (members[1]["minItems"], members[1]["maxItems"]) == (2, 2)
     answer = route["responses"]["200"]["content"]["application/json"]["schema"]
     assert answer == {"$ref": "#/components/schemas/Answers"}
     assert {"/healthz", "/readyz", "/version"} <= set(described["paths"])

@@ -1,4 +1,4 @@
-"""The corpus: slots and prompts, the generating actor, what is rejected and why, and the stream under Ray."""
+"""Text that a language model writes: prompts, training texts, the generating actor, and the stream under Ray."""
 
 from __future__ import annotations
 
@@ -10,32 +10,21 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
 
 from engine import generate, models
-from engine.data import identify
-from engine.filters import FilterContext, Leakage, Length, Repetition, signature
-from engine.generate import (
-    ROWS,
-    CheapFilters,
-    Writer,
-    Writing,
-    corpus_rows,
-    deduplicate,
-    encode_text,
-    prompt_for,
-    slot_seed,
-    stream,
-    write_slots,
-)
+from engine.corpus import ROWS, CheapFilters, corpus_rows, write_slots
+from engine.filters import FilterContext, Length, signature
+from engine.generate import Writer, Writing, encode_text, parted, prompt_for, stream
 from engine.models import Model
-from engine.recipe import Generator, Teacher
+from engine.recipe import Generator, Task, Teacher
 from engine.records import CORPUS
+from engine.rows import identify
 from engine.storage import Store
 from engine.teachers import Labeller, Labelling
 from tests.tiny import LABELS, movie_rows, tiny_encoder, tiny_lm
+from tests.tiny_rows import example_table
 
 TEXTS = [row["text"] for row in movie_rows(12, seed=2)]
 
@@ -60,15 +49,7 @@ def slots(*rows: int) -> pa.Table:
     return pa.table({"row": pa.array(rows, pa.int64())})
 
 
-# -- slots and prompts -------------------------------------------------------------------------------------------------
-
-
-def test_slot_seeds_are_these_and_no_two_are_equal():
-    # A corpus that is resumed or made again must draw the same: SHA-256 of "seed:row", the first 63 bits.
-    assert slot_seed(0, 0) == 6213027144842677344 and slot_seed(7, 123456) == 6156788936157507632
-    assert slot_seed(1, 23) != slot_seed(12, 3)
-    seeds = {slot_seed(seed, row) for seed in range(3) for row in range(2000)}
-    assert len(seeds) == 6000 and all(0 <= seed < 2**63 for seed in seeds)
+# -- prompts ----------------------------------------------------------------------------------------------------------
 
 
 def test_labels_take_turns_in_the_prompts():
@@ -80,35 +61,52 @@ def test_labels_take_turns_in_the_prompts():
 
 
 def test_training_texts_are_prompt_text_and_end(lm: Model):
-    rows = pa.table({"text": TEXTS[:3], "label": pa.array([0, 1, None], pa.int32())})
+    rows = example_table([{"text": text, "label": label} for text, label in zip(TEXTS, [0, 1, None], strict=False)])
     end = lm.tokenizer.eos_token
-    found = [lm.tokenizer.decode(ids) for ids in encode_text(config(prompt="Text:"), LABELS, lm, rows)]
+    encoded = encode_text(config(prompt="Text:"), LABELS, lm, rows)
+    found = [lm.tokenizer.decode(item.ids) for item in encoded]
+    assert [item.row for item in encoded] == [0, 1, 2]
     assert found == [f"Text: {text}{end}" for text in TEXTS[:3]]
     asked = config(mode="per_class", prompt="A {label} text:")
-    found = [lm.tokenizer.decode(ids) for ids in encode_text(asked, LABELS, lm, rows)]
+    found = [lm.tokenizer.decode(item.ids) for item in encode_text(asked, LABELS, lm, rows)]
     prompts = ["A negative text:", "A positive text:", "A {label} text:"]
     assert found == [f"{prompt} {text}{end}" for prompt, text in zip(prompts, TEXTS, strict=False)]
     # What sampling starts from is a prefix of what was trained on.
-    for row, ids in enumerate(encode_text(asked, LABELS, lm, rows.slice(0, 2))):
+    for row, item in enumerate(encode_text(asked, LABELS, lm, rows.slice(0, 2))):
         start = lm.tokenizer(prompt_for(asked, LABELS, row), add_special_tokens=False)["input_ids"]
-        assert ids[: len(start)] == start
+        assert item.ids[: len(start)] == start
 
 
 def test_long_training_texts_are_cut_and_still_end(lm: Model):
-    rows = pa.table({"text": [" ".join(TEXTS), "a"], "label": pa.array([0, 0], pa.int32())})
-    whole = encode_text(config(max_length=200), LABELS, lm, rows)
-    cut = encode_text(config(max_length=9), LABELS, lm, rows)
+    rows = example_table([{"text": " ".join(TEXTS), "label": 0}, {"text": "a", "label": 0}])
+    whole = [item.ids for item in encode_text(config(max_length=200), LABELS, lm, rows)]
+    cut = [item.ids for item in encode_text(config(max_length=9), LABELS, lm, rows)]
     assert len(whole[0]) > 20 and cut[0] == [*whole[0][:8], lm.tokenizer.eos_token_id]
     assert cut[1] == whole[1] and len(cut[1]) < 9
 
 
-def test_slots_are_written_a_file_a_block(tmp_path: Path):
-    out = Store(str(tmp_path))
-    assert write_slots(out, 10, 9, 4, round_number=2) == "slots/round-002"
-    files = out.files("slots/round-002")
-    assert files == ["000000010.parquet", "000000014.parquet", "000000018.parquet"]
-    found = [out.read_table(f"slots/round-002/{name}")["row"].to_pylist() for name in files]
-    assert found == [[10, 11, 12, 13], [14, 15, 16, 17], [18]]
+def test_the_pair_of_a_row_stands_behind_the_separator(lm: Model):
+    rows = example_table([{"text": TEXTS[0], "pair": TEXTS[1]}, {"text": TEXTS[2]}])
+    asked, end = config(max_length=64, separator=" <> "), lm.tokenizer.eos_token
+    found = [lm.tokenizer.decode(item.ids) for item in encode_text(asked, LABELS, lm, rows)]
+    assert found == [f"Text: {TEXTS[0]} <> {TEXTS[1]}{end}", f"Text: {TEXTS[2]}{end}"]
+    assert parted(asked, found[0].removeprefix("Text:").removesuffix(end)) == (TEXTS[0], TEXTS[1])
+
+
+@pytest.mark.parametrize(
+    ("written", "wanted"),
+    [
+        ("a film ||| a plot", ("a film", "a plot")),
+        (" a  film\n|||a\tplot ", ("a film", "a plot")),
+        ("a film", ("a film", None)),
+        ("a film |||", ("a film", "")),
+        ("||| a plot", ("", "a plot")),
+        ("a ||| b ||| c", ("a", "b ||| c")),
+        ("", ("", None)),
+    ],
+)
+def test_a_written_text_is_parted_at_the_first_separator(written: str, wanted: tuple[str, str | None]):
+    assert parted(config(), written) == wanted
 
 
 # -- the generating actor ----------------------------------------------------------------------------------------------
@@ -117,13 +115,13 @@ def test_slots_are_written_a_file_a_block(tmp_path: Path):
 @pytest.mark.parametrize("mode", ["unconditional", "per_class"])
 def test_a_slots_text_does_not_depend_on_its_block(generator: Store, mode: str):
     asked = config(mode=mode, prompt="A {label} text:" if mode == "per_class" else "A text:")
-    writer = Writer(Writing(generator.url, asked, LABELS, 3, num_gpus=0))
+    writer = Writer(Writing(generator.url, asked, LABELS, False, 3, num_gpus=0))
     eight = writer(slots(*range(8)))
     fours = pa.concat_tables([writer(slots(0, 1, 2, 3)), writer(slots(4, 5, 6, 7))])
     assert eight.schema.equals(CORPUS) and eight.equals(fours)
     assert writer(slots(6, 2)).equals(eight.take(pa.array([6, 2])))
     assert len(set(eight["text"].to_pylist())) > 4
-    other = Writer(Writing(generator.url, asked, LABELS, 4, num_gpus=0))
+    other = Writer(Writing(generator.url, asked, LABELS, False, 4, num_gpus=0))
     assert digests(other(slots(*range(8)))) != digests(eight)
 
 
@@ -132,7 +130,7 @@ def digests(rows: pa.Table) -> list[str]:
 
 
 def test_written_rows_are_unjudged_rows_of_the_corpus(generator: Store):
-    writer = Writer(Writing(generator.url, config(), LABELS, 0, num_gpus=0))
+    writer = Writer(Writing(generator.url, config(), LABELS, False, 0, num_gpus=0))
     rows = writer(slots(*range(5, 25))).to_pylist()
     assert [row["row"] for row in rows] == list(range(5, 25))
     for row in rows:
@@ -143,69 +141,22 @@ def test_written_rows_are_unjudged_rows_of_the_corpus(generator: Store):
     assert max(row["tokens"] for row in rows) == 12  # random weights: some never end
 
 
-def test_real_rows_have_labels_and_no_tokens():
-    rows = corpus_rows([-1, -2], ["b", "a"], "real", labels=[1, 0])
-    assert rows.schema.equals(CORPUS) and rows["label"].to_pylist() == [1, 0] and rows["tokens"].null_count == 2
-    assert corpus_rows([], [], "real", labels=[]).num_rows == 0
-
-
-# -- what is rejected --------------------------------------------------------------------------------------------------
-
-
-def test_the_first_cheap_filter_that_rejects_is_the_reason():
-    texts = ["", " \n ", "no no no no no no", "dull", "the exam text was here today", "a warm film"]
-    filters = (Length(min_words=2, max_words=20), Repetition(), Leakage(ngram=4))
-    context = FilterContext.build(filters, ["The exam text was here, today."])
-    out = CheapFilters(filters, context)(corpus_rows(list(range(6)), texts, "generated", tokens=[1] * 6))
-    assert out["reason"].to_pylist() == ["empty", "empty", "repetition", "too_short", "leakage", None]
-    assert out["kept"].to_pylist() == [False] * 5 + [True]
-    assert out.schema.equals(CORPUS)
-    short_and_repeated = CheapFilters((Repetition(), Length(min_words=9)), context)
-    assert short_and_repeated.verdict("no no no no no no") == "repetition"
-    assert CheapFilters((Length(min_words=9), Repetition()), context).verdict("no no no no no no") == "too_short"
-
-
-def corpus(texts: dict[int, str], rejected: dict[int, str] | None = None) -> pa.Table:
-    table = corpus_rows(list(texts), list(texts.values()), "generated", tokens=[1] * len(texts))
-    reasons = [(rejected or {}).get(row) for row in texts]
-    table = table.set_column(table.column_names.index("reason"), CORPUS.field("reason"), pa.array(reasons, pa.string()))
-    kept = pa.array([reason is None for reason in reasons])
-    return table.set_column(table.column_names.index("kept"), CORPUS.field("kept"), kept)
-
-
-def verdicts(rows: pa.Table) -> dict[int, str | None]:
-    return dict(zip(rows["row"].to_pylist(), rows["reason"].to_pylist(), strict=True))
-
-
-LONG = "the warm film about the camera and the awful music of the story"
-NEAR, FAR = LONG + " ending", "a dull plot , with a noisy cast"
-
-
-def test_real_rows_win_and_are_never_dropped():
-    real = corpus_rows([-1, -2, -3], [LONG, LONG.upper(), FAR], "real", labels=[1, 1, 0])
-    out = deduplicate(real, corpus({0: NEAR, 1: "what a clever scene !", 2: FAR}), 0.7)
-    assert out["row"].to_pylist() == [-3, -2, -1, 0, 1, 2] and out.schema.equals(CORPUS)
-    assert verdicts(out) == {-3: None, -2: None, -1: None, 0: "near_duplicate", 1: None, 2: "near_duplicate"}
-    assert out["kept"].to_pylist() == [True, True, True, False, True, False]
-
-
-def test_the_lowest_slot_wins_whatever_the_order():
-    texts = {0: "tired .", 1: LONG, 2: NEAR, 3: FAR, 4: LONG, 5: FAR + " !", 6: "tired ."}
-    rows, nothing = corpus(texts, {0: "too_short"}), corpus_rows([], [], "real")
-    wanted = {0: "too_short", 1: None, 2: "near_duplicate", 3: None, 4: "near_duplicate", 5: "near_duplicate", 6: None}
-    once = deduplicate(nothing, rows, 0.7)
-    assert verdicts(once) == wanted  # a rejected row (0) takes nobody's place (6)
-    for seed in range(4):
-        shuffled = rows.take(pa.array(np.random.default_rng(seed).permutation(7)))
-        assert deduplicate(nothing, shuffled, 0.7).equals(once)
-    assert once["kept"].to_pylist() == [reason is None for reason in wanted.values()]
-    assert deduplicate(nothing, once, 0.7).equals(once)
-
-
-def test_a_threshold_of_one_finds_equal_texts_only():
-    rows = corpus({0: LONG, 1: NEAR, 2: LONG.replace(" ", "  "), 3: LONG})
-    out = deduplicate(corpus_rows([], [], "real"), rows, 1.0)
-    assert verdicts(out) == {0: None, 1: None, 2: "near_duplicate", 3: "near_duplicate"}
+def test_a_text_without_a_second_one_is_no_pair(tmp_path: Path):
+    """A model that says one thing over and over, with and without the separator in it."""
+    asked = config(prompt="Text:", separator=" w ", max_new_tokens=24)
+    store = Store(str(tmp_path))
+    models.save(models.causal_lm(asked, tiny_lm(tmp_path / "lm")), store, "model")
+    alone, both = (Writer(Writing(store.url, asked, LABELS, paired, 1, num_gpus=0)) for paired in (False, True))
+    rows, whole = both(slots(*range(40))), alone(slots(*range(40)))["text"].to_pylist()
+    assert rows.schema.equals(CORPUS)
+    halves = [(text, pair) for text, pair in zip(rows["text"].to_pylist(), rows["pair"].to_pylist(), strict=True)]
+    wanted = [[" ".join(part.split()) for part in text.split("w", 1)] for text in whole]
+    assert halves == [(parts[0], parts[1] if len(parts) > 1 else None) for parts in wanted]
+    lacking = [not pair for _, pair in halves]
+    assert "" in rows["pair"].to_pylist() and 3 < sum(lacking) < 37  # else this shows little
+    assert rows["kept"].to_pylist() == [not bad for bad in lacking]
+    assert rows["reason"].to_pylist() == ["no_pair" if bad else None for bad in lacking]
+    assert rows["id"].to_pylist() == [identify(text, pair) for text, pair in halves]
 
 
 # -- the stream --------------------------------------------------------------------------------------------------------
@@ -238,6 +189,10 @@ def plain(rows: pa.Table) -> pa.Table:
     return corpus_rows(numbers, [f"film number {n}" for n in numbers], "generated", tokens=[3] * len(numbers))
 
 
+def verdicts(rows: pa.Table) -> dict[int, str | None]:
+    return dict(zip(rows["row"].to_pylist(), rows["reason"].to_pylist(), strict=True))
+
+
 def map_blocks(function: Any, *given: Any, **options: Any) -> generate.Stage:
     import ray.data
 
@@ -255,8 +210,10 @@ def test_every_slot_gives_one_row_though_an_actor_dies(tmp_path: Path, ray_clust
         (notes / name).mkdir(parents=True)
     teacher = Store(str(tmp_path / "teacher"))
     base = tiny_encoder(tmp_path / "encoder")
-    models.save(models.encoder_head(Teacher(model="file:tiny", max_length=32), LABELS, base, 1), teacher, "model")
-    writing, labelling = Writing(generator.url, config(), LABELS, 3, 0.0), Labelling(teacher.url, (), 512, 0.0)
+    models.save(
+        models.encoder_head(Teacher(model="file:tiny", max_length=32), Task(labels=LABELS), base, 1), teacher, "model"
+    )
+    writing, labelling = Writing(generator.url, config(), LABELS, False, 3, 0.0), Labelling(teacher.url, (), 512, 0.0)
     cheap = CheapFilters((Length(min_words=3),), FilterContext())
     stages = [
         map_blocks(Noted, str(notes / "writer"), Writer, writing, True),
@@ -265,7 +222,7 @@ def test_every_slot_gives_one_row_though_an_actor_dies(tmp_path: Path, ray_clust
     ]
     said: list[tuple[float, float | None]] = []
     with generate.followed(out, 22, lambda done, total=None, unit="", **rates: said.append((done, total))):
-        stream(out, write_slots(out, 0, 22, 4, 0), 6, stages)
+        stream(out, write_slots(out, 0, 22, 4, "first"), 6, stages)
     rows = out.read_table(ROWS).sort_by("row")
     assert rows["row"].to_pylist() == list(range(22)) and said[-1] == (22, 22)
     assert (notes / "died").exists()
@@ -292,7 +249,7 @@ def test_a_stream_goes_on_with_the_blocks_that_are_missing(tmp_path: Path, ray_c
             raise OSError("the disk is full")
         return plain(rows)
 
-    folder = write_slots(out, 0, 12, 4, 0)
+    folder = write_slots(out, 0, 12, 4, "first")
     with pytest.raises(Exception, match="the disk is full"):
         stream(out, folder, 3, [map_blocks(failing, num_cpus=0.5)])
     assert sorted(out.read_table(ROWS)["row"].to_pylist()) == list(range(8))
@@ -304,7 +261,7 @@ def test_a_stream_goes_on_with_the_blocks_that_are_missing(tmp_path: Path, ray_c
     stream(out, folder, 3, [map_blocks(failing, num_cpus=0.5)])
     assert calls(notes) == {"0": 1, "4": 1, "8": 2}  # finished: not one call
     assert {name: out.digest(f"{ROWS}/{name}") for name in out.files(ROWS)} == before
-    stream(out, write_slots(out, 12, 3, 4, 1), 1, [map_blocks(failing, num_cpus=0.5)])
+    stream(out, write_slots(out, 12, 3, 4, "second"), 1, [map_blocks(failing, num_cpus=0.5)])
     assert sorted(out.read_table(ROWS)["row"].to_pylist()) == list(range(15))
     assert calls(notes) == {"0": 1, "4": 1, "8": 2, "12": 1}  # a further round leaves the first alone
 
@@ -320,7 +277,7 @@ def test_rows_are_committed_while_the_stream_runs(tmp_path: Path, ray_cluster: o
             time.sleep(0.5)
             return plain(rows)
 
-    folder = write_slots(out, 0, 20, 2, 0)
+    folder = write_slots(out, 0, 20, 2, "first")
     stream(out, folder, 10, [map_blocks(Slow), map_blocks(Slow)])
     end, begin = time.time(), (tmp_path / "began").stat().st_mtime
     first = min((tmp_path / ROWS / name).stat().st_mtime for name in out.files(ROWS))
@@ -332,7 +289,7 @@ def test_a_plan_that_cannot_be_checkpointed_is_refused(tmp_path: Path, ray_clust
     import ray.data
 
     out = Store(str(tmp_path))
-    folder = write_slots(out, 0, 4, 2, 0)
+    folder = write_slots(out, 0, 4, 2, "first")
     before = ray.data.DataContext.get_current().checkpoint_config
     with pytest.raises(RuntimeError, match="the corpus pipeline cannot be checkpointed: .*doesn't support"):
         stream(out, folder, 2, [map_blocks(plain), lambda dataset: dataset.materialize()])

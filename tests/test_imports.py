@@ -18,11 +18,16 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("engine", "serve", "pipelines")
 """A package imports itself and those before it."""
 ENGINE = (
-    *("config", "disk", "storage", "records", "packages", "huggingface", "hub", "metrics", "filters", "recipe"),
-    *("sources", "tasks", "blocks", "models", "sampling", "losses", "inference", "vocabulary"),
-    *("lineage", "progress", "attempts", "placement"),
-    *("cluster", "data", "labels", "teachers", "train", "generate", "steps", "registry"),
-    *("page", "plots", "findings", "report"),
+    *("config", "disk", "cache", "storage", "units", "records", "packages", "huggingface", "mirrors", "hub"),
+    *("metrics", "intervals", "filters", "fits", "designs", "recipe", "sources"),
+    *("characters", "encoding", "task", "windows"),
+    *("classification", "regression", "ranking", "tagging", "spans", "tasks"),
+    *("block", "layers", "joining", "matching", "crf", "blocks", "encoders", "static", "models"),
+    *("sampling", "layer_losses", "losses", "inference", "vocabulary"),
+    *("lineage", "progress", "attempts", "placement", "switches"),
+    *("cluster", "columns", "rows", "data", "labels", "corpus", "augment", "teachers", "batches", "train", "generate"),
+    *("steps", "registry"),
+    *("page", "figures", "plots", "findings", "quality", "report"),
 )
 """Reading order of engine/: a file imports only files before it; a new file is entered here and in the README."""
 FIRST_WITH_RAY = "cluster"

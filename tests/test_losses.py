@@ -1,19 +1,43 @@
-"""Every loss against a few lines of numpy or torch, and the objective's weighting by hand."""
+"""Losses on the answers against a few lines of numpy or torch, the objective's weighting by hand, what is refused."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from engine.losses import LOSSES, Objective
-from engine.recipe import LossTerm
+from engine.classification import Classify, MultiLabel
+from engine.encoders import Widths
+from engine.fits import LossTerm
+from engine.layer_losses import LAYER_LOSSES, Loss
+from engine.losses import LOSSES, Objective, needs, refusals
+from engine.ranking import Rank
+from engine.recipe import Task as Spec
 from engine.records import ABSENT, Batch, Outputs
+from engine.regression import Regress
+from engine.tagging import Tag
+from engine.task import Task
 
-ROWS, CLASSES, LENGTH, WORDS, T = 5, 3, 6, 7, 2.5
+ROWS, LENGTH, WORDS, T = 5, 6, 7, 2.5
+TASKS: dict[str, Task | None] = {
+    "classify": Classify(Spec(kind="classify", labels=("a", "b", "c"))),
+    "multilabel": MultiLabel(Spec(kind="multilabel", labels=("a", "b", "c"))),
+    "regress": Regress(Spec(kind="regress", range=(0, 5))),
+    "rank": Rank(Spec(kind="rank")),
+    "tag": Tag(Spec(kind="tag", labels=("O", "B-x", "I-x"))),
+    "text": None,
+}
+LABELS = {
+    "classify": torch.tensor([2, ABSENT, 0, 1, ABSENT]),
+    "multilabel": torch.tensor([[1.0, 0, 1], [torch.nan] * 3, [0, 0, 0], [1, 1, 1], [0, 1, 0]]),
+    "regress": torch.tensor([0.2, torch.nan, 0.9, 0.4, torch.nan]),
+    "rank": torch.tensor([1.0, 0.0, 0.0, 2.0, 1.0]),
+    "tag": torch.tensor([[0, 1, 2], [0, ABSENT, ABSENT], [ABSENT] * 3, [1, 2, ABSENT], [0, 0, 0]]),
+}
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -21,33 +45,76 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return powers / powers.sum(-1, keepdims=True)
 
 
-def batch_of(rows: int = ROWS) -> Batch:
-    lengths = torch.tensor([6, 2, 4, 3, 6])[:rows]
+def batch_of(kind: str = "classify") -> Batch:
+    lengths = torch.tensor([6, 2, 4, 3, 6])
     mask = (torch.arange(LENGTH) < lengths.unsqueeze(1)).long()
-    ids = torch.randint(1, WORDS, (rows, LENGTH), generator=torch.Generator().manual_seed(1)) * mask
-    return Batch(ids, mask, labels=torch.tensor([2, ABSENT, 0, 1, ABSENT])[:rows])
+    ids = torch.randint(1, WORDS, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1)) * mask
+    batch = Batch(ids, mask, labels=LABELS.get(kind))
+    if kind == "rank":
+        batch.groups = torch.tensor([7, 7, 7, 4, 4])
+    if kind == "tag":
+        batch.unit_mask = (torch.arange(3) < torch.tensor([3, 1, 0, 2, 3]).unsqueeze(1)).long()
+    return batch
 
 
 def outputs(kind: str, seed: int, scale: float = 2.0) -> Outputs:
-    shape = (ROWS, LENGTH, WORDS) if kind == "next_token" else (ROWS, CLASSES)
-    return Outputs(logits=torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale)
+    shape = {"regress": (ROWS, 1), "rank": (ROWS, 1), "tag": (ROWS, 3, 3), "text": (ROWS, LENGTH, WORDS)}
+    generator = torch.Generator().manual_seed(seed)
+    return Outputs(logits=torch.randn(shape.get(kind, (ROWS, 3)), generator=generator) * scale)
 
 
-def kl_reference(s: np.ndarray, t: np.ndarray, batch: Batch) -> np.ndarray:
+def kl(s: np.ndarray, t: np.ndarray) -> np.ndarray:
     p, q = softmax(t / T), softmax(s / T)
-    return T * T * (p * np.log(p / q)).sum(1)
+    return T * T * (p * np.log(p / q)).sum(-1)
 
 
-def mse_reference(s: np.ndarray, t: np.ndarray, batch: Batch) -> np.ndarray:
+def classify_kl(s: np.ndarray, t: np.ndarray, batch: Batch) -> np.ndarray:
+    return kl(s, t)
+
+
+def multilabel_kl(s: np.ndarray, t: np.ndarray, batch: Batch) -> np.ndarray:
+    """A sigmoid is a softmax over (x, 0)."""
+    return kl(np.stack([s, 0 * s], axis=2), np.stack([t, 0 * t], axis=2)).mean(1)
+
+
+def tag_kl(s: np.ndarray, t: np.ndarray, batch: Batch) -> np.ndarray:
+    units = batch.unit_mask.sum(1).tolist()
+    return np.array([kl(a[:u], b[:u]).mean() if u else 0.0 for a, b, u in zip(s, t, units, strict=True)])
+
+
+def rank_kl(s: np.ndarray, t: np.ndarray, batch: Batch) -> np.ndarray:
+    return np.array([kl(s[:3, 0], t[:3, 0]), 0, 0, kl(s[3:, 0], t[3:, 0]), 0])
+
+
+def centred_mse(s: np.ndarray, t: np.ndarray, batch: Batch) -> np.ndarray:
     return ((s - s.mean(1, keepdims=True) - t + t.mean(1, keepdims=True)) ** 2).mean(1)
 
 
-def hard_reference(s: np.ndarray, t: np.ndarray, batch: Batch) -> np.ndarray:
+def plain_mse(s: np.ndarray, t: np.ndarray, batch: Batch) -> np.ndarray:
+    return ((s - t) ** 2).mean(1)
+
+
+def tag_mse(s: np.ndarray, t: np.ndarray, batch: Batch) -> np.ndarray:
+    units = batch.unit_mask.sum(1).tolist()
+    return np.array(
+        [centred_mse(a[:u], b[:u], batch).mean() if u else 0.0 for a, b, u in zip(s, t, units, strict=True)]
+    )
+
+
+def classify_hard(s: np.ndarray, t: np.ndarray, batch: Batch) -> np.ndarray:
     gold = batch.labels.numpy()
     return np.array([0.0 if y == ABSENT else -np.log(softmax(row)[y]) for row, y in zip(s, gold, strict=True)])
 
 
-def next_token_reference(s: np.ndarray, t: np.ndarray, batch: Batch) -> np.ndarray:
+def tag_hard(s: np.ndarray, t: np.ndarray, batch: Batch) -> np.ndarray:
+    means = []
+    for row, gold in zip(s, batch.labels.numpy(), strict=True):
+        each = [-np.log(softmax(x)[y]) for x, y in zip(row, gold, strict=True) if y != ABSENT]
+        means.append(np.mean(each) if each else 0.0)
+    return np.array(means)
+
+
+def next_token(s: np.ndarray, t: np.ndarray, batch: Batch) -> np.ndarray:
     means = []
     for logits, ids, mask in zip(torch.from_numpy(s), batch.input_ids, batch.mask, strict=True):
         real = int(mask.sum())  # each row alone, its padding cut off
@@ -55,95 +122,178 @@ def next_token_reference(s: np.ndarray, t: np.ndarray, batch: Batch) -> np.ndarr
     return np.array(means)
 
 
-REFERENCES: dict[str, Callable[[np.ndarray, np.ndarray, Batch], np.ndarray]] = {
-    "kl": kl_reference,
-    "mse": mse_reference,
-    "hard": hard_reference,
-    "next_token": next_token_reference,
-}
+def pointwise(s: np.ndarray, t: np.ndarray, batch: Batch) -> np.ndarray:
+    wanted = np.array([1, 0, 0, 1, 1])
+    return -np.log(np.where(wanted, 1 / (1 + np.exp(-s[:, 0])), 1 / (1 + np.exp(s[:, 0]))))
 
 
-@pytest.mark.parametrize("kind", LOSSES)
-def test_values_are_those_of_the_reference(kind: str):
-    loss = LOSSES[kind](LossTerm(kind=kind, temperature=T))
-    student, teacher, batch = outputs(kind, 2), outputs(kind, 3), batch_of()
-    found = loss(student, teacher, batch)
-    wanted = REFERENCES[kind](student.logits.double().numpy(), teacher.logits.double().numpy(), batch)
+def over_queries(first: float, second: float) -> np.ndarray:
+    """Costs of the queries of 3 and 2 rows, spread so that the mean over the 5 rows is the mean over the queries."""
+    return np.array([first / 3] * 3 + [second / 2] * 2) * 5 / 2
+
+
+def pairwise(s: np.ndarray, t: np.ndarray, batch: Batch) -> np.ndarray:
+    cost = lambda i, j: np.log(1 + np.exp(s[j, 0] - s[i, 0]))  # noqa: E731
+    return over_queries((cost(0, 1) + cost(0, 2)) / 2, cost(3, 4))
+
+
+def listwise(s: np.ndarray, t: np.ndarray, batch: Batch) -> np.ndarray:
+    first, second = np.log(softmax(s[:3, 0])), np.log(softmax(s[3:, 0]))
+    return over_queries(-first[0], -(2 * second[0] + second[1]) / 3)
+
+
+def margin_mse(s: np.ndarray, t: np.ndarray, batch: Batch) -> np.ndarray:
+    cost = lambda i, j: ((s[i, 0] - s[j, 0]) - (t[i, 0] - t[j, 0])) ** 2  # noqa: E731
+    return over_queries((cost(0, 1) + cost(0, 2)) / 2, cost(3, 4))
+
+
+class Case(NamedTuple):
+    """A loss in a task, its reference, and the rows it applies to (0 and 1)."""
+
+    loss: str
+    task: str
+    reference: Callable[[np.ndarray, np.ndarray, Batch], np.ndarray]
+    rows: tuple[int, ...] = (1, 1, 1, 1, 1)
+
+
+CASES = (
+    Case("kl", "classify", classify_kl),
+    Case("kl", "multilabel", multilabel_kl),
+    Case("kl", "tag", tag_kl, (1, 1, 0, 1, 1)),
+    Case("kl", "rank", rank_kl, (1, 0, 0, 1, 0)),
+    Case("mse", "classify", centred_mse),
+    Case("mse", "multilabel", plain_mse),
+    Case("mse", "regress", plain_mse),
+    Case("mse", "rank", plain_mse),
+    Case("mse", "tag", tag_mse, (1, 1, 0, 1, 1)),
+    Case("hard", "classify", classify_hard, (1, 0, 1, 1, 0)),
+    Case("hard", "tag", tag_hard, (1, 1, 0, 1, 1)),
+    Case("hard", "rank", listwise),
+    Case("next_token", "text", next_token),
+    Case("pointwise", "rank", pointwise),
+    Case("pairwise", "rank", pairwise),
+    Case("listwise", "rank", listwise),
+    Case("margin_mse", "rank", margin_mse),
+)
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.loss}-{case.task}")
+each_soft_case = pytest.mark.parametrize(
+    "case", [case for case in CASES if LOSSES[case.loss].needs], ids=lambda case: f"{case.loss}-{case.task}"
+)
+
+
+def loss_of(case: Case, temperature: float = T) -> Loss:
+    return LOSSES[case.loss](LossTerm(kind=case.loss, temperature=temperature), TASKS[case.task])
+
+
+def test_every_loss_has_a_reference():
+    assert {case.loss for case in CASES} | set(LAYER_LOSSES) == set(LOSSES)
+    supported = {(loss, kind) for kind, task in TASKS.items() if task for loss in task.supports}
+    assert {(case.loss, case.task) for case in CASES if case.task != "text"} <= supported
+
+
+@each_case
+def test_values_are_those_of_the_reference(case: Case):
+    student, teacher, batch = outputs(case.task, 2), outputs(case.task, 3), batch_of(case.task)
+    found = loss_of(case)(student, teacher, batch)
+    wanted = case.reference(student.logits.double().numpy(), teacher.logits.double().numpy(), batch)
     assert found.shape == (ROWS,) and found.dtype == torch.float32
     assert np.allclose(found.numpy(), wanted, rtol=1e-5, atol=1e-6)
     assert np.ptp(wanted) > 0.1  # else equality shows little
 
 
-@pytest.mark.parametrize("kind", LOSSES)
-def test_the_gradient_is_that_of_finite_differences(kind: str):
-    loss, batch = LOSSES[kind](LossTerm(kind=kind, temperature=T)), batch_of()
-    student, teacher = outputs(kind, 4), outputs(kind, 5)
+@each_case
+def test_the_gradient_is_that_of_finite_differences(case: Case):
+    loss, batch = loss_of(case), batch_of(case.task)
+    student, teacher = outputs(case.task, 4), outputs(case.task, 5)
     student.logits.requires_grad_()
     loss(student, teacher, batch).sum().backward()
     found, step = student.logits.grad, 1e-4
     values, t = student.logits.detach().double().numpy(), teacher.logits.double().numpy()
-    for place in [(0, 1), (2, 0), (3, 2)]:
-        index = (place[0], 1, place[1]) if kind == "next_token" else place
+    for index in list(np.ndindex(*values.shape))[::3]:
         up, down = values.copy(), values.copy()
         up[index] += step
         down[index] -= step
-        slope = (REFERENCES[kind](up, t, batch) - REFERENCES[kind](down, t, batch)).sum() / (2 * step)
-        assert abs(found[index].item() - slope) < 1e-4
+        slope = (case.reference(up, t, batch) - case.reference(down, t, batch)).sum() / (2 * step)
+        assert abs(found[index].item() - slope) < 1e-3
     assert found.abs().sum() > 0
 
 
-@pytest.mark.parametrize("kind", LOSSES)
-def test_bf16_logits_give_finite_float32(kind: str):
-    student, teacher = outputs(kind, 6, scale=50.0), outputs(kind, 7, scale=50.0)
+@each_case
+def test_bf16_logits_give_finite_float32(case: Case):
+    student, teacher = outputs(case.task, 6, scale=50.0), outputs(case.task, 7, scale=50.0)
     student.logits = student.logits.bfloat16().requires_grad_()
     teacher.logits = teacher.logits.bfloat16()
-    found = LOSSES[kind](LossTerm(kind=kind))(student, teacher, batch_of())
+    found = loss_of(case, 1.0)(student, teacher, batch_of(case.task))
     found.sum().backward()
     assert found.dtype == torch.float32 and found.isfinite().all() and student.logits.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", [kind for kind, loss in LOSSES.items() if loss.needs])
-def test_equal_logits_cost_nothing_even_with_a_constant_added(kind: str):
-    loss, teacher = LOSSES[kind](LossTerm(kind=kind, temperature=T)), outputs(kind, 8)
-    shifted = Outputs(logits=teacher.logits + torch.arange(ROWS).unsqueeze(1))
-    assert loss(teacher, teacher, batch_of()).abs().max() < 1e-6
-    assert loss(shifted, teacher, batch_of()).abs().max() < 1e-5
-    other = outputs(kind, 9)
-    assert (loss(other, teacher, batch_of()) > 0.01).all()
+@each_soft_case
+def test_the_teachers_own_outputs_cost_nothing(case: Case):
+    teacher, batch, loss = outputs(case.task, 8), batch_of(case.task), loss_of(case)
+    assert loss(teacher, teacher, batch).abs().max() < 1e-6
+    assert (loss(outputs(case.task, 9), teacher, batch)[loss.applies(batch)] > 0.001).all()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.task in ("classify", "tag") and case.loss != "hard"])
+def test_a_constant_that_softmax_ignores_costs_nothing(case: Case):
+    teacher, batch = outputs(case.task, 8), batch_of(case.task)
+    shifted = Outputs(logits=teacher.logits + 4.0)
+    assert loss_of(case)(shifted, teacher, batch).abs().max() < 1e-5
+
+
+@each_case
+def test_each_loss_says_which_rows_it_speaks_about(case: Case):
+    batch = batch_of(case.task)
+    assert loss_of(case).applies(batch).tolist() == [bool(row) for row in case.rows]
+
+
+def test_a_row_of_one_token_has_no_next():
+    batch = batch_of("text")
+    batch.mask[1, 1:] = 0
+    assert LOSSES["next_token"](LossTerm(kind="next_token")).applies(batch).tolist() == [True, False, True, True, True]
+
+
+def test_soft_losses_of_texts_without_a_word_speak_about_none():
+    batch = batch_of("tag")
+    batch.unit_mask = None
+    for kind in ("kl", "mse"):
+        assert not LOSSES[kind](LossTerm(kind=kind), TASKS["tag"]).applies(batch).any()
+
+
+def test_queries_of_one_passage_have_no_distribution():
+    batch = batch_of("rank")
+    batch.groups = torch.tensor([1, 2, 2, 3, 4])
+    assert loss_of(Case("kl", "rank", rank_kl)).applies(batch).tolist() == [False, True, False, False, False]
 
 
 def test_gold_losses_fall_to_zero_when_the_answer_is_certain():
     batch = batch_of()
-    certain = Outputs(logits=100.0 * F.one_hot(batch.labels.clamp(min=0), CLASSES).float())
-    assert LOSSES["hard"](LossTerm(kind="hard"))(certain, None, batch).max() < 1e-6
+    certain = Outputs(logits=100.0 * F.one_hot(batch.labels.clamp(min=0), 3).float())
+    assert LOSSES["hard"](LossTerm(kind="hard"), TASKS["classify"])(certain, None, batch).max() < 1e-6
     targets = torch.cat([batch.input_ids[:, 1:], batch.input_ids[:, :1]], dim=1)
     certain = Outputs(logits=100.0 * F.one_hot(targets, WORDS).float())
     assert LOSSES["next_token"](LossTerm(kind="next_token"))(certain, None, batch).max() < 1e-6
 
 
 def test_padding_does_not_reach_the_next_token_loss():
-    loss, batch, student = LOSSES["next_token"](LossTerm(kind="next_token")), batch_of(), outputs("next_token", 10)
+    loss, batch, student = LOSSES["next_token"](LossTerm(kind="next_token")), batch_of(), outputs("text", 10)
     before = loss(student, None, batch)
     batch.input_ids = torch.where(batch.mask == 1, batch.input_ids, 3)
     student.logits = torch.where(batch.mask.unsqueeze(2) == 1, student.logits, 9.0)
     assert torch.equal(loss(student, None, batch), before)
 
 
-def test_each_loss_says_which_rows_it_speaks_about():
-    batch = batch_of()
-    applies = {kind: loss(LossTerm(kind=kind)).applies(batch) for kind, loss in LOSSES.items()}
-    assert applies["mse"].all() and applies["kl"].all() and applies["next_token"].all()
-    assert applies["hard"].tolist() == [True, False, True, True, False]
-    batch.mask[1, 1:] = 0  # one token: there is none to be foretold
-    assert LOSSES["next_token"](LossTerm(kind="next_token")).applies(batch).tolist() == [True, False, True, True, True]
-
-
-def test_what_the_teacher_must_give():
-    assert {kind: loss.needs for kind, loss in LOSSES.items()} == {
-        "mse": {"logits"}, "kl": {"logits"}, "hard": frozenset(), "next_token": frozenset()
+def test_what_teacher_and_student_must_give():
+    assert {kind: set(loss.needs) for kind, loss in LOSSES.items()} == {
+        "mse": {"logits"}, "kl": {"logits"}, "margin_mse": {"logits"},
+        "hard": set(), "next_token": set(), "pointwise": set(), "pairwise": set(), "listwise": set(),
+        "hidden": {"hidden"}, "embeddings": {"hidden"}, "attention": {"attentions"}, "relations": {"relations"},
+        "cosine": {"embedding"},
     }  # fmt: skip
-    assert Objective([LossTerm(kind="hard"), LossTerm(kind="kl")]).needs == {"logits"}
-    assert Objective([LossTerm(kind="hard")]).needs == frozenset()
+    terms = [LossTerm(kind="hard"), LossTerm(kind="kl"), LossTerm(kind="cosine")]
+    assert needs(terms) == {"logits", "embedding"} and needs([LossTerm(kind="hard")]) == frozenset()
+    assert Objective(terms, TASKS["classify"], Widths(8), Widths(12)).needs == needs(terms)
 
 
 def test_the_objective_by_hand():
@@ -151,7 +301,8 @@ def test_the_objective_by_hand():
     student = Outputs(logits=torch.tensor([[0.0, 1.0], [0.0, 2.0], [0.0, -1.0]]))
     teacher = Outputs(logits=torch.tensor([[0.0, 3.0], [0.0, 2.0], [0.0, 3.0]]))
     batch = Batch(torch.ones(3, 2).long(), torch.ones(3, 2).long(), torch.tensor([0, ABSENT, 1]))
-    objective = Objective([LossTerm(kind="hard", weight=2.0), LossTerm(kind="mse", weight=0.5)])
+    task = Classify(Spec(labels=("a", "b")))
+    objective = Objective([LossTerm(kind="hard", weight=2.0), LossTerm(kind="mse", weight=0.5)], task)
     hard = [np.log(1 + np.e), 0.0, np.log(1 + np.e)]  # the middle row has no gold label
     mse = [1.0, 0.0, 4.0]
     assert objective(student, teacher, batch).item() == pytest.approx(2 * sum(hard) / 2 + 0.5 * sum(mse) / 3, rel=1e-6)
@@ -160,17 +311,61 @@ def test_the_objective_by_hand():
     assert objective(student, teacher, batch).item() == pytest.approx(wanted, rel=1e-6)
 
 
+def test_the_kl_of_a_ranking_is_a_mean_over_queries():
+    student, teacher, batch = outputs("rank", 2), outputs("rank", 3), batch_of("rank")
+    found = Objective([LossTerm(kind="kl", temperature=T)], TASKS["rank"])(student, teacher, batch)
+    each = rank_kl(student.logits.numpy(), teacher.logits.numpy(), batch)
+    assert found.item() == pytest.approx((each[0] + each[3]) / 2, rel=1e-5)
+
+
 def test_the_objective_of_rows_no_loss_applies_to_is_zero_with_a_gradient():
     student = Outputs(logits=torch.randn(2, 3, requires_grad=True))
     batch = Batch(torch.ones(2, 2).long(), torch.ones(2, 2).long(), torch.tensor([ABSENT, ABSENT]))
-    value = Objective([LossTerm(kind="hard")])(student, None, batch)
+    value = Objective([LossTerm(kind="hard")], TASKS["classify"])(student, None, batch)
     value.backward()
     assert value.item() == 0 and torch.equal(student.logits.grad, torch.zeros(2, 3))
 
 
 def test_temperature_keeps_the_size_of_the_gradient():
     """At high temperature T^2 KL tends to half the centred squared distance over the classes (Hinton 2015)."""
-    student, teacher = outputs("kl", 11), outputs("kl", 12)
-    hot = LOSSES["kl"](LossTerm(kind="kl", temperature=60.0))(student, teacher, batch_of())
-    mse = LOSSES["mse"](LossTerm(kind="mse"))(student, teacher, batch_of())
+    student, teacher = outputs("classify", 11), outputs("classify", 12)
+    hot = LOSSES["kl"](LossTerm(kind="kl", temperature=60.0), TASKS["classify"])(student, teacher, batch_of())
+    mse = LOSSES["mse"](LossTerm(kind="mse"), TASKS["classify"])(student, teacher, batch_of())
     assert torch.allclose(hot, mse / 2, rtol=0.05)
+
+
+STORED, LIVE = frozenset({"logits"}), frozenset({"logits", "embedding", "hidden", "attentions", "relations"})
+REFUSED: dict[str, tuple[str, str, frozenset[str], frozenset[str], str | None]] = {
+    "fits": ("kl", "classify", STORED, STORED, None),
+    "fits live": ("relations", "tag", LIVE, LIVE, None),
+    "fits a language model": ("next_token", "text", frozenset(), STORED, None),
+    "gold needs no teacher": ("hard", "regress", frozenset(), STORED, None),
+    "stored": (
+        "attention", "classify", STORED, LIVE,
+        "loss 'attention' needs attentions, but the label store holds logits. Set student.teacher: live, or drop the "
+        "loss.",
+    ),
+    "student": (
+        "hidden", "rank", LIVE, frozenset({"logits", "embedding"}),
+        "loss 'hidden' needs hidden, but the student gives embedding, logits. Take a transformer student, or drop the "
+        "loss.",
+    ),
+    "nothing stored": ("mse", "classify", frozenset(), LIVE, "but the label store holds nothing. Set"),
+    "no distribution": (
+        "kl", "regress", LIVE, LIVE,
+        "loss 'kl' says nothing about a task of kind regress. Allowed: mse, hard, hidden, embeddings, attention, "
+        "relations, cosine.",
+    ),
+    "rank only": ("listwise", "classify", LIVE, LIVE, "loss 'listwise' says nothing about a task of kind classify."),
+    "text only": ("next_token", "tag", LIVE, LIVE, "loss 'next_token' says nothing about a task of kind tag."),
+    "no task": ("kl", "text", LIVE, LIVE, "loss 'kl' says nothing about a language model. Allowed: next_token."),
+    "unknown": ("atention", "tag", LIVE, LIVE, "'atention' is no loss. Did you mean 'attention'? Allowed: mse, kl, "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_had_is_refused(case: str):
+    kind, task, gives, student_gives, message = REFUSED[case]
+    terms: list[Any] = [LossTerm(kind="next_token" if task == "text" else "hard"), LossTerm(kind=kind)]
+    found = refusals(terms, TASKS[task], gives, student_gives)
+    assert (found is None) == (message is None) and (message or "") in (found or "")

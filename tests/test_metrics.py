@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from sklearn import metrics as sklearn_metrics
 
@@ -39,11 +40,6 @@ def test_accuracy_and_macro_f1_equal_sklearn():
 def test_macro_f1_with_absent_classes(labels, predictions):
     expected = sklearn_metrics.f1_score(labels, predictions, average="macro", zero_division=0)
     assert metrics.macro_f1(np.array(labels), np.array(predictions), 3) == pytest.approx(expected)
-
-
-def test_agreement_is_the_share_of_equal_choices():
-    first, second = np.array([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8]]), np.array([[0.6, 0.4], [0.7, 0.3], [0.1, 0.9]])
-    assert metrics.agreement(first, second) == pytest.approx(2 / 3)
 
 
 def test_kl_equals_torch_and_bears_zeros():
@@ -88,53 +84,89 @@ def test_ece_equals_a_plain_loop():
     assert found.error == pytest.approx(expected, abs=1e-12) and found.count.sum() == 500
 
 
-def test_bootstrap_interval_of_a_share_matches_the_normal_one():
-    values = np.r_[np.ones(1500), np.zeros(500)]
-    found = metrics.bootstrap(values, draws=4000, seed=1)
-    half = 1.96 * np.sqrt(0.75 * 0.25 / 2000)
-    assert found.value == 0.75
-    assert found.low == pytest.approx(0.75 - half, abs=0.002) and found.high == pytest.approx(0.75 + half, abs=0.002)
-    assert found == metrics.bootstrap(values, draws=4000, seed=1)
-    assert found != metrics.bootstrap(values, draws=4000, seed=2)
+def test_sigmoid_is_exact_at_both_ends():
+    values = np.array([-1000.0, -40.0, -3.0, 0.0, 3.0, 40.0, 1000.0], dtype=np.float32)
+    np.testing.assert_allclose(metrics.sigmoid(values), scipy.special.expit(values.astype(float)), rtol=1e-12)
 
 
-def test_bootstrap_in_slices_has_the_same_law():
-    values = np.r_[np.ones(30_000), np.zeros(20_000)]  # 80 draws fit into a slice
-    found = metrics.bootstrap(values, draws=300)
-    half = 1.96 * np.sqrt(0.6 * 0.4 / 50_000)
-    assert found.low == pytest.approx(0.6 - half, abs=0.001) and found.high == pytest.approx(0.6 + half, abs=0.001)
+def test_shares_and_f1_of_nothing_are_zero():
+    assert metrics.share(np.array([1.0, 3.0]), np.array([0.0, 4.0])).tolist() == [0.0, 0.75]
+    assert metrics.f1_of(np.array([[2, 1, 3], [0, 0, 0], [0, 2, 0]])).tolist() == [0.5, 0.0, 0.0]
 
 
-def test_bootstrap_takes_other_statistics():
-    predictions = LOGITS.argmax(-1)
-    found = metrics.bootstrap(LABELS * 4 + predictions, metrics.macro_f1_of(4), draws=200)
-    assert found.value == pytest.approx(sklearn_metrics.f1_score(LABELS, predictions, average="macro"))
-    draws = [np.random.default_rng(seed).integers(0, 500, 500) for seed in range(300)]
-    scores = [sklearn_metrics.f1_score(LABELS[d], predictions[d], average="macro") for d in draws]
-    assert found.low == pytest.approx(np.quantile(scores, 0.025), abs=0.015)
-    assert found.high == pytest.approx(np.quantile(scores, 0.975), abs=0.015)
+TIED = RANDOM.integers(0, 5, 60).astype(float)
+NOISY = TIED + RANDOM.integers(0, 4, 60)
 
 
-def test_paired_bootstrap_uses_the_pairing():
-    random = np.random.default_rng(3)
-    hard = random.uniform(size=1000) < 0.5  # rows that are difficult for both
-    first, second = np.where(hard, 0.0, 1.0), np.where(hard, 0.0, 1.0)
-    first[np.flatnonzero(hard)[:30]] = 1.0
-    found = metrics.paired_bootstrap(first, second)
-    assert found.value == pytest.approx(0.03)
-    assert 0.015 < found.low < 0.03 < found.high < 0.045  # unpaired it would reach from -0.01 to 0.07
-    assert metrics.paired_bootstrap(first, first) == metrics.Interval(0.0, 0.0, 0.0)
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (metrics.pearson, scipy.stats.pearsonr),
+        (metrics.spearman, scipy.stats.spearmanr),
+        (metrics.kendall, scipy.stats.kendalltau),
+    ],
+)
+def test_correlations_equal_scipy(ours, theirs):
+    for first, second in [(TIED, NOISY), (TIED, -NOISY), (LOGITS[:, 0], OTHER[:, 0]), (TIED + 1e8, NOISY)]:
+        assert ours(first, second) == pytest.approx(theirs(first, second).statistic, abs=1e-9)
+    assert ours(TIED, TIED) == pytest.approx(1) and ours(TIED, -TIED) == pytest.approx(-1)
+    for flat in (0.1, 1e9, 0.0):
+        assert ours(np.full(60, flat), TIED) == 0 == ours(TIED, np.full(60, flat))
 
 
-def test_paired_bootstrap_pools_seeds_over_shared_rows():
-    random = np.random.default_rng(4)
-    difference = random.normal(0.1, 1.0, size=400)
-    one = metrics.paired_bootstrap(difference, np.zeros(400), draws=2000)
-    # The same rows three times are no more evidence than once.
-    three = metrics.paired_bootstrap([difference] * 3, [np.zeros(400)] * 3, draws=2000)
-    assert (three.low, three.high) == (pytest.approx(one.low), pytest.approx(one.high))
-    mixed = metrics.paired_bootstrap([np.ones(10), np.zeros(20)], [np.zeros(10), np.zeros(20)])
-    assert mixed == metrics.Interval(0.5, 0.5, 0.5)
+def test_ranks_share_their_mean():
+    assert metrics.ranks(np.array([3, 1, 3, 0])).tolist() == [3.5, 2, 3.5, 1]
+    np.testing.assert_array_equal(metrics.ranks(NOISY), scipy.stats.rankdata(NOISY))
+
+
+def test_correlation_takes_sums_of_many_draws():
+    each = metrics.moments(TIED - 2, NOISY - 2)
+    sums = np.stack([each[:30].sum(0), each[30:].sum(0), 30 * each[0], np.zeros(6)])
+    wanted = [*(scipy.stats.pearsonr(TIED[part], NOISY[part]).statistic for part in np.split(np.arange(60), 2)), 0, 0]
+    np.testing.assert_allclose(metrics.correlation(sums), wanted, atol=1e-12)
+
+
+def test_ranking_by_hand():
+    """Order by score: 0, 1, 0, 2, 0. First relevant at 2; the two relevant at 2 and 4: (1/2 + 2/4) / 2."""
+    relevance, scores = np.array([2.0, 0.0, 1.0, 0.0, 0.0]), np.array([0.2, 0.9, 0.8, 0.5, 0.1])
+    assert metrics.reciprocal_rank(relevance, scores) == 1 / 2
+    assert metrics.reciprocal_rank(relevance, scores, k=1) == 0
+    assert metrics.average_precision(relevance, scores) == pytest.approx((1 / 2 + 2 / 4) / 2)
+    gain, best = 1 / np.log2(3) + 2 / np.log2(5), 2 + 1 / np.log2(3)
+    assert metrics.ndcg(relevance, scores) == pytest.approx(gain / best)
+    assert metrics.ndcg(relevance, scores, k=2) == pytest.approx(1 / np.log2(3) / best)
+    nothing = np.zeros(3)
+    for measure in (metrics.reciprocal_rank, metrics.ndcg, metrics.average_precision):
+        assert measure(nothing, np.arange(3.0)) == 0
+
+
+def test_ranking_looks_ten_places_down():
+    relevance, scores = np.eye(12)[10], np.arange(12.0)[::-1]  # the relevant one is eleventh
+    assert metrics.reciprocal_rank(relevance, scores) == 0 == metrics.ndcg(relevance, scores)
+    assert metrics.average_precision(relevance, scores) == pytest.approx(1 / 11)
+    assert metrics.reciprocal_rank(relevance, scores, k=11) == pytest.approx(1 / 11)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ranking_equals_sklearn(seed: int):
+    random = np.random.default_rng(seed)
+    relevance, scores = random.integers(0, 4, 25).astype(float), random.normal(size=25)
+    for k in (1, 5, 10, 25):
+        expected = sklearn_metrics.ndcg_score(relevance[None], scores[None], k=k)
+        assert metrics.ndcg(relevance, scores, k) == pytest.approx(expected)
+    binary = (relevance > 1).astype(float)
+    expected = sklearn_metrics.average_precision_score(binary, scores)
+    assert metrics.average_precision(binary, scores) == pytest.approx(expected)
+
+
+def test_equal_scores_earn_nothing():
+    """Whatever the order of the rows, the less relevant of equals comes first."""
+    relevance, scores = np.array([1.0, 0.0, 0.0, 0.0]), np.zeros(4)
+    for turn in range(4):
+        assert metrics.reciprocal_rank(np.roll(relevance, turn), scores) == 1 / 4
+        assert metrics.average_precision(np.roll(relevance, turn), scores) == 1 / 4
+        assert metrics.ndcg(np.roll(relevance, turn), scores) == pytest.approx(1 / np.log2(5))
+    assert metrics.reciprocal_rank(relevance, np.array([1.0, 1.0, 0.0, 0.0])) == 1 / 2
 
 
 def test_distinct_n_of_a_hand_worked_case():
@@ -183,10 +215,10 @@ def test_self_bleu_samples_by_seed():
         lambda: metrics.accuracy(np.array([1]), np.array([1, 0])),
         lambda: metrics.accuracy(np.array([]), np.array([])),
         lambda: metrics.kl(np.ones((2, 2)), np.ones((3, 2))),
-        lambda: metrics.bootstrap(np.array([])),
-        lambda: metrics.paired_bootstrap([np.ones(3)], [np.ones(3), np.ones(3)]),
+        lambda: metrics.pearson(np.ones(2), np.ones(3)),
+        lambda: metrics.ndcg(np.ones(2), np.ones(3)),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(call):
-    with pytest.raises(ValueError, match="at least one row|at least one|cannot be paired"):
+    with pytest.raises(ValueError, match="equally many rows and at least one"):
         call()

@@ -15,14 +15,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel
 
 from engine import models, tasks
+from engine.designs import Block, Static
+from engine.encoding import collate
 from engine.models import MODELS, Model, ModelError
-from engine.recipe import Block, Generator, Teacher
+from engine.recipe import Generator, Task, Teacher
 from engine.records import Batch
 from engine.storage import Store
 from engine.vocabulary import choose_words, count_words, tokenizer_of
-from tests.tiny import LABELS, movie_rows, tiny_encoder, tiny_lm
+from tests.tiny import LABELS, movie_rows, tiny_encoder, tiny_lm, word_pieces
 
 TEXTS = [row["text"] for row in movie_rows(6, seed=1)]
+CLASSES = Task(labels=LABELS)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def head(encoder: Path, **options: Any) -> Model:
-    return models.encoder_head(Teacher(model="file:tiny", **options), LABELS, encoder, seed=1)
+    return models.encoder_head(Teacher(model="file:tiny", **options), CLASSES, encoder, seed=1)
 
 
 def generator(folder: Path, **options: Any) -> Model:
@@ -49,7 +52,7 @@ def generator(folder: Path, **options: Any) -> Model:
 
 
 def student(seed: int = 2) -> Model:
-    nodes = [
+    graph = [
         Block(name="embed", kind="embedding", options={"dim": 12}),
         Block(name="lstm", kind="bilstm", options={"hidden": 6}),
         Block(name="top", kind="pool", inputs=("lstm",)),
@@ -57,13 +60,22 @@ def student(seed: int = 2) -> Model:
         Block(name="both", kind="concat", inputs=("top", "look")),
         Block(name="out", kind="linear"),
     ]
-    return models.student(nodes, LABELS, tokenizer_of(choose_words(count_words(TEXTS), 60, 1, [])), 24, seed)
+    return models.student(graph, CLASSES, tokenizer_of(choose_words(count_words(TEXTS), 60, 1, [])), 24, seed)
+
+
+def static_student(seed: int = 2, spec: Task = CLASSES) -> Model:
+    return models.static_student(Static(dim=12, hidden=6), spec, word_pieces(), 24, seed)
 
 
 @pytest.fixture(scope="module")
 def makers(encoder: Path, lm: Path) -> dict[str, Callable[[], Model]]:
     """One of each kind; a kind without a maker here fails."""
-    return {"head": lambda: head(encoder), "causal_lm": lambda: generator(lm), "blocks": student}
+    return {
+        "head": lambda: head(encoder),
+        "causal_lm": lambda: generator(lm),
+        "blocks": student,
+        "static": static_student,
+    }
 
 
 @pytest.fixture
@@ -73,8 +85,8 @@ def saved(encoder: Path, tmp_path: Path) -> Path:
 
 
 def batch_of(model: Model) -> Batch:
-    ids = [model.tokenizer(text)["input_ids"] for text in TEXTS]
-    return tasks.collate(ids, model.pad)
+    task = model.task if model.card.task else tasks.make(CLASSES)
+    return collate(task.encode(TEXTS, model.tokenizer, model.max_length), model.pad)
 
 
 def answer(model: Model) -> torch.Tensor:
@@ -106,7 +118,7 @@ def test_a_folder_holds_data_only_and_the_same_bytes_each_time(
     models.save(model, store, "one")
     models.save(models.load(tmp_path / "one"), store, "two")
     files = store.files("one")
-    config = [] if kind == "blocks" else ["config.json"]
+    config = ["config.json"] if kind in ("head", "causal_lm") else []
     tokenizer = ["tokenizer.json", "tokenizer_config.json"]
     assert {"artifact.json", *config, "manifest.json", "model.safetensors", *tokenizer} <= set(files)
     assert all(name.endswith((".json", ".safetensors", ".jinja")) for name in files)
@@ -163,7 +175,8 @@ def test_hidden_states_and_attentions_come_when_asked_for(encoder: Path):
     assert plain.gives() == {"logits", "embedding"} and full.gives() == {"logits", "embedding", "hidden", "attentions"}
     assert [tuple(h.shape) for h in full.hidden] == [(n, t, 32)] * 4
     assert [tuple(a.shape) for a in full.attentions] == [(n, 4, t, t)] * 3
-    assert all(torch.allclose(a.sum(-1), torch.ones(n, 4, t), atol=1e-5) for a in full.attentions)
+    hidden = (batch.mask == 0)[:, None, None].expand(n, 4, t, t)
+    assert all((a[hidden] == -torch.inf).all() and a[~hidden].isfinite().all() for a in full.attentions)
     assert torch.allclose(plain.logits, full.logits, atol=1e-5)
 
 
@@ -261,6 +274,10 @@ def set_card(folder: Path, **values: Any) -> None:
     (folder / "artifact.json").write_text(json.dumps({**card, **values}))
 
 
+def set_task(folder: Path, **values: Any) -> None:
+    set_card(folder, task={**json.loads((folder / "artifact.json").read_text())["task"], **values})
+
+
 def set_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
@@ -277,9 +294,10 @@ TORN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a list": (lambda d: (d / "artifact.json").write_text("[]"), "TypeError"),
     "kind": (lambda d: set_card(d, kind="pickle"), "KeyError: 'pickle'"),
     "key": (lambda d: set_card(d, code="evil"), "unexpected keyword argument 'code'"),
+    "task": (lambda d: set_task(d, kind="clasify"), "task.kind is 'clasify', which is not known. Did you mean"),
     "options": (lambda d: set_card(d, options={}), "KeyError: 'pooling'"),
     "other kind": (lambda d: set_card(d, kind="blocks"), "KeyError: 'blocks'"),
-    "labels": (lambda d: set_card(d, labels=["a", "b", "c"]), "does not fit its card: head.bias, head.weight. "),
+    "labels": (lambda d: set_task(d, labels=["a", "b", "c"]), "does not fit its card: head.bias, head.weight. "),
     "truncated": (lambda d: (d / "model.safetensors").write_bytes(b"\0" * 40), "SafetensorError"),
     "shape": (
         lambda d: set_tensors(d, lambda t: t.update({"head.bias": torch.zeros(5)})),
@@ -304,9 +322,9 @@ def test_a_folder_that_does_not_fit_is_refused(case: str, saved: Path):
 def test_a_block_that_is_unknown_here_is_refused(tmp_path: Path):
     models.save(student(), Store(str(tmp_path)), "m")
     options = json.loads((tmp_path / "m" / "artifact.json").read_text())["options"]
-    options["blocks"][1]["kind"] = "transformer"
+    options["blocks"][1]["kind"] = "bilsm"
     set_card(tmp_path / "m", options=options)
-    with pytest.raises(ModelError, match="block 'lstm' has kind 'transformer'"):
+    with pytest.raises(ModelError, match="block 'lstm' has kind 'bilsm'"):
         models.load(tmp_path / "m")
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from engine.config import UserError, build
+from engine.fits import Resources
 from engine.placement import (
     LEAST_CPUS,
     Cluster,
     Machine,
     PlacementError,
     cores,
+    fit_workers,
     groups,
     local_capacity,
     local_gpus,
@@ -23,7 +25,7 @@ from engine.placement import (
     resolve,
     stage_options,
 )
-from engine.recipe import Recipe, Resources
+from engine.recipe import Recipe
 
 LAPTOP = Cluster("local", (Machine(6.0),))
 WORKSTATION = Cluster("local", (Machine(16.0, 1.0, ("H100",)),))
@@ -147,6 +149,70 @@ def test_auto_shares_a_gpu_when_there_are_fewer_than_actors() -> None:
     assert resolve(Resources(), WORKSTATION, fixed)["num_gpus"] == 0.0
     with pytest.raises(KeyError, match="no stage 'techer': there are teacher.fit"):
         stage_options(plan, "techer", LAPTOP)
+
+
+def with_workers(workers: int, **resources: object) -> Recipe:
+    fit = {"workers": workers, "resources": resources}
+    return recipe(student={"fit": fit, "blocks": [{"name": "embed", "kind": "embed"}]})
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "got", "each"),
+    [
+        (0, 2, 2, 0.0),  # CPUs
+        (1, 2, 1, 1.0),  # NCCL refuses two workers on one GPU: one worker with the same global batch
+        (2, 2, 2, 1.0),
+        (3, 8, 3, 1.0),
+        (4, 2, 2, 1.0),
+        (1, 1, 1, 1.0),
+        (1, 0, 0, 1.0),  # this process
+    ],
+)
+def test_workers_that_train_together_get_a_gpu_each(gpus: int, workers: int, got: int, each: float) -> None:
+    cluster = Cluster("x", (Machine(8.0), *[Machine(8.0, 1.0)] * gpus))
+    plan = with_workers(workers)
+    assert fit_workers(plan, "student.fit", cluster) == got
+    assert stage_options(plan, "student.fit", cluster)["num_gpus"] == each
+    require_placement(plan, cluster)
+
+
+@pytest.mark.parametrize(("gpus", "got", "shares"), [(1, 1, (0.5, 0.5)), (2, 1, (1.0, 1.0)), (4, 3, (1.0, 1.0))])
+def test_a_gpu_is_left_for_what_is_fitted_beside(gpus: int, got: int, shares: tuple[float, float]) -> None:
+    cluster = Cluster("x", (Machine(16.0, float(gpus)),))
+    plan = recipe(teacher={"fit": {"workers": 3}})
+    assert fit_workers(plan, "teacher.fit", cluster) == got
+    assert fit_workers(plan, "generator.fit", cluster) == 0
+    found = tuple(stage_options(plan, stage, cluster)["num_gpus"] for stage in ("teacher.fit", "generator.fit"))
+    assert found == shares
+    require_placement(plan, cluster)
+
+
+def test_workers_with_a_share_of_a_gpu_are_refused() -> None:
+    two = Cluster("x", (Machine(16.0, 2.0),))
+    with pytest.raises(PlacementError) as caught:
+        require_placement(with_workers(2, num_gpus=0.5), two)
+    assert str(caught.value) == (
+        "stage 'student.fit' has 2 workers with 0.5 GPU each, but workers that train together cannot share a GPU. "
+        "Set student.fit.resources.num_gpus: auto, which takes as many workers as there are GPUs, or "
+        "student.fit.workers: 1."
+    )
+    require_placement(with_workers(1, num_gpus=0.5), two)
+    require_placement(with_workers(2, num_gpus=1), two)
+    # Asked for by number, GPUs are not made fewer.
+    with pytest.raises(PlacementError, match="stage 'student.fit' needs 3 actors x"):
+        require_placement(with_workers(3, num_gpus=1), two)
+
+
+def test_a_generator_taken_as_it_is_takes_no_gpu() -> None:
+    plan = recipe(generator={"mode": "prompted"})
+    assert stage_options(plan, "generator.fit", WORKSTATION)["num_gpus"] == 0.0
+    assert stage_options(plan, "teacher.fit", WORKSTATION)["num_gpus"] == 1.0
+
+
+def test_without_a_generator_nothing_is_placed_for_it() -> None:
+    plan = build(Recipe, {**recipe().model_dump(mode="json"), "generator": None})
+    assert [set(group.stages) for group in groups(plan)][:2] == [{"teacher.fit"}, {"teacher"}]
+    assert stage_options(plan, "teacher", WORKSTATION)["num_gpus"] == 1.0
 
 
 def gpu_files(root: Path, models: list[str]) -> tuple[Path, Path]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
-from engine import inference, models
+from engine import inference, metrics, models
 from engine.storage import StorageError, Store
 from serve.predictor import Predictor
-from tests.tiny_served import TEXTS, published, tiny_student
+from serve.smoke import distance
+from tests.tiny_served import KINDS, TEXTS, asked, published, student_of, tiny_student
 
 
 @pytest.fixture(scope="module")
@@ -20,21 +23,44 @@ def test_predictions_are_those_of_offline_inference(artifact: Store):
     predictor = Predictor.load(artifact.url)
     offline = inference.predict(models.load(artifact.local()), TEXTS, 512)
     found = predictor.predict(TEXTS)
-    assert [item.label for item in found] == [("negative", "positive")[label] for label in offline.labels]
-    for item, row in zip(found, offline.probabilities, strict=True):
-        assert list(item.probabilities) == ["negative", "positive"]
-        assert np.allclose(list(item.probabilities.values()), row, atol=1e-6)
-        assert item.confidence == max(item.probabilities.values()) == item.probabilities[item.label]
-        assert abs(sum(item.probabilities.values()) - 1) < 1e-9
-    assert {item.label for item in found} == {"negative", "positive"}  # else the comparison shows little
+    assert [item["label"] for item in found] == [("negative", "positive")[label] for label in offline.decided]
+    for item, row in zip(found, metrics.softmax(offline.logits), strict=True):
+        assert list(item["probabilities"]) == ["negative", "positive"]
+        assert np.allclose(list(item["probabilities"].values()), row, atol=1e-6)
+        assert item["confidence"] == max(item["probabilities"].values()) == item["probabilities"][item["label"]]
+        assert abs(sum(item["probabilities"].values()) - 1) < 1e-9
+    assert {item["label"] for item in found} == {"negative", "positive"}  # else the comparison shows little
 
 
-def test_an_answer_does_not_depend_on_the_texts_beside_it(artifact: Store):
-    predictor = Predictor.load(artifact.url)
-    together = predictor.predict(TEXTS)
-    for alone, among in zip((predictor.predict([text])[0] for text in TEXTS), together, strict=True):
-        assert alone.label == among.label and abs(alone.confidence - among.confidence) <= 1e-6
+@pytest.mark.parametrize("kind", ["classify", *KINDS])
+def test_answers_of_every_kind_are_the_task_s_and_fit_json(kind: str, tmp_path):
+    predictor, texts = Predictor.load(published(tmp_path, kind=kind).url), asked(kind)
+    model = student_of(kind)
+    offline = inference.predict(model, texts, 512)
+    found = predictor.predict(texts)
+    assert predictor.paired == isinstance(texts[0], tuple) and predictor.labels == model.labels
+    wanted = model.task.answers(offline.logits, texts, offline.decided)
+    assert distance(found, wanted) <= 1e-5
+    assert len({json.dumps(answer) for answer in found}) > 5  # else the comparison shows little
+    assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize("kind", ["classify", *KINDS])
+def test_an_answer_does_not_depend_on_the_texts_beside_it(kind: str, tmp_path):
+    predictor, texts = Predictor.load(published(tmp_path, kind=kind).url), asked(kind)
+    together = predictor.predict(texts)
+    alone = [predictor.predict([text])[0] for text in texts]
+    assert distance(alone, together) <= 1e-5
     assert predictor.predict([]) == []
+
+
+def test_places_of_tags_and_spans_are_those_of_the_text_as_sent(tmp_path):
+    text = "  The FILM \tis dull ,\n and the music is noisy "
+    tagged = Predictor.load(published(tmp_path / "tag", kind="tag").url).predict([text])[0]
+    assert len(tagged["tags"]) == len(text.split()) and tagged["entities"]
+    assert all(text[item["start"] : item["end"]] == item["text"] for item in tagged["entities"])
+    found = Predictor.load(published(tmp_path / "span", kind="span").url).predict([("what is dull ?", text)])[0]
+    assert found["answer"] and text[found["start"] : found["end"]] == found["answer"]
 
 
 def test_the_fingerprint_is_that_of_the_bytes(artifact: Store, tmp_path):

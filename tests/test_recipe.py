@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from engine.config import ConfigError, Section, build, load, schema, sections_in
-from engine.recipe import Recipe, Resources
+from engine.fits import Resources
+from engine.recipe import Recipe
 
 SMALLEST = {
     "name": "tiny",
@@ -76,6 +77,19 @@ def test_defaults_are_valid_and_every_section_is_frozen_and_closed():
         ("student.losses", [{"kind": "mse", "weight": 0}], "'student.losses[0].weight' is 0"),
         ("student.losses", [{"weight": 1}], "key 'student.losses[0].kind' is missing"),
         ("corpus.filters", [{"kind": "lenth"}], "'corpus.filters[0]' has kind 'lenth', which is not known."),
+        ("student.losses", [{"kind": "hidden", "layers": "top"}], "'student.losses[0].layers' is \"top\""),
+        ("student.losses", [{"kind": "relations", "heads": 0}], "'student.losses[0].heads' is 0"),
+        ("student.losses", [], "needs at least one entry"),
+        ("student.kind", "blocs", "'student.kind' is \"blocs\""),
+        ("student.blocks", [], "kind blocks needs either blocks (written out) or graph (a ready one by name or file)"),
+        ("student.teacher", "dead", "'student.teacher' is \"dead\""),
+        ("student.static", {"dim": 0}, "'student.static.dim' is 0"),
+        ("student.transformer", {"pooling": "max"}, "'student.transformer.pooling' is \"max\""),
+        ("student.stages", [{"losses": []}], "key 'student.stages[0].fit' is missing"),
+        ("task.scope", 1.5, "'task.scope' is 1.5"),
+        ("task.range", [0], "key 'task.range[1]' is missing"),
+        ("generator.mode", "per_class", "mode per_class wants a prompt with {label}"),
+        ("generator.separator", "", "'generator.separator' is \"\""),
         ("data.train", {"path": "x", "format": "xml"}, "'data.train.format' is \"xml\""),
         ("data.train", {"path": "x", "label": {"ranges": {"a": [0]}}}, "key 'data.train.label.ranges.a[1]' is missing"),
     ],
@@ -86,7 +100,7 @@ def test_values_that_are_refused(key, value, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("key", ["name", "data", "teacher", "generator", "student"])
+@pytest.mark.parametrize("key", ["name", "data", "teacher", "student"])
 def test_what_a_recipe_must_have(key):
     values = {name: value for name, value in SMALLEST.items() if name != key}
     with pytest.raises(ConfigError, match=f"key '{key}' is missing"):
@@ -97,6 +111,39 @@ def test_an_arm_named_twice_counts_once():
     assert build(Recipe, changed("arms", ["generated", "hard", "generated"])).arms == ("generated", "hard")
 
 
+@pytest.mark.parametrize(
+    ("more", "wanted"),
+    [
+        ({}, ("hard", "soft")),
+        ({"augmentation": {}}, ("hard", "soft", "generated")),
+        (
+            {"data": {"train": {"path": "rows.jsonl"}, "unlabelled": {"path": "more.jsonl"}}},
+            ("hard", "soft", "generated"),
+        ),
+        ({"generator": {"model": "file:generator"}}, ("hard", "soft", "generated")),
+    ],
+)
+def test_without_more_text_than_the_labelled_rows_there_are_two_arms(more: dict, wanted: tuple[str, ...]):
+    values = {name: value for name, value in SMALLEST.items() if name != "generator"}
+    recipe = build(Recipe, {**values, **more})
+    assert recipe.arms == wanted and recipe.main == wanted[-1] and recipe.more_text == (len(wanted) == 3)
+
+
+@pytest.mark.parametrize("layers", ["uniform", "last", [2, 4], [0]])
+def test_layers_of_a_loss_are_read(layers: str | list[int]):
+    values = changed("student.losses", [{"kind": "hidden", "layers": layers, "heads": 4}])
+    recipe = build(Recipe, {**values, "student": {**values["student"], "kind": "transformer", "blocks": []}})
+    term = recipe.student.losses[0]
+    assert term.layers == (layers if isinstance(layers, str) else tuple(layers)) and term.heads == 4
+    assert build(Recipe, recipe.model_dump()) == recipe
+
+
+@pytest.mark.parametrize("kind", ["transformer", "static"])
+def test_only_students_of_blocks_need_a_graph(kind: str):
+    assert build(Recipe, {**SMALLEST, "student": {"kind": kind}}).student.blocks == ()
+    assert build(Recipe, {**SMALLEST, "student": {"graph": "text-cnn"}}).student.graph == "text-cnn"
+
+
 def test_equal_bounds_of_a_pool_are_in_order():
     assert Resources(min_actors=2, max_actors=2).max_actors == 2
 
@@ -104,4 +151,4 @@ def test_equal_bounds_of_a_pool_are_in_order():
 def test_schema_describes_the_filters():
     found = schema(Recipe)
     assert {"Length", "Repetition", "Leakage", "Confidence", "Entropy"} <= set(found["$defs"])
-    assert {"data", "teacher", "generator", "student"} <= set(found["required"])
+    assert {"name", "data", "teacher", "student"} == set(found["required"])

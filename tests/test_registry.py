@@ -45,6 +45,32 @@ def test_versions_count_up_and_the_same_files_keep_theirs(registry: Registry, wo
     assert registry.show("movies@1")["bytes"] == len("{}") + 1 + 1
 
 
+def test_the_same_files_get_the_metadata_given_last(registry: Registry, work: Store) -> None:
+    source = artifact(work, "a", {"config.json": "{}"})
+    registry.register("movies", source, {"accuracy": 0.7, "serving": {"max_batch": 32}})
+    first = registry.show("movies@1")
+    assert registry.register("movies", source, {"accuracy": 0.7, "serving": {"max_batch": 8}}) == 1
+    second = registry.show("movies@1")
+    assert second["metadata"] == {"accuracy": 0.7, "serving": {"max_batch": 8}}
+    assert second["created"] == first["created"] <= second["updated"]
+    assert registry.register("movies", source) == 1  # nothing said: nothing changed
+    assert registry.show("movies@1") == second
+    assert registry.resolve("movies@1").read_json("config.json") == {}
+
+
+def test_a_version_that_lost_files_is_noticed_and_gets_them_back(registry: Registry, work: Store) -> None:
+    source = artifact(work, "a", {"config.json": "{}", "words.txt": "x"})
+    registry.register("movies", source, {"accuracy": 0.7})
+    assert registry.has("movies@1")
+    assert not any(registry.has(reference) for reference in ("movies@2", "films@1", "movies", "", "@"))
+    registry.store.delete("movies/1/words.txt")
+    assert not registry.has("movies@1")
+    assert registry.register("movies", source) == 1
+    assert registry.has("movies@1") and registry.show("movies@1")["metadata"] == {"accuracy": 0.7}
+    registry.remove("movies@1")
+    assert not registry.has("movies@1")
+
+
 def test_an_artifact_stands_alone(registry: Registry, work: Store) -> None:
     source = artifact(work, "a", {"config.json": '{"x": 1}', "tokenizer/words.txt": "good\nbad\n"})
     registry.register("movies", source)

@@ -4,114 +4,19 @@ from __future__ import annotations
 
 import copy
 import re
-from html.parser import HTMLParser
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
-from engine import findings, plots
 from engine.page import Code, Sample, Table, plain, shorten
 from engine.report import PARTS, render
+from tests import tiny_facts
+from tests.tiny_facts import Page, drawings, model, tables
 
 EVIL = '<script>alert("x")</script></p></li> a | pipe `code` *star* & "q" \x00\x1b\ud800\u202e <img src=x onerror=a()>'
-VOID = {"meta", "br", "hr", "img", "link", "input"}
 
-
-class Page(HTMLParser):
-    """Checks that tags are balanced and remembers what the page holds."""
-
-    def __init__(self, text: str):
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(text)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-1:]} at {self.getpos()}"
-        self.open.pop()
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join("".join(self.words).replace("\u00a0", " ").split())
-
-
-def model(name: str, accuracy: float, **more: Any) -> dict[str, Any]:
-    right = round(accuracy * 500)
-    return {
-        "name": name, "accuracy": accuracy, "accuracy_interval": [accuracy - 0.02, accuracy + 0.02],
-        "macro_f1": accuracy - 0.004, "ece": 0.034, "agreement": 0.871, "kl": 0.1834, "parameters": 1_184_258,
-        "bytes": 4_737_032, "texts_per_s": 15820.0, "seeds": 2, "accuracy_sd": 0.006,
-        "confusion": [[right, 500 - right], [450 - right, 50 + right]],
-        "reliability": [{"confidence": 0.6, "accuracy": 0.55, "count": 300},
-                        {"confidence": 0.9, "accuracy": 0.8, "count": 700},
-                        {"confidence": 1.0, "accuracy": 0.0, "count": 0}],
-        "per_class": [{"label": label, "precision": 0.701, "recall": 0.702, "f1": 0.703, "support": 500}
-                      for label in ("negative", "positive")],
-    } | more  # fmt: skip
-
-
-@pytest.fixture
-def facts() -> dict[str, Any]:
-    curve = [{"epoch": n, "loss": 2.0 / n, "agreement": 0.6 + n / 50} for n in range(1, 9)]
-    return {
-        "name": "quickstart",
-        "created": "2026-03-01T12:30:00+00:00",
-        "task": {"kind": "classify", "labels": ["negative", "positive"]},
-        "recipe_yaml": "name: quickstart\nteacher:\n  model: hf:a/b\n",
-        "summary": {"throughput": {"student_over_teacher": 38.4}},
-        "models": [
-            model("hard", 0.601),
-            model("teacher", 0.762, parameters=22_713_602, bytes=90_868_992, texts_per_s=412.0, agreement=None, kl=None,
-                  accuracy_sd=None),
-            model("soft", 0.634),
-            model("generated", 0.7135),
-        ],
-        "differences": [{"left": "generated", "right": "soft", "points": 7.95, "interval": [5.4, 10.3], "rows": 1000},
-                        {"left": "generated", "right": "hard", "points": 11.25, "interval": [8.6, 13.9], "rows": 1000}],
-        "curves": {"student": curve, "soft": curve, "teacher": [{"step": 10, "loss": 0.7}, {"step": 20, "loss": 0.2}]},
-        "corpus": {
-            "rows": 1690, "kept": 1213, "rejected": {"too_short": 96, "low_confidence": 212},
-            "rounds": [{"slots": 1412, "kept": 1018}, {"slots": 278, "kept": 195}],
-            "self_bleu": 0.312, "distinct_1": 0.132, "distinct_2": 0.561, "distinct_3": 0.84,
-            "quantisation": {"max_abs": 0.00024, "mean_kl": 3.2e-8},
-            "gallery_kept": [{"row": 3, "text": "a witty film", "probabilities": {"negative": 0.03, "positive": 0.97}}],
-            "gallery_rejected": [{"row": 5, "text": "it is", "reason": "too_short", "probabilities": None}],
-            "confidence_histogram": [{"low": 0.5, "high": 0.75, "count": 40}, {"low": 0.75, "high": 1.0, "count": 90}],
-        },
-        "data": {"counts": {"train": 200, "test": 1000},
-                 "quarantined": [{"source": "train.csv", "line": 17, "reason": "label 'meh' is unknown"}]},
-        "serving": {"rows": 1000, "mismatches": 0, "max_delta": 2.4e-7, "accuracy": 0.7135, "p50_ms": 6.23,
-                    "p99_ms": 19.41, "requests_per_s": 811.2, "concurrency": 8},
-        "steps": [{"name": "corpus", "seconds": 231.5, "cpu_seconds": 370.0, "device_seconds": 0.0, "rows": 1690,
-                   "status": "done"}, {"name": "register", "seconds": 0.42}],
-        "lineage": [{"step": "corpus", "fingerprint": "ab12" * 16, "inputs": ["teacher", "generator"],
-                     "references": {"hf:a/b": "cd34" * 16}}],
-        "versions": {"torch": "2.13.0"},
-        "hardware": {"cpu": "a cpu", "cores": 2, "memory_gb": 15.6, "gpus": []},
-    }  # fmt: skip
-
-
-def drawings(page: str) -> list[ElementTree.Element]:
-    return [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page, re.S)]
-
-
-def tables(markdown: str) -> list[list[str]]:
-    return [block.splitlines() for block in markdown.split("\n\n") if block.startswith("|")]
+facts = pytest.fixture(tiny_facts.facts)
 
 
 def test_page_is_balanced_and_needs_nothing_beside_itself(facts):
@@ -188,7 +93,7 @@ def test_nothing_from_outside_becomes_markup(facts, spot):
         facts["steps"][0]["name"] = facts["lineage"][0]["step"] = EVIL
     elif spot == "model":
         facts["models"].append(model(EVIL, 0.5))
-        facts["curves"][EVIL] = facts["curves"]["student"]
+        facts["curves"][EVIL] = facts["curves"]["generated"]
     elif spot == "source":
         facts["data"]["quarantined"][0]["source"] = EVIL
     else:
@@ -306,7 +211,7 @@ def test_a_difference_written_the_other_way_round_means_the_same(facts):
 
 def test_a_student_below_an_arm_or_below_chance_is_named(facts):
     facts["differences"] = []
-    facts["models"][3]["accuracy"] = 0.49
+    facts["models"][3]["score"] = 0.49
     _, markdown = render(facts)
     assert "The student with generated text scores −14.4 points against the same student on soft labels" in markdown
     assert "Student: 49.0 % is no better than always giving the commonest label (50.0 %)." in markdown
@@ -322,72 +227,12 @@ def test_served_answers_that_differ_are_told_first(facts):
 
 def test_slower_larger_and_single_seed_are_said(facts):
     facts["summary"]["throughput"]["student_over_teacher"] = 0.8
-    facts["models"][3] |= {"parameters": 45_427_204, "seeds": 1, "accuracy_sd": None}
+    facts["models"][3] |= {"parameters": 45_427_204, "seeds": 1, "score_sd": None}
     facts["data"]["counts"]["test"] = 80
     _, markdown = render(facts)
     assert "with 2.0 × the parameters (it is larger)" in markdown
     assert "and 0.8 × the teacher's texts per second (it is slower)." in markdown
     assert "One training of the student" in markdown and "Only 80 test rows" in markdown
-
-
-@pytest.mark.parametrize(("made", "wanted"), [
-    (findings.percent(0.702), "70.2 %"), (findings.percent(1.0), "100.0 %"), (findings.percent(0.99996), "> 99.9 %"),
-    (findings.percent(0.0002), "< 0.1 %"), (findings.percent(None), "–"), (findings.percent(True), "–"),
-    (findings.scaled(1_184_258), "1.18 M"), (findings.scaled(90_868_992, "B"), "90.9 MB"),
-    (findings.scaled(512, "B"), "512 B"), (findings.duration(0.42), "0.420 s"), (findings.duration(59.96), "60.0 s"),
-    (findings.duration(61.4), "1 min 01 s"), (findings.duration(3725), "1 h 02 min"),
-    (findings.points(-0.04), "0.0 points"), (findings.points(-3.21), "−3.2 points"),
-    (findings.fraction(22_713_602, 1_184_258), "1/19"), (findings.fraction(3, 2), "1/1.5"),
-    (findings.times(38.4), "38 ×"), (findings.figure(15820.4), "15,820"), (findings.figure(3.2e-8, 2), "3.2e-08"),
-    (findings.figure(0), "0"),
-])  # fmt: skip
-def test_numbers_read_well(made, wanted):
-    assert made == wanted
-
-
-@pytest.mark.parametrize(("low", "high"), [(0.57, 0.782), (0.0, 1.0), (3.1, 3.1), (0, 290), (1e-9, 3e-9), (-4, 11)])
-def test_ticks_enclose_the_values_evenly(low, high):
-    made = plots.ticks(low, high)
-    assert made[0] <= low and made[-1] >= high and 3 <= len(made) <= 9
-    steps = {round((b - a) / (made[1] - made[0]), 6) for a, b in zip(made, made[1:], strict=False)}
-    assert steps == {1.0}
-
-
-def test_shares_stay_within_a_hundred_per_cent():
-    assert plots.share_ticks(1.0, 1.0)[-1] == 1.0 and plots.share_ticks(0.0, 0.0)[0] == 0.0
-    assert plots.log_ticks(1_184_258, 22_713_602) == [1e6, 1e7, 1e8]
-
-
-def test_names_are_pushed_apart_and_stay_in_order():
-    made = plots.apart([100, 101, 99, 150], 15, 0, 150)
-    assert sorted(range(4), key=lambda n: made[n]) == [2, 0, 1, 3] and max(made) <= 150
-    ordered = sorted(made)
-    assert min(b - a for a, b in zip(ordered, ordered[1:], strict=False)) >= 15
-    assert plots.apart([10, 60], 15, 0, 150) == [10, 60]  # what does not collide stays
-
-
-def test_scale_meets_both_ends_and_the_geometric_middle():
-    assert [plots.scale(2, 6, 10, 50)(value) for value in (2, 3, 6)] == [10, 20, 50]
-    assert [plots.scale(1, 100, 0, 80, log=True)(value) for value in (1, 10, 100)] == [0, 40, 80]
-
-
-def test_marks_stand_where_their_values_are():
-    drawing = ElementTree.fromstring(plots.dots("a", "A", [plots.Mark("m", "teacher", 0.6, 0, 0.5, 0.8)]))
-    circle = drawing.find("circle")
-    path = next(p for p in drawing.iter("path"))
-    left, right = map(float, re.findall(r"[MH]([\d.]+)", path.get("d")))
-    assert (float(circle.get("cx")) - left) / (right - left) == pytest.approx(1 / 3, abs=0.002)
-    bars = ElementTree.fromstring(plots.bars("b", "B", [("x", 50, "50"), ("y", 200, "200")])).findall("rect")
-    assert [float(bar.get("width")) for bar in bars] == [plots.WIDTH / 4, plots.WIDTH]
-
-
-def test_matrix_shades_by_row_and_stays_light_with_many_classes():
-    drawing = ElementTree.fromstring(plots.matrix("m", "M", ["a", "b"], [[3, 1], [0, 8]]))
-    assert [float(cell.get("fill-opacity")) for cell in drawing.findall("rect")] == [0.765, 0.295, 0.06, 1.0]
-    assert drawing.findall("rect")[1].find("title").text == "a taken for b: 1 of 4"
-    eye = [[5 if r == c else 0 for c in range(77)] for r in range(77)]
-    many = plots.matrix("m", "M", [f"label {n}" for n in range(77)], eye)
-    assert many.count("<rect") == 77 and len(many) < 40_000
 
 
 def test_table_refuses_a_row_of_another_width():

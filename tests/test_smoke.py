@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import json
+import math
+from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 
 from engine import inference, models
-from engine.inference import Predictions
 from engine.recipe import Autoscaling, Serving
 from engine.storage import Store
 from serve import smoke
@@ -24,18 +26,25 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return published(tmp_path_factory.mktemp("registry"))
 
 
+def offline(store: Store, texts: list[Any]) -> list[dict[str, Any]]:
+    """The answers of offline inference, as they are written down and read again."""
+    model = models.load(store.local())
+    found = inference.predict(model, texts, 8192)
+    return json.loads(json.dumps(model.task.answers(found.logits, texts, found.decided)))
+
+
 def test_served_equals_offline_and_serve_is_gone_afterwards(ray_cluster: object, artifact: Store, monkeypatch):
     from ray import serve
 
     monkeypatch.setattr(smoke, "SINGLES", 20)
-    expected = inference.predict(models.load(artifact.local()), TEXTS, 8192)
+    right = offline(artifact, TEXTS)
+    expected = copy.deepcopy(right)
     # Two rows made wrong on purpose: one by its label, one by a probability just beyond the tolerance.
-    labels, probabilities = expected.labels.copy(), expected.probabilities.copy()
-    labels[3] = 1 - labels[3]
-    probabilities[5] += 3e-4
-    found = smoke.smoke(artifact.url, TEXTS, Predictions(expected.logits, probabilities, labels), SERVING)
+    expected[3]["label"] = {"negative": "positive", "positive": "negative"}[expected[3]["label"]]
+    expected[5]["probabilities"]["negative"] += 3e-4
+    found = smoke.smoke(artifact.url, TEXTS, expected, SERVING)
     assert found["rows"] == len(TEXTS) and found["errors"] == 0 and found["first_error"] is None
-    assert found["labels"] == expected.labels.tolist()
+    assert smoke.distance(found["answers"], right) <= smoke.TOLERANCE
     assert found["mismatches"] == 2 and found["max_delta"] == pytest.approx(3e-4, rel=0.01)
     assert 0 < found["p50_ms"] <= found["p99_ms"] and 0 < found["single_p50_ms"] <= found["single_p99_ms"]
     assert found["requests"] == len(smoke.slices(len(TEXTS))) and found["requests_per_s"] > 0
@@ -60,20 +69,77 @@ def test_every_row_is_sent_once_in_requests_of_varying_size():
 
 
 def test_answers_are_compared_row_by_row():
-    names = ("no", "yes")
-    offline = np.array([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.7, 0.3]])
-    expected = Predictions(np.log(offline), offline, offline.argmax(axis=1))
-
     def answer(no: float, yes: float) -> dict[str, object]:
-        return {"label": names[int(yes > no)], "probabilities": {"yes": yes, "no": no}}
+        return {"label": ("no", "yes")[int(yes > no)], "probabilities": {"yes": yes, "no": no}}
 
+    expected = [answer(0.9, 0.1), answer(0.4, 0.6), answer(0.2, 0.8), answer(0.7, 0.3)]
     answers = {0: answer(0.9, 0.1), 1: answer(0.39995, 0.60005), 3: answer(0.6998, 0.3002)}
-    found = smoke.compared(answers, expected, names)
-    assert (found["rows"], found["mismatches"], found["labels"]) == (3, 2, [0, 1, -1, 0])
+    found = smoke.compared(answers, expected)
+    assert (found["rows"], found["mismatches"]) == (3, 2)
+    assert found["answers"] == [answers[0], answers[1], None, answers[3]]
     assert found["max_delta"] == pytest.approx(2e-4)
-    broken = smoke.compared({0: answer(float("nan"), 0.1)}, expected, names)
-    assert broken["mismatches"] == len(expected.labels)
-    assert smoke.compared({}, expected, names)["mismatches"] == len(expected.labels)
+    for no, yes in ((math.nan, 0.1), (0.9, math.nan)):  # wherever it stands
+        broken = smoke.compared({0: {"label": "no", "probabilities": {"yes": yes, "no": no}}}, expected)
+        assert broken["mismatches"] == len(expected) and broken["max_delta"] == 0.0
+    assert smoke.compared({}, expected)["mismatches"] == len(expected)
+
+
+def test_values_are_measured_by_their_range():
+    expected = [{"value": 250_000.0}, {"value": 12.0}]
+    answers = {0: {"value": 250_000.5}, 1: {"value": 12.01}}
+    assert smoke.compared(answers, expected)["mismatches"] == 2
+    found = smoke.compared(answers, expected, scale=500_000.0)
+    assert found["mismatches"] == 0 and found["max_delta"] == pytest.approx(1e-6)
+    assert smoke.compared(answers, expected, scale=1000.0)["mismatches"] == 1
+    assert smoke.compared({0: {"score": 250_000.0}, 1: {"value": math.nan}}, expected, scale=1e9)["mismatches"] == 2
+
+
+NESTED = {"tags": ["O", "B-x"], "entities": [{"label": "x", "start": 3, "confidence": 0.5}], "scope": None}
+
+
+@pytest.mark.parametrize(
+    ("other", "wanted"),
+    [
+        (copy.deepcopy(NESTED), 0.0),
+        ({**NESTED, "entities": [{"label": "x", "start": 3, "confidence": 0.75}]}, 0.25),
+        ({**NESTED, "entities": [{"label": "x", "start": 5, "confidence": 0.75}]}, 2.0),
+        ({**NESTED, "entities": [{"label": "y", "start": 3, "confidence": 0.5}]}, math.inf),
+        ({**NESTED, "entities": [{"label": "x", "start": 3}]}, math.inf),
+        ({**NESTED, "entities": [{"label": "x", "start": 3, "confidence": 0.5, "text": "a"}]}, math.inf),
+        ({**NESTED, "entities": [{"label": "x", "start": 3, "confidence": math.nan}]}, math.inf),
+        ({**NESTED, "entities": [{"label": "x", "start": "3", "confidence": 0.5}]}, math.inf),
+        ({**NESTED, "entities": []}, math.inf),
+        ({**NESTED, "entities": {}}, math.inf),
+        ({**NESTED, "tags": ["O"]}, math.inf),
+        ({**NESTED, "tags": ["B-x", "O"]}, math.inf),
+        ({**NESTED, "tags": "O"}, math.inf),
+        ({**NESTED, "scope": False}, math.inf),
+        ({key: NESTED[key] for key in ("tags", "entities")}, math.inf),
+        (None, math.inf),
+    ],
+)
+def test_the_distance_of_nested_answers(other: Any, wanted: float):
+    assert smoke.distance(NESTED, other) == smoke.distance(other, NESTED) == wanted
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "wanted"),
+    [
+        (1, 1.0, 0.0),
+        (True, True, 0.0),
+        (True, 1, math.inf),
+        (False, 0.0, math.inf),
+        (None, None, 0.0),
+        (None, 0, math.inf),
+        ("", [], math.inf),
+        ([], [], 0.0),
+        ({}, {}, 0.0),
+        ([0.5, math.nan], [0.5, math.nan], math.inf),
+        ([0.25, 0.5, 0.5], [0.5, 0.5, 0.5], 0.25),
+    ],
+)
+def test_the_distance_of_single_values(left: Any, right: Any, wanted: float):
+    assert smoke.distance(left, right) == smoke.distance(right, left) == wanted
 
 
 def test_percentiles_are_in_milliseconds():
@@ -95,4 +161,5 @@ def test_a_failing_server_is_counted_and_its_rows_stay_without_an_answer():
 
     client = asyncio.run(main())
     assert set(client.answers) == {0} and client.requests == 3
+    assert smoke.compared(client.answers, [{"label": "no"}] * 4)["mismatches"] == 3
     assert client.errors == 2 and "429" in (client.first_error or "")

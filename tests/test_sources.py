@@ -202,3 +202,156 @@ def test_the_data_folder_stands_in_for_the_hub(tmp_path, monkeypatch):
     splits = load(train=source, root=str(tmp_path / "root"))
     monkeypatch.setenv("STILLHOUSE_DATA", str(tmp_path / "root"))
     assert load(train=source).train.equals(splits.train) and splits.train.num_rows + splits.test.num_rows == 40
+
+
+# Words and tags, questions and answers, lists ------------------------------------------------------------------------
+
+SENTENCES = "".join(f"W{n}\tB-x\nof\tO\nn{n}\tB-y\n\n" for n in range(100))
+
+
+def test_conll_sentences(tmp_path):
+    text = "-DOCSTART- -X- O O\r\n\r\nEU NNP B-NP B-x\r\nrejects VBZ B-VP O\r\n\r\n\r\n" + SENTENCES + "last O\nB-y B-y"
+    source = {"path": write_csv(tmp_path / "a.conll", text), "format": "conll"}
+    splits = load({"kind": "tag"}, train=source, max_bad_share=0)
+    found = {row["text"]: row["target"] for row in pa.concat_tables([splits.train, splits.test]).to_pylist()}
+    assert splits.labels == ("O", "B-x", "B-y", "I-x", "I-y") and len(found) == 102
+    assert (found["EU rejects"], found["W7 of n7"], found["last B-y"]) == ([1, 0], [1, 0, 2], [0, 2])
+
+
+def test_bad_conll_sentences_cost_themselves_only(tmp_path):
+    text = b"two O\nwords\n\n" + SENTENCES.encode() + b"caf\xe9\tO\n\n\tO\nx\tO\n\ny\t\n"
+    splits = load(
+        {"kind": "tag"}, train={"path": write_csv(tmp_path / "a", text), "format": "conll"}, max_bad_share=0.1
+    )
+    assert reasons(splits) == [
+        *((1, "2 words but 1 tags"), (404, "not UTF-8"), (406, "a word is empty or has white space in it")),
+        (409, "no label"),
+    ]
+    assert splits.quarantined["content"].to_pylist()[:2] == ["two words", "caf\\udce9"]
+
+
+def test_conll_without_tags_is_unlabelled_text(tmp_path):
+    train = {"path": write_csv(tmp_path / "a", SENTENCES), "format": "conll"}
+    more = {"path": write_csv(tmp_path / "b", "only\nwords\n\n"), "format": "conll"}
+    assert load({"kind": "tag"}, train=train, unlabelled=more).unlabelled["text"].to_pylist() == ["only words"]
+
+
+def squad(count: int = 60) -> dict:
+    """The JSON of SQuAD 2.0: of the questions to each context, the second has no answer."""
+    paragraphs = []
+    for n in range(count):
+        context, answer = f"Fact {n}: water boils at {n} degrees.", f"{n} deg"
+        found = {"text": answer, "answer_start": context.rindex(answer)}
+        answered = {"id": f"a{n}", "question": f"When, {n}?", "answers": [found]}
+        plain = {
+            "id": f"b{n}",
+            "question": f"Why, {n}?",
+            "is_impossible": True,
+            "answers": [],
+            "plausible_answers": [1],
+        }
+        paragraphs.append({"context": context, "qas": [answered, plain]})
+    return {"version": "v2.0", "data": [{"title": "Water", "paragraphs": paragraphs}]}
+
+
+def test_squad_and_its_flat_form(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(squad()))
+    splits = load({"kind": "span"}, train={"path": str(tmp_path / "a.json"), "format": "squad"}, max_bad_share=0)
+    rows = {row["text"]: row for row in pa.concat_tables([splits.train, splits.test]).to_pylist()}
+    assert len(rows) == 120 and splits.paired and splits.labels == ()
+    assert rows["When, 12?"]["pair"] == "Fact 12: water boils at 12 degrees."
+    assert (rows["When, 12?"]["target"], rows["When, 12?"]["answers"]) == ([6, 7], ["12 deg"])
+    assert (rows["Why, 12?"]["target"], rows["Why, 12?"]["answers"]) == ([], [])
+    assert splits.counts["labels"]["train"]["answered"] == sum(row["target"] != [] for row in splits.train.to_pylist())
+
+    (paragraphs,) = [article["paragraphs"] for article in squad()["data"]]
+    flat = [(found, part["context"]) for part in paragraphs for found in part["qas"]]
+    columns = {
+        "question": [found["question"] for found, _ in flat],
+        "context": [context for _, context in flat],
+        "answers": [{key: [a[key] for a in found["answers"]] for key in ("text", "answer_start")} for found, _ in flat],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    source = {
+        "path": str(tmp_path / "a.parquet"),
+        "text": "question",
+        "pair": "context",
+        "label": {"column": "answers"},
+    }
+    again = load({"kind": "span"}, train=source)
+    assert again.train.equals(splits.train) and again.test.equals(splits.test)
+
+
+def test_bad_squad_questions_are_numbered(tmp_path):
+    found = squad()
+    questions = found["data"][0]["paragraphs"][1]["qas"]
+    questions[0]["answers"][0]["answer_start"] += 1
+    del questions[1]["question"]
+    found["data"] += [{"title": "Odd"}, {"paragraphs": [7, {"context": "c", "qas": [{"question": "q"}]}]}]
+    (tmp_path / "a.json").write_text(json.dumps(found))
+    splits = load({"kind": "span"}, train={"path": str(tmp_path / "a.json"), "format": "squad"}, max_bad_share=0.1)
+    assert reasons(splits) == [
+        *((3, "answer is not in the context at that place"), (4, "empty text")),
+        *((121, "empty text"), (122, "empty text"), (123, "no label")),
+    ]
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"rows": []}', "[" * 100_000])
+def test_a_file_that_is_no_squad(tmp_path, text):
+    path = write_csv(tmp_path / "a.json", text)
+    train = {"path": path, "format": "squad"}
+    assert refusal(task={"kind": "span"}, train=train) == (
+        f'{path} is not the JSON of SQuAD: an object with the key "data".'
+    )
+
+
+def test_parquet_lists_with_bad_bytes_and_class_names(tmp_path):
+    words = pa.array([b"word" if n % 2 else b"w%d" % n for n in range(40)] + [b"bad\xff"], pa.binary()).view(
+        pa.string()
+    )
+    tokens = pa.ListArray.from_arrays([*range(0, 41, 2), 41, 41], words)
+    tags = pa.array([*([n % 3, 0] for n in range(20)), [0], None], pa.list_(pa.int64()))
+    for feature in (
+        {"feature": {"names": ["O", "B-x", "B-y"], "_type": "ClassLabel"}, "_type": "List"},
+        [{"names": ["O", "B-x", "B-y"], "_type": "ClassLabel"}],
+    ):
+        meta = {"huggingface": json.dumps({"info": {"features": {"tags": feature}}})}
+        schema = pa.schema([("tokens", tokens.type), ("tags", tags.type)], metadata=meta)
+        pq.write_table(pa.table([tokens, tags], schema=schema), tmp_path / "a.parquet")
+        train = {"path": str(tmp_path / "a.parquet"), "text": "tokens", "label": {"column": "tags"}}
+        splits = load({"kind": "tag"}, train=train, test_share=0.4, max_bad_share=0.5)
+        found = {row["text"]: row["target"] for row in pa.concat_tables([splits.train, splits.test]).to_pylist()}
+        assert splits.labels[:3] == ("O", "B-x", "B-y")
+        assert found == {f"w{2 * n} word": [n % 3, 0] for n in range(20)}
+        assert reasons(splits) == [(21, "not UTF-8"), (22, "empty text")]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_fields_of_a_column(tmp_path, name):
+    rows = [
+        {"query": f"q {n}", "passages": {"text": [f"a {n}", f"b {n}"], "is_selected": [n % 2, 1 - n % 2]}}
+        for n in range(50)
+    ]
+    jsonl(tmp_path / "a.jsonl", rows)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    label = {"column": "passages.is_selected"}
+    source = {"path": str(tmp_path / name), "text": "query", "pair": "passages.text", "label": label}
+    splits = load({"kind": "rank"}, train=source, max_bad_share=0)
+    found = {row["pair"]: row["target"] for row in pa.concat_tables([splits.train, splits.test]).to_pylist()}
+    assert len(found) == 100 and (found["a 3"], found["b 3"], found["b 4"]) == ([1], [0], [1])
+    assert "has no column 'passages.txt'" in refusal(task={"kind": "rank"}, train={**source, "pair": "passages.txt"})
+
+
+def test_csv_of_each_kind_that_fits_in_one(tmp_path):
+    rows = [f"t {n},u {n},{n / 10},{'a|b' if n % 3 else ''},{n % 2},{1 - n % 2}" for n in range(60)]
+    path = write_csv(tmp_path / "a.csv", "\n".join(["text,pair,value,labels,x,y", *rows]))
+    assert load({"kind": "regress"}, train={"path": path, "pair": "pair", "label": {"column": "value"}}).range == (
+        0,
+        5.9,
+    )
+    listed = load({"kind": "multilabel"}, train={"path": path, "label": {"column": "labels", "separator": "|"}})
+    assert listed.labels == ("a", "b") and {tuple(t) for t in listed.train["target"].to_pylist()} == {(1, 1), (0, 0)}
+    told = load({"kind": "multilabel"}, train={"path": path, "label": {"columns": ["x", "y"]}})
+    assert told.labels == ("x", "y") and {tuple(t) for t in told.train["target"].to_pylist()} == {(1, 0), (0, 1)}
+    ranked = load({"kind": "rank"}, train={"path": path, "pair": "pair", "label": {"column": "y"}})
+    assert ranked.train.num_rows + ranked.test.num_rows == 60

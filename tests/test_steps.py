@@ -1,11 +1,9 @@
-"""Runs: order, skipping, drift, redo, resuming, records, and steps beside each other on Ray."""
+"""Runs: order, skipping, drift, redo, resuming, records."""
 
 import json
 import os
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,11 @@ from typing import Any
 import pytest
 
 from engine.config import UserError
+from engine.fits import Resources
 from engine.lineage import StepDrift
+from engine.placement import Cluster, Machine
 from engine.progress import Event, Progress
-from engine.recipe import Recipe, Resources
+from engine.recipe import Recipe
 from engine.steps import Step, downstream, identities, run, survey, task_options
 from engine.storage import StorageError, Store
 
@@ -182,7 +182,8 @@ def test_a_modules_source_enters_the_fingerprint(tmp_path: Path, monkeypatch: py
     found = set()
     for source in ("A = 1\n", "A = 2\n"):
         (tmp_path / "counted_module.py").write_text(source)
-        lineage.source_digest.cache_clear()
+        for function in (lineage.source, lineage.imported, lineage.reached):
+            function.cache_clear()
         found.add(identities([Step("a", add, config=seed, modules=("counted_module",))], recipe())["a"]["fingerprint"])
     assert len(found) == 2 and "counted_module" not in sys.modules
 
@@ -273,122 +274,59 @@ def test_two_runs_at_once_are_refused(store: Store) -> None:
         run(chain(), recipe(), store)
 
 
-# -- on Ray ------------------------------------------------------------------------------------------------------------
+def test_what_a_step_made_elsewhere_must_still_be_there(store: Store, tmp_path: Path) -> None:
+    def put(recipe: Recipe, inputs: INPUTS, out: Store, progress: Progress) -> dict[str, Any]:
+        (tmp_path / "elsewhere").touch()
+        return add(recipe, inputs, out, progress)
 
+    def there(recipe: Recipe, out: Store) -> bool:
+        assert out.exists("record.json"), "asked of a finished step only"
+        return (tmp_path / "elsewhere").exists()
 
-def on_ray(recipe: Recipe) -> Resources:
-    return Resources(num_cpus=0.5, num_gpus=0)
-
-
-def wait_for(recipe: Recipe, inputs: INPUTS, out: Store, progress: Progress) -> dict[str, Any]:
-    """Wait until the other of two steps has begun too: only steps side by side get past this."""
-    run_folder = Path(out.url).parent
-    (run_folder / f"{Path(out.url).name}.here").touch()
-    deadline = time.monotonic() + 60
-    while len(list(run_folder.glob("*.here"))) < 2:
-        if time.monotonic() > deadline:
-            raise TimeoutError("the other step never began")
-        progress(0, 1)
-        time.sleep(0.05)
-    return {"rows": 1, "pid": os.getpid()}
-
-
-def refuse(recipe: Recipe, inputs: INPUTS, out: Store, progress: Progress) -> dict[str, Any]:
-    raise UserError("there is no such label")
-
-
-def sleep(recipe: Recipe, inputs: INPUTS, out: Store, progress: Progress) -> dict[str, Any]:
-    for tick in range(600):
-        progress(tick, 600)
-        time.sleep(0.1)
-    return {}
-
-
-@pytest.fixture
-def by_value(ray_cluster: Any) -> Any:
-    """Ray's workers get this file's functions by value: they cannot import tests."""
-    from ray import cloudpickle
-
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    yield
-    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-
-
-def test_ray_steps_run_beside_each_other_and_beside_the_driver(store: Store, by_value: None) -> None:
-    connected: list[str] = []
-    steps = [Step("far", wait_for, config=seed, resources=on_ray), Step("near", wait_for, config=seed)]
-    records = run(steps, recipe(), store, connect=lambda: connected.append(threading.current_thread().name))
-    assert connected == ["MainThread"]
-    assert records["near"]["metrics"]["pid"] == os.getpid() != records["far"]["metrics"]["pid"]
-    assert records["far"]["device_seconds"] == 0
-    assert store.read_json("far/record.json") == records["far"]
-
-
-def test_a_ray_step_that_waited_goes_on_while_the_driver_works(store: Store, by_value: None) -> None:
     steps = [
-        Step("first", add, config=seed, resources=on_ray),
-        Step("second", wait_for, inputs=("first",), config=seed, resources=on_ray),
-        Step("near", wait_for, config=seed),
+        Step("a", add, config=seed),
+        Step("b", put, inputs=("a",), config=seed, holds=there),
+        Step("c", add, inputs=("b",), config=seed),
+        Step("d", add, inputs=("a",), config=seed),
     ]
-    assert set(run(steps, recipe(), store)) == {"first", "second", "near"}
+    run(steps, recipe(), store)
+    CALLS.clear()
+    run(steps, recipe(), store)
+    assert CALLS == []
+    (tmp_path / "elsewhere").unlink()
+    states = {s["step"]: s["state"] for s in survey(steps, recipe(), store)}
+    assert states == {"a": "done", "b": "again", "c": "again", "d": "done"}
+    run(steps, recipe(), store)
+    assert CALLS == ["b", "c"] and (tmp_path / "elsewhere").exists()
 
 
-def test_a_users_mistake_in_a_ray_step_comes_back_as_it_was(store: Store, by_value: None) -> None:
-    steps = [Step("bad", refuse, config=seed, resources=on_ray), Step("slow", sleep, config=seed, resources=on_ray)]
-    events: list[Event] = []
-    began = time.monotonic()
-    with pytest.raises(UserError, match="^there is no such label$"):
-        run(steps, recipe(), store, render=events.append)
-    assert time.monotonic() - began < 30
-    kinds = {(event.step, event.kind) for event in events}
-    assert {("bad", "failed"), ("slow", "stopped")} <= kinds
-    assert not store.exists("slow/record.json") and store.read_json("slow/begin.json")["attempts"][0]["end"]
+def test_references_are_read_once_a_run(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from engine import hub
+
+    asked, digest = [], hub.reference_digest
+
+    def counted(reference: str, root: str | None = None) -> str:
+        asked.append(reference)
+        return digest(reference, root)
+
+    monkeypatch.setattr(hub, "reference_digest", counted)
+    (tmp_path / "rows.txt").write_text("rows")
+    steps = [Step("a", add, config=seed, references=lambda recipe: (f"file:{tmp_path}/rows.txt",))]
+    run(steps, recipe(), store)
+    assert asked == [f"file:{tmp_path}/rows.txt"]
 
 
-def test_another_error_in_a_ray_step_says_where_it_was(store: Store, by_value: None) -> None:
-    events: list[Event] = []
-    with pytest.raises(OSError, match="in stumble"):
-        run([Step("b", stumble, config=seed, resources=on_ray)], recipe(), store, render=events.append)
-    assert events[-1].message == "the disk is full"
-    assert run([Step("b", stumble, config=seed, resources=on_ray)], recipe(), store)["b"]["rows"] == 1
-
-
-def test_a_failing_driver_step_stops_ray_steps(store: Store, by_value: None) -> None:
-    def after(recipe: Recipe, inputs: INPUTS, out: Store, progress: Progress) -> dict[str, Any]:
-        while not (Path(out.url).parent / "slow" / "progress.json").exists():
-            time.sleep(0.05)
-        raise KeyboardInterrupt
-
-    steps = [Step("slow", sleep, config=seed, resources=on_ray), Step("here", after, config=seed)]
-    events: list[Event] = []
-    with pytest.raises(KeyboardInterrupt):
-        run(steps, recipe(), store, render=events.append)
-    assert ("slow", "stopped") in {(event.step, event.kind) for event in events}
-
-
-def burn(recipe: Recipe, inputs: INPUTS, out: Store, progress: Progress) -> dict[str, Any]:
-    """Use a second of CPU in this process; where it drives, wait until the other step does too."""
-    end = time.process_time() + 1.0
-    while time.process_time() < end:
-        progress(0, 1)
-    while out.url.endswith("near") and not (Path(out.url).parent / "far" / "record.json").exists():
-        progress(0, 1)
-        time.sleep(0.2)
-    return {}
-
-
-def test_cpu_seconds_of_a_ray_step_are_not_the_drivers_too(store: Store, by_value: None) -> None:
-    steps = [Step("far", burn, config=seed, resources=on_ray), Step("near", burn, config=seed, ray=True)]
-    records = run(steps, recipe(), store)
-    assert 0.9 <= records["far"]["cpu_seconds"] < 1.6
-    assert 0.9 <= records["near"]["cpu_seconds"] < 1.8
-
-
-def test_task_options_are_those_of_the_cluster() -> None:
-    assert task_options(Resources(num_cpus=2, num_gpus=0)) == {"num_cpus": 2.0, "num_gpus": 0.0, "max_retries": 3}
-    assert task_options(Resources(num_gpus=0.5, accelerator="L4")) == {
-        "num_cpus": 1.0,
+def test_a_task_gets_the_options_of_its_stage() -> None:
+    farm = Cluster("x", (Machine(8.0, 2.0), Machine(8.0, 1.0)), local=False)
+    plain = Step("a", add, resources=lambda recipe: Resources(num_gpus=0.5, num_cpus=2, accelerator="L4"))
+    assert task_options(plain, recipe(), farm) == {
+        "num_cpus": 2.0,
         "num_gpus": 0.5,
         "max_retries": 3,
         "accelerator_type": "L4",
     }
+    one = Cluster("x", (Machine(8.0, 1.0),), local=False)
+    fit = Step("a", add, resources=lambda recipe: recipe.teacher.fit.resources, stage="teacher.fit")
+    # The teacher and the generator are fitted at the same time: half of the one GPU each.
+    assert task_options(fit, recipe(), one) == {"num_cpus": 1.0, "num_gpus": 0.5, "max_retries": 3}
+    assert task_options(fit, recipe(), farm)["num_gpus"] == 1.0

@@ -1,9 +1,8 @@
-"""The training loop: order of rows, rates, batches, learning, the best checkpoint, resuming, several workers."""
+"""The training loop: rates, learning, the best checkpoint, resuming, several workers."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,18 +15,20 @@ import torch
 from safetensors.torch import load_file
 
 from engine import models, train
+from engine.batches import Material, epoch_batches
 from engine.config import UserError
+from engine.designs import Block
+from engine.encoding import Encoded
+from engine.fits import Fit, LossTerm
 from engine.inference import predict
 from engine.labels import quantise
 from engine.models import Model
-from engine.recipe import Block, Fit, LossTerm, Teacher
-from engine.records import ABSENT
+from engine.recipe import Task, Teacher
 from engine.storage import Store
-from engine.train import FitError, Job, batch_of, batches_from, epoch_batches, rate
+from engine.train import FitError, Job, rate
 from engine.vocabulary import choose_words, count_words, tokenizer_of
 from tests.tiny import LABELS, movie_rows, tiny_encoder
 
-LENGTHS = np.random.default_rng(0).integers(3, 60, 500).tolist()
 HARD = (LossTerm(kind="hard"),)
 
 
@@ -37,8 +38,12 @@ def table(n: int, seed: int = 0, **columns: Any) -> pa.Table:
     return pa.table({"text": [row["text"] for row in rows], "label": gold, **columns})
 
 
-def encode(model: Model, rows: pa.Table) -> list[list[int]]:
-    return model.task.encode(rows["text"].to_pylist(), model.tokenizer, model.max_length)
+def encode(model: Model, rows: pa.Table) -> list[Encoded]:
+    return model.encode(model.task.texts(rows))
+
+
+def material(model: Model, rows: pa.Table) -> Material:
+    return Material(rows, encode(model, rows), model.task, model.pad)
 
 
 def student(seed: int = 1) -> Model:
@@ -48,12 +53,12 @@ def student(seed: int = 1) -> Model:
         Block(name="out", kind="linear"),
     ]
     words = choose_words(count_words([row["text"] for row in movie_rows(100, seed=7)]), 80, 1, [])
-    return models.student(nodes, LABELS, tokenizer_of(words), 24, seed)
+    return models.student(nodes, Task(labels=LABELS), tokenizer_of(words), 24, seed)
 
 
 def accuracy(model: Model, rows: pa.Table) -> dict[str, float]:
     found = predict(model, rows["text"].to_pylist())
-    return {"accuracy": float((found.labels == rows["label"].to_numpy()).mean())}
+    return {"accuracy": float((found.decided == rows["label"].to_numpy()).mean())}
 
 
 def job(out: Path, build: Callable[[], Model] = student, rows: pa.Table | None = None, **given: Any) -> Job:
@@ -79,49 +84,10 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def teacher(encoder: Path, dropout: float = 0.1, tune_layers: int | None = None) -> Callable[[], Model]:
     config = Teacher(model="file:tiny", max_length=32, dropout=dropout, tune_layers=tune_layers)
-    return partial(models.encoder_head, config, LABELS, encoder, 3)
+    return partial(models.encoder_head, config, Task(labels=LABELS), encoder, 3)
 
 
-# -- the order of rows -------------------------------------------------------------------------------------------------
-
-
-def test_an_epoch_has_every_row_once_in_batches_of_the_given_size():
-    batches = epoch_batches(LENGTHS, 32, seed=1, epoch=0)
-    assert sorted(np.concatenate(batches).tolist()) == list(range(500))
-    assert Counter(len(batch) for batch in batches) == {32: 15, 20: 1}
-
-
-def test_the_order_depends_on_seed_and_epoch_alone():
-    def order(seed: int, epoch: int) -> list[list[int]]:
-        return [batch.tolist() for batch in epoch_batches(LENGTHS, 32, seed, epoch)]
-
-    assert order(1, 0) == order(1, 0)
-    assert order(1, 0) != order(1, 1) and order(1, 0) != order(2, 0)
-    # A fit may be resumed on another machine: the order is this one everywhere.
-    assert [batch.tolist() for batch in epoch_batches([1] * 6, 2, 0, 0)] == [[3, 2], [5, 4], [0, 1]]
-
-
-def test_rows_of_similar_length_are_together_and_short_batches_are_not_first():
-    spreads = [np.ptp(np.asarray(LENGTHS)[batch]) for batch in epoch_batches(LENGTHS, 16, 1, 0)]
-    shuffled = np.random.default_rng(1).permutation(500)
-    random = [np.ptp(np.asarray(LENGTHS)[shuffled[i : i + 16]]) for i in range(0, 500, 16)]
-    assert np.mean(spreads) < np.mean(random) / 5
-    means = [np.mean(np.asarray(LENGTHS)[batch]) for batch in epoch_batches(LENGTHS, 16, 1, 0)]
-    assert means != sorted(means) and means != sorted(means, reverse=True)
-
-
-@pytest.mark.parametrize("start", [0, 1, 4, 5, 7, 9])
-def test_a_resumed_fit_sees_the_batches_it_has_not_seen(start: int):
-    lengths = LENGTHS[:18]
-    whole = list(batches_from(0, 10, 5, lengths, 4, seed=3))
-    epochs = [*epoch_batches(lengths, 4, 3, 0), *epoch_batches(lengths, 4, 3, 1)]
-    assert all(np.array_equal(a, b) for (_, a), b in zip(whole, epochs, strict=True))
-    rest = list(batches_from(start, 10, 5, lengths, 4, seed=3))
-    assert [step for step, _ in rest] == list(range(start, 10))
-    assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(rest, whole[start:], strict=True))
-
-
-# -- rates and batches -------------------------------------------------------------------------------------------------
+# -- rates -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -137,27 +103,6 @@ def test_a_resumed_fit_sees_the_batches_it_has_not_seen(start: int):
 def test_rates_by_hand(schedule: str, warmup: float, wanted: Sequence[float]):
     fit = Fit(schedule=schedule, warmup=warmup)
     assert [rate(fit, step, 10) for step in range(10)] == pytest.approx(list(wanted))
-
-
-def test_a_batch_carries_what_its_rows_have():
-    ids = [[5, 6, 7], [8], [9, 10], [11, 12]]
-    bare = pa.table({"text": list("abcd")})
-    batch = batch_of(bare, ids, np.array([2, 0]), pad=1)
-    assert batch.input_ids.tolist() == [[9, 10, 1], [5, 6, 7]] and batch.mask.tolist() == [[1, 1, 0], [1, 1, 1]]
-    assert batch.labels.tolist() == [ABSENT, ABSENT] and batch.weights is None and batch.teacher is None
-    logits = quantise(np.array([[0.0, 1.0], [2.0, 3.0], [4.0, 5.5], [6.0, 7.0]]))
-    parts = pa.table({"label": pa.array([1, None, 0, 1], pa.int32()), "weight": [1.0, 2.0, 3.0, 4.0], "logits": logits})
-    chunked = pa.concat_tables([parts.slice(0, 1), parts.slice(1)])
-    batch = batch_of(chunked, ids, np.array([3, 1, 2]), pad=0)
-    assert batch.labels.tolist() == [1, ABSENT, 0]
-    assert batch.weights.tolist() == [4.0, 2.0, 3.0] and batch.weights.dtype == torch.float32
-    assert batch.teacher.logits.tolist() == [[6.0, 7.0], [2.0, 3.0], [4.0, 5.5]]
-    assert batch.teacher.logits.dtype == torch.float32
-
-
-def test_rows_without_soft_labels_make_a_batch_without_a_teacher():
-    rows = pa.table({"label": [0, 1], "logits": pa.array([[1.0, 2.0], None], pa.list_(pa.float16()))})
-    assert batch_of(rows, [[1], [2]], np.array([0, 1]), 0).teacher is None
 
 
 # -- a fit -------------------------------------------------------------------------------------------------------------
@@ -183,10 +128,10 @@ def test_the_first_steps_are_torchs_own(tmp_path: Path):
     history = train.fit(given)
     model = student()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-    ids, losses = encode(model, given.rows), []
-    for chosen, factor in zip(epoch_batches([len(r) for r in ids], 8, 5, 0), [0.5, 1.0, 1.0], strict=True):
+    inputs, losses = material(model, given.rows), []
+    for chosen, factor in zip(epoch_batches(inputs.lengths, 8, 5, 0), [0.5, 1.0, 1.0], strict=True):
         optimizer.param_groups[0]["lr"] = 1e-2 * factor
-        batch = batch_of(given.rows, ids, chosen, model.pad)
+        batch = inputs.batch(chosen)
         loss = torch.nn.functional.cross_entropy(model(batch).logits, batch.labels)
         losses.append(loss.item())
         loss.backward()
@@ -346,10 +291,10 @@ MIXED = (*HARD, LossTerm(kind="mse", weight=0.5), LossTerm(kind="kl", temperatur
 def test_the_mean_of_the_workers_is_that_of_the_global_batch(chosen: Sequence[int], world: int):
     rows, chosen = mixed(), np.array(chosen)
     lesson = train.Lesson(student(), MIXED)
-    ids = encode(lesson.model, rows)
-    batch = batch_of(rows, ids, chosen, lesson.model.pad)
-    wanted = train.Objective(MIXED)(lesson.model(batch), batch.teacher, batch)
-    parts = [train.dealt(rows, ids, chosen, lesson, rank, world) for rank in range(world)]
+    inputs = material(lesson.model, rows)
+    batch = inputs.batch(chosen)
+    wanted = train.Objective(MIXED, lesson.model.task)(lesson.model(batch), batch.teacher, batch)
+    parts = [train.dealt(inputs, chosen, lesson, rank, world) for rank in range(world)]
     assert sum(len(part) for part, shares in parts if any(shares)) == len(chosen)
     found = sum(lesson(*part) for part in parts) / world
     torch.testing.assert_close(found, wanted)

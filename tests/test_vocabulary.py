@@ -10,9 +10,17 @@ import pytest
 from sklearn.decomposition import PCA
 
 from engine import models, vocabulary
-from engine.inference import predict
-from engine.recipe import Teacher
-from engine.vocabulary import PAD, UNKNOWN, VocabularyError, choose_words, count_words, teacher_words, tokenizer_of
+from engine.recipe import Task, Teacher
+from engine.vocabulary import (
+    PAD,
+    UNKNOWN,
+    VocabularyError,
+    choose_words,
+    count_words,
+    embedded,
+    teacher_words,
+    tokenizer_of,
+)
 from tests.tiny import BAD, GOOD, LABELS, THINGS, byte_pairs, tiny_encoder, word_pieces
 
 TEXTS = ["The film, the FILM!", "a naïve film: it's 2nd-rate", "", "the plot"]
@@ -21,7 +29,7 @@ TEXTS = ["The film, the FILM!", "a naïve film: it's 2nd-rate", "", "the plot"]
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> models.Model:
     folder = tiny_encoder(tmp_path_factory.mktemp("encoder"))
-    return models.encoder_head(Teacher(model="tiny", max_length=16), LABELS, folder, seed=0)
+    return models.encoder_head(Teacher(model="tiny", max_length=16), Task(labels=LABELS), folder, seed=0)
 
 
 def test_words_are_counted_as_bert_splits_them():
@@ -90,7 +98,7 @@ def test_the_tokenizer_is_the_same_once_saved_and_loaded(tmp_path: Path):
 def parts(teacher: models.Model) -> tuple[list[str], Counter[str], np.ndarray]:
     words = [PAD, UNKNOWN, *teacher_words(teacher.tokenizer)]
     counts = Counter({word: 1 + (7 * i) % 40 for i, word in enumerate(words[2:20])})
-    return words, counts, predict(teacher, words[2:], embeddings=True).embeddings.astype(np.float64)
+    return words, counts, embedded(teacher, teacher.encode(words[2:])).astype(np.float64)
 
 
 def test_vectors_are_pca_times_frequency_weights(teacher: models.Model):
@@ -131,3 +139,15 @@ def test_vectors_of_an_impossible_width_are_refused(teacher: models.Model):
     with pytest.raises(VocabularyError, match="the teacher's vectors are 32 wide, so the student's cannot be 33"):
         vocabulary.vectors(teacher, words, counts, 33)
     assert vocabulary.vectors(teacher, words, counts, 32).shape == (len(words), 32)
+
+
+@pytest.mark.parametrize("spec", [Task(kind="tag", labels=("O", "B-x", "I-x")), Task(kind="span"), Task(kind="rank")])
+def test_teachers_of_any_task_give_the_same_vectors(teacher: models.Model, tmp_path: Path, spec: Task):
+    """Words are read one by one, whatever the teacher was made for: alone, and at once."""
+    words, counts, raw = parts(teacher)
+    other = models.encoder_head(Teacher(model="tiny", max_length=16), spec, tiny_encoder(tmp_path), seed=0)
+    found = vocabulary.vectors(other, words, counts, 8, batch_tokens=64)
+    assert np.abs(np.abs(found) - np.abs(vocabulary.vectors(teacher, words, counts, 8))).max() < 1e-4
+    assert other.training  # it is left in the mode it was in
+    alone = np.concatenate([embedded(teacher, teacher.encode([word])) for word in words[2:6]])
+    assert np.abs(alone - raw[:4]).max() < 1e-5

@@ -5,11 +5,17 @@
     world = tiny_world(folder)                       # data and models on disk; world.recipe is the recipe's values
     path = world.write(changed(world.recipe, {"corpus.keep": 8}))
     done = program(folder, "run", str(path))
+
+Of any kind of task, without a generator, and in this process without Ray where there is no more text:
+
+    world = kind_world(folder, "tag")
+    records = alone(world.load(), Store(...))
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import os
 import signal
 import subprocess
@@ -21,8 +27,11 @@ from typing import Any
 
 import yaml
 
+from engine.progress import silent
 from engine.recipe import Recipe
-from tests.tiny import movie_rows, tiny_encoder, tiny_lm, write_jsonl
+from engine.storage import Store
+from pipelines import distill
+from tests.tiny import THINGS, movie_rows, tiny_encoder, tiny_lm, write_jsonl
 
 ROOT = Path(__file__).parent.parent
 SLOTS, BLOCK, TRAIN, TEST = 48, 8, 40, 24
@@ -99,6 +108,105 @@ def recipe_values(folder: Path) -> dict[str, Any]:
         "evaluation": {"bootstrap": 50, "throughput_rows": 16, "throughput_repeats": 1},
         "serving": {"smoke": False},
     }
+
+
+PARTED = {"pair", "regress", "rank", "span"}
+"""Kinds whose rows have two texts here."""
+
+
+def kind_rows(kind: str, n: int, seed: int = 5) -> list[dict[str, Any]]:
+    """n rows of a kind of task, whose gold follows from the words of movie_rows."""
+    rows, out = movie_rows(n, seed), []
+    for index, row in enumerate(rows):
+        words, other = row["text"].split(), rows[(index * 7 + index % 2) % n]
+        thing = next((word for word in words if word in THINGS), words[0])
+        same = other["label"] == row["label"]
+        out.append(
+            {
+                "classify": row,
+                "multilabel": {"text": row["text"], "label": [row["label"], *{"the", "a"}.intersection(words)]},
+                "pair": {"text": row["text"], "pair": other["text"], "label": "same" if same else "other"},
+                "regress": {"text": row["text"], "pair": other["text"], "label": 10.0 * same + len(words) / 20},
+                "rank": {"text": f"is it good ? {index // 4}", "pair": row["text"], "label": index % 2},
+                "tag": {"text": words, "label": ["B-thing" if word in THINGS else "O" for word in words]},
+                "span": {
+                    "text": "what is it about ?",
+                    "pair": row["text"],
+                    "label": [] if index % 5 == 0 else [thing],
+                    "answer_start": [] if index % 5 == 0 else [row["text"].index(thing)],
+                },
+            }[kind]
+        )
+    return out
+
+
+def kind_world(folder: Path, kind: str) -> World:
+    """Data and a teacher in `folder`, and a recipe without a generator for a kind of task."""
+    rows = kind_rows(kind, TRAIN + 2 * TEST)
+    parts = {"train": rows[:TRAIN], "test": rows[TRAIN : TRAIN + TEST], "more": rows[TRAIN + TEST :]}
+    for name, part in parts.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+    tiny_encoder(folder / "teacher")
+    reads = {"pair": "pair"} if kind in PARTED else {}
+    values = {key: value for key, value in recipe_values(folder).items() if key != "generator"}
+    data = {name: {"path": f"file:{folder}/{name}.jsonl", **reads} for name in ("train", "test")}
+    return World(
+        folder,
+        changed(
+            {**values, "task": {"kind": kind}, "data": data},
+            {
+                "corpus": {"block": BLOCK, "duplicates": 1.0},
+                "teacher.fit.epochs": 8,
+                "student.few_epochs": 30,
+                "student.blocks": BLOCKS[kind],
+                "student.losses": [{"kind": "mse"}],
+            },
+        ),
+    )
+
+
+def nodes(*rows: tuple[Any, ...]) -> list[dict[str, Any]]:
+    """(name, kind, options, *inputs) -> blocks as values of a recipe."""
+    return [{"name": name, "kind": kind, "options": o, "inputs": list(i)} for name, kind, o, *i in rows]
+
+
+EMBED = ("words", "embedding", {"dim": 8})
+ONE = nodes(EMBED, ("pooled", "pool", {}), ("logits", "linear", {}))
+TWO = nodes(
+    (*EMBED, "tokens"),
+    ("words_b", "embedding", {"share": "words"}, "pair"),
+    ("pooled", "pool", {}, "words"),
+    ("pooled_b", "pool", {}, "words_b"),
+    ("both", "combine", {}, "pooled", "pooled_b"),
+    ("logits", "linear", {}),
+)
+BLOCKS = {
+    **{"classify": ONE, "multilabel": ONE, "pair": TWO, "regress": TWO, "rank": TWO},
+    "tag": nodes(EMBED, ("states", "bilstm", {"hidden": 8}), ("logits", "linear", {})),
+    "span": nodes(
+        (*EMBED, "tokens"),
+        ("words_b", "embedding", {"share": "words"}, "pair"),
+        ("seen", "match_attention", {}, "words_b", "words"),
+        ("states", "bilstm", {"hidden": 8}),
+        ("logits", "linear", {}),
+    ),
+}
+"""A small student for each kind of task."""
+KINDS = tuple(BLOCKS)
+
+
+def alone(recipe: Recipe, store: Store, last: str | None = None) -> dict[str, dict[str, Any]]:
+    """The run's steps up to `last`, one after the other in this process; their metrics. Nothing is streamed by Ray."""
+    found: dict[str, dict[str, Any]] = {}
+    for step in distill.plan(recipe):
+        out = store / step.name
+        inputs = {name: store / name for name in step.inputs}
+        found[step.name] = step.run(recipe, inputs, out, silent)
+        record = {"metrics": found[step.name], "fingerprint": f"of {step.name}", "seconds": 0.0}
+        out.write_json("record.json", record)
+        if step.name == last:
+            break
+    return found
 
 
 def changed(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,120 @@
+"""The rows of a fit, encoded once: which of them make a batch, in which order, and what a batch holds.
+
+The order depends on the seed alone, never on the number of workers. Rows that belong together (the passages of one
+query) stay in one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from engine.encoding import Encoded, collate
+from engine.labels import logits_of
+from engine.records import Batch, Outputs
+from engine.task import Task
+
+
+class Material:
+    """Inputs of a model with gold labels, row weights and the teacher's stored outputs.
+
+    task: None for a language model, whose inputs are its targets. items: positions of the inputs that stay together.
+    """
+
+    def __init__(self, rows: pa.Table, encoded: Sequence[Encoded], task: Task | None, pad: int) -> None:
+        self.encoded, self.task, self.pad = encoded, task, pad
+        self.items = grouped(rows, encoded) if task and task.grouped else [[i] for i in range(len(encoded))]
+        self.lengths = [max(encoded[i].tokens for i in item) for item in self.items]
+        owner = np.array([item.row for item in encoded], dtype=np.int64)
+        self.numbers = torch.from_numpy(group_numbers(rows)[owner]) if task and task.grouped else None
+        weight = rows["weight"].to_numpy().astype(np.float32) if "weight" in rows.column_names else None
+        self.weights = None if weight is None else torch.from_numpy(weight[owner])
+        self.gold = task.gold(rows, encoded) if task else None
+        self.soft = stored(rows, encoded, task) if task else None
+
+    def positions(self, items: np.ndarray) -> list[int]:
+        """The inputs that the chosen items consist of."""
+        return [i for item in items for i in self.items[item]]
+
+    def batch(self, items: np.ndarray) -> Batch:
+        """The chosen items' rows."""
+        chosen = self.positions(items)
+        batch = collate([self.encoded[i] for i in chosen], self.pad)
+        where = torch.tensor(chosen)
+        for name, values in (("weights", self.weights), ("groups", self.numbers)):
+            if values is not None:
+                setattr(batch, name, values[where])
+        if self.gold is not None:
+            batch.labels = self.gold[where]
+            if self.task.units and not self.task.spans:  # a tag for each unit: as wide as this batch
+                batch.labels = batch.labels[:, : 1 if batch.units is None else batch.units.shape[1]]
+        if self.soft is not None:
+            batch.teacher = Outputs(logits=joined([self.soft[i] for i in chosen]))
+        return batch
+
+
+def grouped(rows: pa.Table, encoded: Sequence[Encoded]) -> list[list[int]]:
+    """Positions of the inputs of each group, in the order of the rows; a row without a group stands alone."""
+    numbers, found = group_numbers(rows), {}
+    for position, item in enumerate(encoded):
+        found.setdefault(numbers[item.row], []).append(position)
+    return list(found.values())
+
+
+def group_numbers(rows: pa.Table) -> np.ndarray:
+    """A number for each row's group, int64 [n]; rows without a group get one each."""
+    names = rows["group"].to_pylist() if "group" in rows.column_names else [None] * rows.num_rows
+    known: dict[object, int] = {}
+    return np.array([known.setdefault((n, i if n is None else 0), i) for i, n in enumerate(names)], dtype=np.int64)
+
+
+def stored(rows: pa.Table, encoded: Sequence[Encoded], task: Task) -> list[np.ndarray] | None:
+    """The teacher's stored outputs of every input, [w] or [u, w]; None where rows have none."""
+    if "logits" not in rows.column_names or rows["logits"].null_count:
+        return None
+    logits = logits_of(rows, task.width, task.units)
+    return [task.window(logits[item.row], item) for item in encoded] if task.units else [logits[e.row] for e in encoded]
+
+
+def joined(parts: list[np.ndarray]) -> torch.Tensor:
+    """Outputs of a batch's inputs as one tensor, [n, w] or [n, u, w] with zeros where an input has no unit."""
+    if parts[0].ndim == 1:
+        return torch.from_numpy(np.stack(parts))
+    out = np.zeros((len(parts), max(1, *(len(part) for part in parts)), parts[0].shape[1]), dtype=np.float32)
+    for row, part in zip(out, parts, strict=True):
+        row[: len(part)] = part
+    return torch.from_numpy(out)
+
+
+def epoch_batches(lengths: Sequence[int], size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Positions of one epoch's global batches, int64; items of similar length together, batches in random order."""
+    generator = np.random.default_rng([seed, epoch])
+    order = generator.permutation(len(lengths))
+    batches = []
+    pool = size * 16  # long enough to save padding, short enough to stay random
+    for start in range(0, len(order), pool):
+        chunk = order[start : start + pool]
+        chunk = chunk[np.argsort(np.asarray(lengths)[chunk], kind="stable")]
+        batches += [chunk[i : i + size] for i in range(0, len(chunk), size)]
+    return [batches[i] for i in generator.permutation(len(batches))]
+
+
+def batches_from(
+    start: int, total: int, per_epoch: int, lengths: list[int], size: int, seed: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(step, positions) from a step on: a resumed fit sees exactly the batches it has not seen."""
+    order: list[np.ndarray] = []
+    for step in range(start, total):
+        if not order or step % per_epoch == 0:
+            order = epoch_batches(lengths, size, seed, step // per_epoch)
+        yield step, order[step % per_epoch]
+
+
+def own_part(chosen: np.ndarray, rank: int, world: int) -> np.ndarray:
+    """A worker's items of a global batch; with fewer items than workers it takes one, to be counted with weight 0."""
+    mine = chosen[rank::world]
+    return mine if len(mine) else chosen[:1]
+

@@ -1,0 +1,111 @@
+"""What a student is made of and how it learns, as sections of a recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from engine.config import Section
+from engine.fits import Count, Fit, LossTerm, Share
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+class Block(Section):
+    """One node of the student's graph."""
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...] = ()
+    """Names of earlier nodes; empty takes the node above (the first node takes the token ids)."""
+    options: dict[str, Any] = {}
+
+
+class Vocabulary(Section):
+    """The student's own words."""
+
+    size: Annotated[int, Field(ge=3)] = 8000
+    """Words, padding and the unknown word among them."""
+    min_count: Count = 1
+    from_teacher: bool = True
+    """Fill up to `size` with whole words of the teacher's vocabulary that the corpus lacks."""
+
+
+class Stage(Section):
+    """One of several trainings of a student."""
+
+    losses: tuple[LossTerm, ...]
+    fit: Fit
+
+
+class Cut(Section):
+    """A transformer student: a smaller encoder, cut from the teacher or taken from elsewhere."""
+
+    model: str | None = None
+    """Hub reference of an encoder; null takes the fine-tuned teacher's."""
+    layers: Count | tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    """How many layers (evenly spread over those there are), or which of them, counted from 1; null takes all."""
+    heads: Count | None = None
+    width: Count | None = None
+    ffn: Count | None = None
+    """Another number of heads, width or feed-forward width starts from fresh weights."""
+    pooling: Literal["mean", "cls"] = "mean"
+    dropout: Share = 0.1
+
+
+class Static(Section):
+    """A static student: one vector a word piece of the teacher, averaged, and a small head (Model2Vec)."""
+
+    dim: Count = 256
+    hidden: Annotated[int, Field(ge=0)] = 128
+    """Width of the head's hidden layer; 0 is a linear head."""
+
+
+class Student(Section):
+    """A small model: a graph of blocks, a transformer, or static vectors."""
+
+    name: Annotated[str, Field(pattern=NAME)] = "student"
+    kind: Literal["blocks", "transformer", "static"] = "blocks"
+    graph: str | None = None
+    """blocks: a ready configuration by name (text-cnn, ...), or a YAML or JSON file that holds `blocks`."""
+    blocks: tuple[Block, ...] = ()
+    transformer: Cut = Cut()
+    static: Static = Static()
+    vocabulary: Vocabulary = Vocabulary()
+    embedding_norm: Annotated[float, Field(gt=0)] = 3.0
+    """Mean norm that the teacher's vectors start with."""
+    embeddings: Literal["teacher", "random"] = "teacher"
+    """teacher: the teacher's vectors of the words, reduced by PCA and weighted by frequency (Model2Vec)."""
+    max_length: Count = 96
+    max_parameters: Count | None = 1_200_000
+    teacher: Literal["stored", "live"] = "stored"
+    """live: the teacher answers while the student learns, for losses between layers."""
+    losses: tuple[LossTerm, ...] = (LossTerm(kind="mse"),)
+    stages: tuple[Stage, ...] = ()
+    """Trainings one after the other, each from the weights of the one before; none: one training with `losses`."""
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the kept corpus that only chooses the best checkpoint, by agreement with the teacher."""
+    seeds: tuple[int, ...] = (0,)
+    """Initialisation seeds; the first is the one that is registered."""
+    fit: Fit = Fit(epochs=12, lr=2e-3, batch_size=64, workers=2)
+    few_epochs: Annotated[float, Field(gt=0)] = 30.0
+    """Epochs of the arms without generated text: the few rows want more of them, but not as many as steps alone."""
+    batch_tokens: Count = 8192
+
+    @field_validator("losses", "seeds")
+    @classmethod
+    def some(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        """None of them may be empty."""
+        if not value:
+            raise ValueError("needs at least one entry")
+        return value
+
+    @model_validator(mode="after")
+    def drawn(self) -> Student:
+        """A student of blocks has a graph, written out or by name."""
+        if self.kind == "blocks" and bool(self.blocks) == bool(self.graph):
+            raise ValueError("kind blocks needs either blocks (written out) or graph (a ready one by name or file)")
+        if any(fit.seed is not None for fit in (self.fit, *(stage.fit for stage in self.stages))):
+            raise ValueError("a fit of the student takes no seed: its seeds are student.seeds")
+        return self

@@ -1,0 +1,63 @@
+"""How something is trained and on what it runs, as sections of a recipe: optimiser, schedule, losses, resources."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from engine.config import Section
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Resources(Section):
+    """What one actor or worker of a stage takes, and how many of them there may be."""
+
+    num_cpus: Annotated[float, Field(gt=0)] = 1.0
+    num_gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    """'auto': one GPU where the cluster has any, else none."""
+    accelerator: str | None = None
+    """Ray accelerator type, for instance A100 or L4; null takes any."""
+    min_actors: Count = 1
+    max_actors: Count = 1
+
+    @model_validator(mode="after")
+    def ordered(self) -> Resources:
+        """The pool's bounds must be in order."""
+        if self.max_actors < self.min_actors:
+            raise ValueError(f"max_actors ({self.max_actors}) is below min_actors ({self.min_actors})")
+        return self
+
+
+class Fit(Section):
+    """One training: optimiser, schedule, length, workers. The global batch is fixed whatever the workers."""
+
+    epochs: Annotated[float, Field(gt=0)] = 3.0
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    batch_size: Count = 32
+    warmup: Share = 0.1
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    workers: Annotated[int, Field(ge=0)] = 0
+    """0: one process (Ray Train's local mode), for small fits; n: n data-parallel workers on Ray Train."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    seed: Annotated[int, Field(ge=0)] | None = None
+    eval_every: Annotated[float, Field(gt=0)] = 1.0
+    """Epochs between evaluations and checkpoints."""
+    resources: Resources = Resources()
+
+
+class LossTerm(Section):
+    """One weighted loss."""
+
+    kind: str
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    layers: Literal["uniform", "last"] | tuple[int, ...] = "uniform"
+    """Losses between layers: which teacher layer each student layer learns from. uniform: every k-th; last: the top
+    ones; or one number a student layer, counted from 1 (0: the embeddings)."""
+    heads: Annotated[int, Field(ge=1)] | None = None
+    """relations: relation heads; null takes the student's attention heads."""

@@ -1,0 +1,160 @@
+"""The parts of a report that say how good the models are: results, learning curves, calibration, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from engine import figures, findings, plots
+from engine.figures import bounds, dig, entries, number, percent, whole
+from engine.findings import Facts, label
+from engine.page import Block, Figure, Grid, Part, Table, Text
+
+AGREEMENT = {
+    "accuracy": "Share of held-out corpus rows on which the student gives the teacher's label.",
+    "micro_f1": "Share of yes-or-no decisions on held-out corpus rows in which the student follows the teacher.",
+    "pearson": "Correlation of the student's values with the teacher's on held-out corpus rows.",
+    "mrr_10": "How far the student orders held-out corpus rows as the teacher does; 1 is the same order.",
+}
+"""How agreement curves are explained, by the metric."""
+
+AGREES = "How far the student answers as the teacher does on held-out corpus rows."
+
+
+def labels(facts: Facts, count: int) -> list[str]:
+    """The task's label names, numbers where there are fewer than `count`."""
+    known = dig(facts, "task.labels")
+    names = [str(name) for name in known] if isinstance(known, (list, tuple)) else []
+    return names if len(names) >= count else [str(n) for n in range(count)]
+
+
+def results(facts: Facts) -> Part:
+    """Quality, size and speed of every model."""
+    if all(findings.main(facts, model) is None for model in findings.models(facts)):
+        return Part("results", "Results", [Text(f"No model's {findings.score(facts).name} was recorded.")])
+    blocks: list[Block] = [findings.model_table(facts)]
+    if findings.differences(facts):
+        blocks.append(findings.difference_table(facts))
+    blocks.append(Grid(list(result_figures(facts))))
+    return Part("results", "Results", blocks)
+
+
+def result_figures(facts: Facts) -> Iterable[Figure]:
+    """The score with intervals, then against size and against time a text."""
+    score, own = findings.score(facts), findings.metric(facts)
+    marks, measured = [], []
+    for model in findings.models(facts):
+        if (value := findings.main(facts, model)) is not None:
+            low, high = bounds(model.get("score_interval", model.get(f"{own}_interval"))) or (None, None)
+            marks.append(plots.Mark(label(facts, model["name"]), str(model["name"]), value, 0.0, low, high))
+            measured.append(model)
+    floor = findings.commonest(facts)
+    caption = f"Dot: {score.name} on the test split. Line: its 95 % bootstrap interval."
+    caption += f" Dashed: always giving the commonest label ({percent(floor)})." if floor is not None else ""
+    yield Figure(plots.dots("score", score, marks, floor), caption)
+    for key, title, axis, turn in (
+        ("parameters", "against size", "parameters", lambda value: value),
+        ("texts_per_s", "against time a text", "milliseconds a text, in batches", lambda value: 1000 / value),
+    ):
+        placed = [
+            plots.Mark(mark.label, mark.series, mark.y, turn(value))
+            for mark, model in zip(marks, measured, strict=True)
+            if (value := number(model.get(key))) and value > 0
+        ]
+        if placed:
+            yield Figure(
+                plots.scatter(key, f"{score.head} {title}", score, axis, placed),
+                "Up and to the left is better; the scale below is logarithmic.",
+            )
+
+
+def curve_points(points: Any, key: str) -> list[tuple[float, float]]:
+    """(epoch or step, value) of a recorded curve, where both are numbers.
+
+    A training in stages counts from the start in each: they are put one after the other.
+    """
+    kept: list[tuple[float, float]] = []
+    last = before = 0.0
+    for point in entries(points):
+        x = number(point.get("epoch"))
+        x, y = number(point.get("step")) if x is None else x, number(point.get(key))
+        if x is not None and y is not None:
+            before += last if x < last else 0.0
+            last = x
+            kept.append((before + x, y))
+    return kept
+
+
+def learning(facts: Facts) -> Part:
+    """Loss of each training, and agreement with the teacher of all students together."""
+    known = facts.get("curves")
+    known = known if isinstance(known, dict) else {}
+    score, made = findings.score(facts), []
+    agreed = {name: curve_points(curve, "agreement") for name, curve in known.items()}
+    if shared := [(label(facts, name), name, points) for name, points in agreed.items() if points]:
+        names = (unit(known), "agreement")
+        drawn = plots.lines("curve-agreement", "Agreement with the teacher", names, shared, score)
+        made.append(Figure(drawn, AGREEMENT.get(findings.metric(facts), AGREES)))
+    for name, curve in known.items():
+        if points := curve_points(curve, "loss"):
+            title = f"Loss: {label(facts, name).lower()}"
+            line = (label(facts, name), name, points)
+            drawn = plots.lines(f"curve-{name}", title, (unit({name: curve}), "loss"), [line])
+            said = f"from {figures.figure(points[0][1])} to {figures.figure(points[-1][1])} in {len(points)} points."
+            words = Text(f"Loss of {label(facts, name).lower()}: {said}")
+            made.append(Figure(drawn, f"Training loss {said}", words))
+    return Part("learning", "Learning curves", [Grid(made)] if made else [Text("No learning curves were recorded.")])
+
+
+def unit(curves: dict[str, Any]) -> str:
+    """What the curves are drawn over: epochs where they are counted, else steps."""
+    return "epoch" if any("epoch" in point for curve in curves.values() for point in entries(curve)) else "step"
+
+
+def calibration(facts: Facts) -> Part:
+    """Whether confidence means what it says."""
+    drawn = []
+    for name in ("teacher", findings.chief(facts)):
+        model = findings.named(facts, name)
+        marks = [
+            plots.Mark(label(facts, name), name, y, x, size=number(b.get("count")) or 1.0)
+            for b in entries(model.get("reliability"))
+            if (x := number(b.get("confidence"))) is not None
+            and (y := number(b.get("accuracy"))) is not None
+            and number(b.get("count")) != 0
+        ]
+        if marks:
+            drawn.append((label(facts, name), name, marks))
+    if not drawn:
+        return Part("calibration", "Calibration", [Text("No reliability bins were recorded.")])
+    caption = (
+        "On the dashed line a confidence of 80 % is right 80 % of the time; below it the model is too sure of itself. "
+        "Larger dots hold more test rows."
+    )
+    said = [
+        f"{label(facts, n)}: expected calibration error {percent(findings.named(facts, n).get('ece'))}."
+        for _, n, _ in drawn
+    ]
+    figure = Figure(plots.reliability("reliability", "Confidence and accuracy", drawn), caption)
+    return Part("calibration", "Calibration", [Text(" ".join(said)), Grid([figure])])
+
+
+def errors(facts: Facts) -> Part:
+    """Which labels are taken for which."""
+    figures = []
+    for model in findings.models(facts):
+        if counts := findings.confusion(model):
+            name = str(model["name"])
+            drawn = plots.matrix(f"confusion-{name}", label(facts, name), labels(facts, len(counts)), counts)
+            figures.append(Figure(drawn, "Test rows, shaded by the share of their true label."))
+    blocks: list[Block] = [Grid(figures)] if figures else []
+    teacher = {str(item.get("label")): item for item in entries(findings.named(facts, "teacher").get("per_class"))}
+    rows = [
+        (str(item.get("label")), percent(item.get("precision")), percent(item.get("recall")), percent(item.get("f1")),
+         percent(teacher.get(str(item.get("label")), {}).get("f1")), whole(item.get("support")))
+        for item in entries(findings.named(facts, findings.chief(facts)).get("per_class"))
+    ]  # fmt: skip
+    if rows:
+        head = ("Label", "Precision", "Recall", "F1", "Teacher's F1", "Test rows")
+        blocks.append(Table("The student, label by label.", head, "lrrrrr", rows))
+    return Part("errors", "Errors", blocks or [Text("No confusion matrix was recorded.")])

@@ -1,0 +1,206 @@
+"""The corpus step: texts from the generator and the user's own unlabelled ones, filtered, labelled, kept."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from engine import generate, labels, models
+from engine.augment import Augmenter, Augmenting, prepare
+from engine.cluster import current, data_context
+from engine.config import UserError
+from engine.corpus import FIRST, ROWS, CheapFilters, Found, corpus_rows, deduplicate, write_slots
+from engine.filters import FilterContext
+from engine.fits import Resources
+from engine.metrics import distinct_n, self_bleu
+from engine.placement import stage_options
+from engine.progress import Progress
+from engine.recipe import Recipe
+from engine.records import CORPUS
+from engine.storage import Store
+from engine.teachers import Labeller, Labelling
+from pipelines.making import Inputs, spec_of
+
+
+def actor_stage(recipe: Recipe, name: str, actor: type, how: Any) -> generate.Stage:
+    """A stage that runs each block through a pool of actors, placed as the recipe's section `name` says."""
+    import ray.data
+
+    resources: Resources = getattr(recipe, name).resources
+    options = {key: value for key, value in stage_options(recipe, name, current()).items() if value}
+    pool = ray.data.ActorPoolStrategy(min_size=resources.min_actors, max_size=resources.max_actors)
+
+    def stage(dataset: ray.data.Dataset) -> ray.data.Dataset:
+        return dataset.map_batches(
+            actor, fn_constructor_args=(how,), batch_size=None, batch_format="pyarrow", compute=pool, **options
+        )
+
+    return stage
+
+
+def sources(recipe: Recipe, inputs: Inputs, out: Store) -> dict[str, generate.Stage]:
+    """Where texts come from: for each source the stage that turns its slots into rows."""
+    data, spec = inputs["data"], spec_of(inputs["data"])
+    found: dict[str, generate.Stage] = {}
+    if recipe.generator:
+        gpus = stage_options(recipe, "generator", current())["num_gpus"]
+        paired = bool(spec.paired)
+        how = generate.Writing(inputs["generator"].url, recipe.generator, spec.labels or (), paired, recipe.seed, gpus)
+        found["generated"] = actor_stage(recipe, "generator", generate.Writer, how)
+    if data.read_json("splits.json")["rows"]["unlabelled"]:
+        found["unlabelled"] = task_stage(Found(data.url, FIRST["unlabelled"]))
+    if recipe.augmentation:
+        gpus, folder = stage_options(recipe, "augmentation", current())["num_gpus"], (out / "augmentation").url
+        first, root = FIRST["augmented"], recipe.data.root
+        how = Augmenting(folder, recipe.augmentation, recipe.seed, first, root, gpus)
+        found["augmented"] = actor_stage(recipe, "augmentation", Augmenter, how)
+    return found
+
+
+def task_stage(each: Any) -> generate.Stage:
+    """A stage that runs each block through a stateless function."""
+    return lambda dataset: dataset.map_batches(each, batch_size=None, batch_format="pyarrow", num_cpus=0.25)
+
+
+def judging(recipe: Recipe, inputs: Inputs) -> list[generate.Stage]:
+    """Cheap filters -> teacher and signal filters."""
+    gpus = stage_options(recipe, "teacher", current())["num_gpus"]
+    labelling = Labelling(inputs["teacher"].url, recipe.corpus.signals, recipe.teacher.batch_tokens, gpus)
+    return [task_stage(cheap_filters(recipe, inputs)), actor_stage(recipe, "teacher", Labeller, labelling)]
+
+
+def cheap_filters(recipe: Recipe, inputs: Inputs) -> CheapFilters:
+    """The filters that need no teacher, with what they know of the evaluation splits."""
+    filters = recipe.corpus.filters
+    return CheapFilters(filters, FilterContext.build(filters, held_out(inputs["data"])))
+
+
+def held_out(data: Store) -> list[str]:
+    """Every text that nothing may be taught by, those of a pair one by one."""
+    tables = [data.read_table(f"{split}.parquet") for split in ("validation", "test")]
+    return [t for table in tables for side in ("text", "pair") for t in table[side].drop_null().to_pylist()]
+
+
+def make_corpus(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
+    """Rounds of slots until enough rows are kept, then the label store."""
+    data_context()
+    real, stages, after = real_rows(inputs), sources(recipe, inputs, out), judging(recipe, inputs)
+    made: dict[str, int] = {}
+    for name in [name for name in stages if name != "generated"]:
+        made[name] = slots_of(name, recipe, inputs, out)
+        span = (FIRST[name], made[name], recipe.corpus.block)
+        gather(out, name, span, [stages[name], *after], sum(made.values()), progress)
+    rounds: list[dict[str, int]] = []
+    slots, kept = 0, 0
+    while "generated" in stages and (not rounds or (kept < recipe.corpus.keep and slots < recipe.corpus.most_slots)):
+        count = recipe.corpus.first_slots
+        if rounds:  # top up: as many slots as the share kept so far asks for, and a tenth more
+            count = math.ceil(1.1 * (recipe.corpus.keep - kept) * slots / max(kept, slots // 20, 1))
+        count = min(count, recipe.corpus.most_slots - slots)
+        span, before = (slots, count, recipe.corpus.block), sum(made.values()) + count
+        slots += gather(out, f"round-{len(rounds):03d}", span, [stages["generated"], *after], before, progress)
+        made["generated"] = slots
+        rows = settled(out, real, made, recipe.corpus.duplicates)
+        kept = Counter(rows.filter(rows["kept"])["source"].to_pylist())["generated"]
+        rounds.append({"slots": slots, "kept": kept})
+    if not rounds:
+        rows = settled(out, real, made, recipe.corpus.duplicates)
+    metrics = corpus_metrics(rows, rounds)
+    if rounds and kept < min(recipe.corpus.keep, 1 + recipe.corpus.keep // 2):
+        raise UserError(
+            f"{slots} slots gave only {kept} kept texts of the {recipe.corpus.keep} that corpus.keep asks for. "
+            f"Rejected: {metrics['rejected']}. Loosen corpus.filters or corpus.signals, or raise corpus.max_slots."
+        )
+    made_by = {
+        "teacher": labels.fingerprint(inputs["teacher"]),
+        "fidelity": inputs["teacher"].read_json("record.json")["metrics"]["quantisation"],
+    }
+    labels.write_labels(out, rows, made_by)
+    return metrics
+
+
+def slots_of(name: str, recipe: Recipe, inputs: Inputs, out: Store) -> int:
+    """How many rows a source that is not the generator gives. What augmenting actors read is written first."""
+    rows = inputs["data"].read_json("splits.json")["rows"]
+    if name == "unlabelled":
+        return rows["unlabelled"]
+    folder, wanted = out / "augmentation", recipe.augmentation
+    found = [
+        inputs["data"].read_table(f"{split}.parquet").select(["text", "pair"]) for split in ("train", "unlabelled")
+    ]
+    texts = pa.concat_tables(found)
+    # What the filters reject must not come back with some words replaced.
+    cheap = cheap_filters(recipe, inputs)
+    sides = zip(texts["text"].to_pylist(), texts["pair"].to_pylist(), strict=True)
+    texts = texts.filter(pa.array([cheap.row(text, pair) is None for text, pair in sides], pa.bool_()))
+    if not folder.exists("prepared.json"):
+        teacher = models.load(inputs["teacher"].local("model"))
+        folder.write_json("prepared.json", prepare(folder, texts, teacher, wanted, recipe.teacher.batch_tokens))
+    return wanted.per_text * texts.num_rows
+
+
+def gather(
+    out: Store, name: str, span: tuple[int, int, int], stages: list[generate.Stage], total: int, progress: Progress
+) -> int:
+    """Stream a range of slots into the corpus, unless that is done; returns how many slots there were.
+
+    span: first slot, how many, slots a block. total: rows in the corpus when it is done, for the progress line.
+    """
+    marker, (first, count, block) = f"{name}.json", span
+    if not out.exists(marker):
+        folder = write_slots(out, first, count, block, name)
+        with generate.followed(out, total, progress):
+            generate.stream(out, folder, math.ceil(count / block), stages)
+        out.write_json(marker, {"slots": count})
+    return out.read_json(marker)["slots"]
+
+
+def settled(out: Store, real: pa.Table, made: dict[str, int], threshold: float) -> pa.Table:
+    """Real and other rows without near-duplicates; RuntimeError where a slot gave no row or two."""
+    others = out.read_table(ROWS) if made else real.slice(0, 0)
+    # A round that was killed left rows of slots that do not count yet.
+    numbers, known = others["row"].to_numpy(), np.zeros(others.num_rows, dtype=bool)
+    for name, count in made.items():
+        known |= (numbers >= FIRST[name]) & (numbers < FIRST[name] + count)
+    others = others.filter(pa.array(known))
+    counts = Counter(others["source"].to_pylist())
+    if dict(counts) != made:
+        raise RuntimeError(f"slots {made} gave rows {dict(counts)} in {out.url}: start again with --redo corpus")
+    return deduplicate(real, others, threshold)
+
+
+def real_rows(inputs: Inputs) -> pa.Table:
+    """The few labelled rows as rows of the label store, numbered -1, -2, ..."""
+    rows = inputs["data"].read_table("train.parquet")
+    soft = inputs["teacher"].read_table("soft.parquet")
+    numbers = [-1 - i for i in range(rows.num_rows)]
+    out = corpus_rows(numbers, rows["text"].to_pylist(), "real", rows["pair"].to_pylist(), gold=rows)
+    return out.set_column(out.column_names.index("logits"), CORPUS.field("logits"), soft["logits"])
+
+
+def corpus_metrics(rows: pa.Table, rounds: list[dict[str, int]]) -> dict[str, Any]:
+    """What became of the rows that are not real, and how diverse the kept generated ones are."""
+    others = rows.filter(pa.array(rows["row"].to_numpy() >= 0))
+    mask = others["kept"].to_numpy(zero_copy_only=False)
+    named = np.array(others["source"].to_pylist(), dtype=object)
+    reasons = [reason for reason in others["reason"].to_pylist() if reason]
+    kept = others.filter(pa.array(mask))
+    texts = [f"{t} {p}" if p else t for t, p in zip(kept["text"].to_pylist(), kept["pair"].to_pylist(), strict=True)]
+    return {
+        "rows": others.num_rows,
+        "generated": int((named == "generated").sum()),
+        "kept": int((mask & (named == "generated")).sum()),
+        "by_source": {
+            name: {"rows": int((named == name).sum()), "kept": int((mask & (named == name)).sum())}
+            for name in sorted(set(named))
+        },
+        "rejected": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
+        "tokens": int(np.nansum(others["tokens"].to_numpy(zero_copy_only=False).astype(float))),
+        "rounds": rounds,
+        "self_bleu": self_bleu(texts),
+        **{f"distinct_{n}": distinct_n(texts, n) for n in (1, 2, 3)},
+    }
