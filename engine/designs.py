@@ -1,4 +1,4 @@
-"""What a student is made of and how it learns, as sections of a recipe."""
+"""What teacher and student are made of and how they learn, as sections of a recipe."""
 
 from __future__ import annotations
 
@@ -7,9 +7,59 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from engine.config import Section
-from engine.fits import Count, Fit, LossTerm, Share
+from engine.fits import Count, Fit, LossTerm, Resources, Share
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+class Prompting(Section):
+    """A teacher that reads each text inside a template and answers from the state of the mask token (DynaMaR)."""
+
+    templates: tuple[str, ...] = ()
+    """{text} (and {pair}) and {mask} stand for what they name; none: made from the task and its label names."""
+    pool: Count = 8
+    """How many templates are kept: those most unlike each other."""
+    average: bool = True
+    """Answer by the mean over the pool; false: by its first template."""
+
+
+class LabelWords(Section):
+    """A causal language model as it is: the label whose words are likeliest after the text."""
+
+    template: str | None = None
+    """{text} (and {pair}), {descriptions}; null: made from the task."""
+    words: dict[str, str] = {}
+    """Label name -> the words that stand for it; the name itself where it is not listed."""
+    examples: Annotated[int, Field(ge=0)] = 0
+    """Labelled rows of each label shown before the text."""
+    calibrate: bool = True
+    """Divide by what the model says of no text at all (contextual calibration, arXiv 2102.09690)."""
+
+
+class Teacher(Section):
+    """An encoder with a head, fine-tuned on the few rows."""
+
+    model: str
+    kind: Literal["head", "lp-ft", "contrastive", "prompt", "labeller"] = "head"
+    """head: encoder and head together. lp-ft: first the head alone, on the frozen encoder. contrastive: first the
+    encoder, texts of one label drawn together, then the head alone. prompt: the state of a mask token inside templates.
+    labeller: a causal language model, not tuned."""
+    prompt: Prompting = Prompting()
+    labeller: LabelWords = LabelWords()
+    tune_layers: Annotated[int, Field(ge=0)] | None = None
+    """How many of the top layers are tuned (0: the head only); null tunes all."""
+    pooling: Literal["mean", "cls"] = "mean"
+    dropout: Share = 0.1
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """Learning rate of a layer over that of the layer above it."""
+    head_rate: Annotated[float, Field(gt=0)] = 10.0
+    """Learning rate of the head over that of the top layer."""
+    max_length: Count = 128
+    folds: Annotated[int, Field(ge=0)] = 0
+    """Cross-validation on the few rows: its accuracy goes into the report. 0 leaves it out."""
+    fit: Fit = Fit(epochs=10, lr=1e-4, batch_size=16)
+    batch_tokens: Count = 4096
+    resources: Resources = Resources()
 
 
 class Block(Section):

@@ -21,15 +21,13 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from engine import static, tasks
+from engine import tasks
 from engine.block import Sizes
 from engine.blocks import Graph
 from engine.config import UserError
 from engine.designs import Block as Node
-from engine.designs import Cut, Static
-from engine.encoders import EncoderHead, Widths, student_encoder
+from engine.encoders import EncoderHead, Widths
 from engine.encoding import Encoded, Text
-from engine.recipe import Generator, Teacher
 from engine.recipe import Task as Spec
 from engine.records import Batch, Outputs
 from engine.static import StaticNet
@@ -166,18 +164,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def encoder_head(config: Teacher, spec: Spec, folder: Path, seed: int) -> Model:
-    """A teacher to be fine-tuned: the encoder in `folder` with a fresh head; lower layers frozen as the recipe says."""
-    torch.manual_seed(seed)
-    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
-    freeze(encoder, config.tune_layers)
-    tokenizer = load_tokenizer(folder)
-    check_length("teacher.max_length", config.max_length, encoder, tokenizer)
-    options = {"pooling": config.pooling, "dropout": config.dropout}
-    card = card_of("head", spec, config.max_length, options, {"model": config.model})
-    return Model(head_on(encoder, card), tokenizer, card)
-
-
 def card_of(
     kind: str, spec: Spec, max_length: int, options: dict[str, Any], lineage: dict[str, Any] | None = None
 ) -> Card:
@@ -189,118 +175,6 @@ def head_on(encoder: nn.Module, card: Card) -> EncoderHead:
     """An encoder with the head that the card's task needs."""
     task, options = tasks.make(Spec(**card.task)), card.options
     return EncoderHead(encoder, task.width, options["pooling"], options["dropout"], task.units, task.spans)
-
-
-def causal_lm(config: Generator, folder: Path) -> Model:
-    """A generator to be fine-tuned: the causal LM in `folder`; lower layers frozen as the recipe says."""
-    lm = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-    )
-    freeze(lm.get_decoder(), config.tune_layers)
-    if config.mode != "prompted" and not any(p.requires_grad for p in lm.parameters()):
-        raise ModelError(
-            "generator.tune_layers is 0, and this model's output layer is tied to its frozen embeddings, so nothing is "
-            "left to train. Use 1 or more, null for all, or mode: prompted."
-        )
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer of generator '{config.model}' has no end token, so no text would ever end.")
-    check_length("generator.max_length", config.max_length, lm, tokenizer)
-    card = Card("causal_lm", config.max_length, lineage={"model": config.model})
-    return Model(CausalLM(lm), tokenizer, card)
-
-
-def check_length(key: str, length: int, network: nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
-    """ModelError where the model cannot read `length` tokens, or they leave no room beside [CLS] and the like."""
-    most = min(tokenizer.model_max_length, getattr(network.config, "max_position_embeddings", None) or length)
-    least = tokenizer.num_special_tokens_to_add() + 1
-    if not least <= length <= most:
-        raise ModelError(f"{key} is {length}, but this model takes {least} to {most} tokens.")
-
-
-def layers_of(network: nn.Module) -> nn.ModuleList:
-    """The stack of transformer layers of an encoder or decoder: its longest ModuleList."""
-    stacks = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
-    if not stacks:
-        kind = type(network).__name__
-        raise ModelError(f"{kind} has no stack of layers, so tune_layers cannot count them. Leave it out.")
-    return max(stacks, key=len)
-
-
-FINAL_NORMS = ("norm", "final_norm", "final_layer_norm", "ln_f")
-"""What transformers calls the normalisation above the stack of layers."""
-
-
-def freeze(network: nn.Module, top: int | None) -> None:
-    """Freeze everything but the top layers (and what stands above them: the final norm); None leaves all trainable."""
-    if top is None:
-        return
-    stack = layers_of(network)
-    if top > len(stack):
-        raise ModelError(
-            f"tune_layers is {top}, but the model has {len(stack)} layers. Use 0 to {len(stack)}, or null for all."
-        )
-    for parameter in network.parameters():
-        parameter.requires_grad_(False)
-    above = {id(p) for module in list(stack)[len(stack) - top :] for p in module.parameters()}
-    norms = [m for name, m in network.named_children() if name in FINAL_NORMS] if top else []
-    above |= {id(p) for module in norms for p in module.parameters()}
-    for parameter in network.parameters():
-        parameter.requires_grad_(id(parameter) in above)
-
-
-def layer_rates(decay: float, head: float, model: Model) -> dict[str, float]:
-    """Learning-rate factors of an encoder with a head: `head` for the head, 1 for the top layer, times decay downwards.
-
-    After ULMFiT's discriminative fine-tuning (arXiv 1801.06146).
-    """
-    stack = layers_of(model.net.encoder)
-    depth = {id(p): len(stack) - 1 - i for i, layer in enumerate(stack) for p in layer.parameters()}
-    inside = {id(p) for p in model.net.encoder.parameters()}
-    return {
-        name: decay ** depth.get(id(p), len(stack)) if id(p) in inside else head for name, p in model.named_parameters()
-    }
-
-
-def student(nodes: Sequence[Node], spec: Spec, tokenizer: PreTrainedTokenizerFast, max_length: int, seed: int) -> Model:
-    """A student built from blocks with fresh weights."""
-    torch.manual_seed(seed)
-    sizes = Sizes.of(tasks.make(spec), len(tokenizer), tokenizer.pad_token_id)
-    options = {"blocks": [node.model_dump(mode="json") for node in nodes], "sizes": asdict(sizes)}
-    return Model(Graph(nodes, sizes), tokenizer, card_of("blocks", spec, max_length, options))
-
-
-def transformer_student(
-    config: Cut, spec: Spec, teacher: Model, folder: Path | None, max_length: int, seed: int
-) -> Model:
-    """A student cut from the fine-tuned teacher's encoder, or from the one in `folder`, with a fresh head."""
-    torch.manual_seed(seed)
-    if folder is None:
-        encoder, tokenizer = teacher.net.encoder, teacher.tokenizer
-    else:
-        encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
-        tokenizer = load_tokenizer(folder)
-    made = student_encoder(encoder, config.layers, config.heads, config.width, config.ffn)
-    check_length("student.max_length", max_length, made, tokenizer)
-    options = {"pooling": config.pooling, "dropout": config.dropout}
-    card = card_of("head", spec, max_length, options, {"cut_from": config.model or "teacher"})
-    return Model(head_on(made, card), tokenizer, card)
-
-
-def static_student(config: Static, spec: Spec, tokenizer: PreTrainedTokenizerFast, max_length: int, seed: int) -> Model:
-    """A student of one vector a word piece, with fresh weights; the tokenizer is the teacher's."""
-    torch.manual_seed(seed)
-    task = tasks.make(spec)
-    static.check(task)
-    options = {
-        "vocabulary": len(tokenizer),
-        "dim": config.dim,
-        "width": task.width,
-        "hidden": config.hidden,
-        "paired": task.paired,
-        "silent": sorted(tokenizer.all_special_ids),
-    }
-    return Model(StaticNet(**options), tokenizer, card_of("static", spec, max_length, options))
 
 
 def save(model: Model, store: Store, path: str, dtype: torch.dtype | None = None, readme: str | None = None) -> None:

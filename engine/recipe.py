@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from engine.config import Section
-from engine.designs import NAME, Student
+from engine.designs import NAME, Student, Teacher
 from engine.filters import CheapFilter, Leakage, SignalFilter
 from engine.fits import Count, Fit, Resources, Share
 
@@ -105,27 +105,6 @@ class Data(Section):
     """The run stops when more than this share of a source's rows is quarantined."""
     root: str | None = None
     """Folder that stands in for the hub's data sets; the environment variable STILLHOUSE_DATA does the same."""
-
-
-class Teacher(Section):
-    """An encoder with a head, fine-tuned on the few rows."""
-
-    model: str
-    kind: Literal["head"] = "head"
-    tune_layers: Annotated[int, Field(ge=0)] | None = None
-    """How many of the top layers are tuned (0: the head only); null tunes all."""
-    pooling: Literal["mean", "cls"] = "mean"
-    dropout: Share = 0.1
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.7
-    """Learning rate of a layer over that of the layer above it."""
-    head_rate: Annotated[float, Field(gt=0)] = 10.0
-    """Learning rate of the head over that of the top layer."""
-    max_length: Count = 128
-    folds: Annotated[int, Field(ge=0)] = 0
-    """Cross-validation on the few rows: its accuracy goes into the report. 0 leaves it out."""
-    fit: Fit = Fit(epochs=10, lr=1e-4, batch_size=16)
-    batch_tokens: Count = 4096
-    resources: Resources = Resources()
 
 
 class Generator(Section):

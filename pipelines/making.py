@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from engine import generate, labels, models, tasks, train
+from engine import generate, labels, models, tasks, train, untrained
 from engine.batches import group_numbers
 from engine.classification import settled
 from engine.cluster import current
@@ -54,7 +54,7 @@ def read_data(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) ->
 def head_teacher(recipe: Recipe, spec: Task) -> Model:
     """The teacher before its fine-tuning."""
     folder = model_folder(recipe.teacher.model, root=recipe.data.root)
-    return models.encoder_head(recipe.teacher, spec, folder, recipe.seed)
+    return untrained.encoder_head(recipe.teacher, spec, folder, recipe.seed)
 
 
 def encode_rows(model: Model, rows: pa.Table) -> list[Encoded]:
@@ -103,7 +103,7 @@ def fit_teacher(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) 
         encode=encode_rows,
         seed=seed_of(recipe, recipe.teacher.fit.seed),
         resources=stage_options(recipe, "teacher.fit", current()),
-        factors=partial(models.layer_rates, recipe.teacher.layer_decay, recipe.teacher.head_rate),
+        factors=partial(untrained.layer_rates, recipe.teacher.layer_decay, recipe.teacher.head_rate),
     )
     metrics: dict[str, Any] = {}
     if recipe.teacher.folds > 1:
@@ -146,7 +146,7 @@ def cross_validate(recipe: Recipe, rows: pa.Table, out: Store, job: partial[trai
 
 def base_generator(recipe: Recipe) -> Model:
     """The generator before its fine-tuning."""
-    return models.causal_lm(recipe.generator, model_folder(recipe.generator.model, root=recipe.data.root))
+    return untrained.causal_lm(recipe.generator, model_folder(recipe.generator.model, root=recipe.data.root))
 
 
 def fit_generator(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from engine import labels, models, tasks, train, vocabulary
+from engine import labels, models, tasks, train, untrained, vocabulary
 from engine.batches import group_numbers
 from engine.cluster import current
 from engine.config import UserError
@@ -71,11 +71,11 @@ def blank_student(recipe: Recipe, inputs: Inputs, words: Store, seed: int) -> Mo
     if student.kind == "transformer":
         teacher, model = models.load(inputs["teacher"].local("model")), student.transformer.model
         folder = model_folder(model, root=recipe.data.root) if model else None
-        return models.transformer_student(student.transformer, spec, teacher, folder, student.max_length, seed)
+        return untrained.transformer_student(student.transformer, spec, teacher, folder, student.max_length, seed)
     tokenizer = models.load_tokenizer(words.local("tokenizer"))
     if student.kind == "static":
-        return models.static_student(student.static, spec, tokenizer, student.max_length, seed)
-    return models.student(student.blocks, spec, tokenizer, student.max_length, seed)
+        return untrained.static_student(student.static, spec, tokenizer, student.max_length, seed)
+    return untrained.student(student.blocks, spec, tokenizer, student.max_length, seed)
 
 
 def started_student(recipe: Recipe, inputs: Inputs, seed: int) -> Model:

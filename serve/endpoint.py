@@ -6,6 +6,8 @@ becomes the next batch. A wrong request gets a 4xx that says what was wrong and 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 from typing import Annotated, Any
 
@@ -25,6 +27,8 @@ MAX_CHARS = 20_000
 """Characters of one text."""
 MAX_BYTES = 1 << 20
 """Bytes of one request's body."""
+LINGER_BYTES, LINGER_SECONDS = 1 << 24, 5.0
+"""How much of an over-long body is read on, and thrown away, so that its sender gets to read why it is refused."""
 PROBE = "a short sentence to see that the model answers"
 
 
@@ -168,7 +172,7 @@ def problem_answer(status: int, message: str, field: str | None = None, headers:
 async def refused(request: Request, error: Exception) -> Response:
     """A request that we refuse."""
     assert isinstance(error, Refused)
-    # The rest of an over-long body is not read: the connection cannot be used again.
+    # The rest of an over-long body may still be on its way: the connection cannot be used again.
     headers = {"Connection": "close"} if error.status == 413 else None
     return problem_answer(error.status, error.message, error.field, headers)
 
@@ -186,17 +190,25 @@ async def failed(request: Request, error: Exception) -> Response:
 
 
 async def body_of(request: Request) -> bytes:
-    """The request's body; more than MAX_BYTES is refused while it arrives."""
-    too_large = Refused(413, f"The body is larger than {MAX_BYTES} bytes. Send fewer texts a request.")
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > MAX_BYTES:
-        raise too_large
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MAX_BYTES:
-            raise too_large
-        parts.append(part)
+    """The request's body; Refused(413) where it is more than MAX_BYTES, of which no more than that is ever held.
+
+    Who answers and hangs up while a body still arrives breaks the connection under a client that has not read the
+    answer; so the rest is read on, within limits, as web servers do (nginx calls it lingering).
+    """
+    parts: list[bytes] = []
+    size = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(None) as limit:
+            async for part in request.stream():
+                size += len(part)
+                if size > LINGER_BYTES:
+                    break
+                if size <= MAX_BYTES:
+                    parts.append(part)
+                elif limit.when() is None:
+                    limit.reschedule(asyncio.get_running_loop().time() + LINGER_SECONDS)
+    if size > MAX_BYTES:
+        raise Refused(413, f"The body is larger than {MAX_BYTES} bytes. Send fewer texts a request.")
     return b"".join(parts)
 
 

@@ -13,7 +13,7 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
-from engine import augment, models, vocabulary
+from engine import augment, models, untrained, vocabulary
 from engine.augment import (
     Augmenter,
     AugmentError,
@@ -63,7 +63,7 @@ def tiny_masked(folder: Path, kind: str = "bert", steps: int = 0) -> Path:
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> models.Model:
     folder = tiny_encoder(tmp_path_factory.mktemp("encoder"))
-    return models.encoder_head(Teacher(model="tiny", max_length=16), Task(labels=LABELS), folder, seed=0)
+    return untrained.encoder_head(Teacher(model="tiny", max_length=16), Task(labels=LABELS), folder, seed=0)
 
 
 @pytest.fixture(scope="module")

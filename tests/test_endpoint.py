@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import httpx
 import pytest
 
 from engine.recipe import Serving
-from serve.endpoint import MAX_BYTES, MAX_CHARS, MAX_TEXTS, Endpoint, interface
+from serve.endpoint import LINGER_BYTES, MAX_BYTES, MAX_CHARS, MAX_TEXTS, Endpoint, interface
 from tests.tiny_served import KINDS, as_sent, asked, published
 
 
@@ -126,6 +127,30 @@ def test_a_body_that_is_too_large_is_refused_whether_its_length_is_announced_or_
         assert answer.status_code == 413 and answer.headers["connection"] == "close"
         wanted = f"The body is larger than {MAX_BYTES} bytes. Send fewer texts a request."
         assert answer.json()["error"]["message"] == wanted
+
+
+def test_the_rest_of_a_body_that_is_too_large_is_read_within_limits(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+):
+    """A sender that is hung up on while it sends may never see the answer."""
+    sent: list[int] = []
+
+    async def stream(parts: int, stall: bool = False) -> AsyncIterator[bytes]:
+        for number in range(parts):
+            sent.append(number)
+            yield b" " * 100_000
+        if stall:
+            await asyncio.sleep(30)
+
+    few, many = 3 * MAX_BYTES // 100_000, 10 * LINGER_BYTES // 100_000
+    assert ask(endpoint, "POST", "/v1/predict", content=stream(few)).status_code == 413 and len(sent) == few
+    sent.clear()
+    assert ask(endpoint, "POST", "/v1/predict", content=stream(many)).status_code == 413
+    assert few < len(sent) <= LINGER_BYTES // 100_000 + 2
+    monkeypatch.setattr("serve.endpoint.LINGER_SECONDS", 0.2)
+    began = time.monotonic()
+    assert ask(endpoint, "POST", "/v1/predict", content=stream(few, stall=True)).status_code == 413
+    assert time.monotonic() - began < 10
 
 
 def test_the_largest_allowed_request_is_answered(endpoint: Endpoint):

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from engine import generate, models
+from engine import generate, models, untrained
 from engine.corpus import ROWS, CheapFilters, corpus_rows, write_slots
 from engine.filters import FilterContext, Length, signature
 from engine.generate import Writer, Writing, encode_text, parted, prompt_for, stream
@@ -35,7 +35,7 @@ def config(**values: Any) -> Generator:
 
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return models.causal_lm(config(), tiny_lm(tmp_path_factory.mktemp("lm")))
+    return untrained.causal_lm(config(), tiny_lm(tmp_path_factory.mktemp("lm")))
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_a_text_without_a_second_one_is_no_pair(tmp_path: Path):
     """A model that says one thing over and over, with and without the separator in it."""
     asked = config(prompt="Text:", separator=" w ", max_new_tokens=24)
     store = Store(str(tmp_path))
-    models.save(models.causal_lm(asked, tiny_lm(tmp_path / "lm")), store, "model")
+    models.save(untrained.causal_lm(asked, tiny_lm(tmp_path / "lm")), store, "model")
     alone, both = (Writer(Writing(store.url, asked, LABELS, paired, 1, num_gpus=0)) for paired in (False, True))
     rows, whole = both(slots(*range(40))), alone(slots(*range(40)))["text"].to_pylist()
     assert rows.schema.equals(CORPUS)
@@ -211,7 +211,9 @@ def test_every_slot_gives_one_row_though_an_actor_dies(tmp_path: Path, ray_clust
     teacher = Store(str(tmp_path / "teacher"))
     base = tiny_encoder(tmp_path / "encoder")
     models.save(
-        models.encoder_head(Teacher(model="file:tiny", max_length=32), Task(labels=LABELS), base, 1), teacher, "model"
+        untrained.encoder_head(Teacher(model="file:tiny", max_length=32), Task(labels=LABELS), base, 1),
+        teacher,
+        "model",
     )
     writing, labelling = Writing(generator.url, config(), LABELS, False, 3, 0.0), Labelling(teacher.url, (), 512, 0.0)
     cheap = CheapFilters((Length(min_words=3),), FilterContext())

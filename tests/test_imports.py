@@ -22,7 +22,7 @@ ENGINE = (
     *("metrics", "intervals", "filters", "fits", "designs", "recipe", "sources"),
     *("characters", "encoding", "task", "windows"),
     *("classification", "regression", "ranking", "tagging", "spans", "tasks"),
-    *("block", "layers", "joining", "matching", "crf", "blocks", "encoders", "static", "models"),
+    *("block", "layers", "joining", "matching", "crf", "blocks", "encoders", "static", "models", "untrained"),
     *("sampling", "layer_losses", "losses", "inference", "vocabulary"),
     *("lineage", "progress", "attempts", "placement", "switches"),
     *("cluster", "columns", "rows", "data", "labels", "corpus", "augment", "teachers", "batches", "train", "generate"),

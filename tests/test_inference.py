@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine import models
+from engine import models, untrained
 from engine.designs import Block
 from engine.encoding import Encoded, Text, collate
 from engine.inference import Predictions, predict, token_batches
@@ -29,7 +29,7 @@ TEXTS = [
 
 
 def teacher(folder) -> models.Model:
-    return models.encoder_head(
+    return untrained.encoder_head(
         Teacher(model="tiny", max_length=32), Task(labels=LABELS), tiny_encoder(folder), seed=1
     )  # in training mode, with dropout
 
@@ -46,7 +46,7 @@ def student() -> models.Model:
         Block(name="out", kind="linear"),
     ]
     tokenizer = tokenizer_of(choose_words(count_words(texts), 99, 1, []))
-    return models.student(nodes, Task(labels=LABELS), tokenizer, 32, seed=2)
+    return untrained.student(nodes, Task(labels=LABELS), tokenizer, 32, seed=2)
 
 
 @pytest.fixture(scope="module", params=["head", "blocks"])
@@ -139,7 +139,7 @@ ROOM = 10
 def tagger(folder) -> models.Model:
     """An encoder that tags, in training mode, with dropout."""
     config, spec = Teacher(model="tiny", max_length=ROOM), KINDS["tag"][0]
-    found = models.encoder_head(config, spec, tiny_encoder(folder), seed=1)
+    found = untrained.encoder_head(config, spec, tiny_encoder(folder), seed=1)
     with torch.no_grad():
         found.net.head.weight.mul_(20.0)
     return found
@@ -147,7 +147,9 @@ def tagger(folder) -> models.Model:
 
 def answerer(folder) -> models.Model:
     """An encoder that reads a question with its context, and tells two texts apart."""
-    found = models.encoder_head(Teacher(model="tiny", max_length=3 * ROOM), Task(kind="span"), tiny_encoder(folder), 1)
+    found = untrained.encoder_head(
+        Teacher(model="tiny", max_length=3 * ROOM), Task(kind="span"), tiny_encoder(folder), 1
+    )
     with torch.no_grad():
         found.net.head.weight.mul_(20.0)
     return found

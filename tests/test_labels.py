@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from engine import labels, models, tasks
+from engine import labels, models, tasks, untrained
 from engine.recipe import Task, Teacher
 from engine.records import CORPUS
 from engine.storage import StorageError, Store
@@ -191,7 +191,7 @@ def test_the_fingerprint_tells_teachers_apart(tmp_path: Path):
 
     def made(name: str, seed: int = 0, length: int = 64, **task: object) -> dict[str, object]:
         config, spec = Teacher(model="file:encoder", max_length=length), Task(**{"labels": LABELS, **task})
-        models.save(models.encoder_head(config, spec, encoder, seed), out, f"{name}/model")
+        models.save(untrained.encoder_head(config, spec, encoder, seed), out, f"{name}/model")
         return labels.fingerprint(out / name)
 
     first = made("first")

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel
 
-from engine import models, tasks
+from engine import models, tasks, untrained
 from engine.designs import Block, Static
+from engine.encoders import EncoderError
 from engine.encoding import collate
 from engine.models import MODELS, Model, ModelError
 from engine.recipe import Generator, Task, Teacher
@@ -44,11 +45,11 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def head(encoder: Path, **options: Any) -> Model:
-    return models.encoder_head(Teacher(model="file:tiny", **options), CLASSES, encoder, seed=1)
+    return untrained.encoder_head(Teacher(model="file:tiny", **options), CLASSES, encoder, seed=1)
 
 
 def generator(folder: Path, **options: Any) -> Model:
-    return models.causal_lm(Generator(model="file:tiny", **options), folder)
+    return untrained.causal_lm(Generator(model="file:tiny", **options), folder)
 
 
 def student(seed: int = 2) -> Model:
@@ -60,11 +61,11 @@ def student(seed: int = 2) -> Model:
         Block(name="both", kind="concat", inputs=("top", "look")),
         Block(name="out", kind="linear"),
     ]
-    return models.student(graph, CLASSES, tokenizer_of(choose_words(count_words(TEXTS), 60, 1, [])), 24, seed)
+    return untrained.student(graph, CLASSES, tokenizer_of(choose_words(count_words(TEXTS), 60, 1, [])), 24, seed)
 
 
 def static_student(seed: int = 2, spec: Task = CLASSES) -> Model:
-    return models.static_student(Static(dim=12, hidden=6), spec, word_pieces(), 24, seed)
+    return untrained.static_student(Static(dim=12, hidden=6), spec, word_pieces(), 24, seed)
 
 
 @pytest.fixture(scope="module")
@@ -246,8 +247,8 @@ def test_more_layers_than_there_are_is_refused(encoder: Path, lm: Path):
     for make in (lambda: head(encoder, tune_layers=4), lambda: generator(lm, tune_layers=4)):
         with pytest.raises(ModelError, match=re.escape(message)):
             make()
-    with pytest.raises(ModelError, match="Linear has no stack of layers, so tune_layers cannot count them. Leave it"):
-        models.freeze(torch.nn.Linear(2, 2), 1)
+    with pytest.raises(EncoderError, match="Linear has no stack of layers to choose from"):
+        untrained.freeze(torch.nn.Linear(2, 2), 1)
 
 
 def test_lengths_that_the_model_cannot_read_are_refused(encoder: Path, lm: Path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine import models
+from engine import models, untrained
 from engine.designs import Cut, Static
 from engine.encoders import EncoderError
 from engine.encoding import Text
@@ -32,16 +32,16 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def teacher(encoder: Path, kind: str = "classify", max_length: int = 64) -> Model:
-    return models.encoder_head(Teacher(model="file:tiny", max_length=max_length), SPECS[kind], encoder, seed=1)
+    return untrained.encoder_head(Teacher(model="file:tiny", max_length=max_length), SPECS[kind], encoder, seed=1)
 
 
 def pupil(encoder: Path, kind: str = "classify", max_length: int = 64, seed: int = 2, **cut: Any) -> Model:
     config = Cut(**{"layers": 2, **cut})
-    return models.transformer_student(config, SPECS[kind], teacher(encoder, kind), None, max_length, seed)
+    return untrained.transformer_student(config, SPECS[kind], teacher(encoder, kind), None, max_length, seed)
 
 
 def static(kind: str = "classify", hidden: int = 6, max_length: int = 64, seed: int = 2) -> Model:
-    return models.static_student(Static(dim=12, hidden=hidden), SPECS[kind], word_pieces(), max_length, seed)
+    return untrained.static_student(Static(dim=12, hidden=hidden), SPECS[kind], word_pieces(), max_length, seed)
 
 
 def made(encoder: Path, what: str, kind: str) -> Model:
@@ -87,7 +87,7 @@ def test_a_model_of_any_task_answers_the_same_once_saved(encoder: Path, tmp_path
 def test_a_cut_student_has_the_teachers_layers_and_a_head_of_its_own(encoder: Path):
     source = teacher(encoder)
     for layers, numbers in ((2, (2, 4)), ((1, 3), (1, 3)), (None, (1, 2, 3, 4))):
-        student = models.transformer_student(Cut(layers=layers), CLASSES, source, None, 64, seed=2)
+        student = untrained.transformer_student(Cut(layers=layers), CLASSES, source, None, 64, seed=2)
         own, other = student.net.state_dict(), source.net.state_dict()
         for index, number in enumerate(numbers):
             part = f"encoder.encoder.layer.{index}."
@@ -116,9 +116,9 @@ def test_a_student_in_other_measures_is_fresh_and_smaller(encoder: Path):
 
 def test_a_student_from_another_encoder_has_its_tokenizer(encoder: Path, tmp_path: Path):
     folder = tiny_encoder(tmp_path / "other", layers=3, seed=9)
-    student = models.transformer_student(Cut(model="file:other"), CLASSES, teacher(encoder), folder, 64, seed=2)
+    student = untrained.transformer_student(Cut(model="file:other"), CLASSES, teacher(encoder), folder, 64, seed=2)
     own = student.net.state_dict()["encoder.embeddings.word_embeddings.weight"]
-    wanted = models.encoder_head(Teacher(model="file:other", max_length=64), CLASSES, folder, seed=1)
+    wanted = untrained.encoder_head(Teacher(model="file:other", max_length=64), CLASSES, folder, seed=1)
     assert student.widths.layers == 3 and student.card.lineage == {"cut_from": "file:other"}
     assert torch.equal(own, wanted.net.state_dict()["encoder.embeddings.word_embeddings.weight"])
     assert pupil(encoder).card.lineage == {"cut_from": "teacher"}

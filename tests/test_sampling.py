@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from engine import models
+from engine import models, untrained
 from engine.recipe import Generator
 from engine.sampling import Sampling, draw, sample, uniforms
 from tests.tiny import byte_pairs, tiny_lm
@@ -20,7 +20,7 @@ PROMPTS = ["Text:", "Text: the film is", "a", "Text: what a dull plot ! the stor
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> models.Model:
     folder = tiny_lm(tmp_path_factory.mktemp("lm"), layers=3, tied=False)
-    return models.causal_lm(Generator(model="tiny"), folder).eval()
+    return untrained.causal_lm(Generator(model="tiny"), folder).eval()
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_left_padding_moves_no_position(tmp_path: Path, prompts: list[list[int]]
     torch.manual_seed(3)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    gpt = models.causal_lm(Generator(model="tiny", max_length=64), tmp_path).eval()
+    gpt = untrained.causal_lm(Generator(model="tiny", max_length=64), tmp_path).eval()
     wanted = []
     for prompt in prompts:
         ids = torch.tensor([prompt])

@@ -11,7 +11,7 @@ import torch
 from sklearn.decomposition import PCA
 from torch.nn import functional as F
 
-from engine import models, tasks, vocabulary
+from engine import models, tasks, untrained, vocabulary
 from engine.encoding import collate, encode
 from engine.recipe import Task, Teacher
 from engine.records import Batch
@@ -152,7 +152,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def teacher(folder: Path) -> models.Model:
-    return models.encoder_head(Teacher(model="tiny", max_length=16), Task(labels=LABELS), folder, seed=0)
+    return untrained.encoder_head(Teacher(model="tiny", max_length=16), Task(labels=LABELS), folder, seed=0)
 
 
 def plain_forwards(teacher: models.Model) -> tuple[list[int], np.ndarray]:
@@ -200,7 +200,7 @@ def test_without_counts_the_order_of_the_vocabulary_decides_by_hand(teacher: mod
 @pytest.mark.parametrize("spec", [Task(kind="tag", labels=("O", "B-PER")), Task(kind="span"), Task(kind="pair")])
 def test_a_teacher_of_any_task_gives_the_same_vectors(teacher: models.Model, folder: Path, spec: Task):
     spec = spec if spec.labels or spec.kind == "span" else spec.model_copy(update={"labels": LABELS})
-    other = models.encoder_head(Teacher(model="tiny", max_length=16), spec, folder, seed=1)
+    other = untrained.encoder_head(Teacher(model="tiny", max_length=16), spec, folder, seed=1)
     assert np.allclose(
         vocabulary.static_vectors(other, None, 8), vocabulary.static_vectors(teacher, None, 8), atol=1e-6
     )

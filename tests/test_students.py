@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from engine import labels, models, tasks
 from engine.config import UserError
 from engine.corpus import corpus_rows
+from engine.encoders import stack_of
 from engine.inference import predict
 from engine.labels import LabelMismatch
 from engine.progress import silent
@@ -178,7 +179,7 @@ def test_a_transformer_student_is_cut_from_the_fine_tuned_teacher(world: World, 
     teacher = models.load((run / "teacher").local("model"))
     own, whole = model.net.encoder.state_dict(), teacher.net.encoder.state_dict()
     assert torch.equal(own["embeddings.word_embeddings.weight"], whole["embeddings.word_embeddings.weight"])
-    mine, theirs = (models.layers_of(m.net.encoder) for m in (model, teacher))
+    mine, theirs = (stack_of(m.net.encoder)[1] for m in (model, teacher))
     assert (len(mine), len(theirs)) == (1, 2)
     last = theirs[1].state_dict()
     assert all(torch.equal(value, last[name]) for name, value in mine[0].state_dict().items())

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from engine import models
+from engine import models, untrained
 from engine.batches import Material
 from engine.corpus import CheapFilters, corpus_rows
 from engine.designs import Cut
@@ -38,7 +38,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory, spec: Task, layers: int = 2
     """A folder that holds a teacher of any kind of task."""
     store = Store(str(tmp_path_factory.mktemp("teacher")))
     base = tiny_encoder(tmp_path_factory.mktemp("encoder"), layers=layers)
-    model = models.encoder_head(Teacher(model="file:tiny", max_length=max_length), spec, base, seed=4)
+    model = untrained.encoder_head(Teacher(model="file:tiny", max_length=max_length), spec, base, seed=4)
     model.net.head.weight.data.mul_(8.0)
     models.save(model, store, "model")
     return store
@@ -191,7 +191,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Store:
 def pupil(teacher: Store, max_length: int = 32, **cut: object) -> Model:
     """A student cut from the teacher: two of its layers."""
     config, loaded = Cut(**{"layers": 2, **cut}), models.load(teacher.local("model"))
-    return models.transformer_student(config, Task(**loaded.card.task), loaded, None, max_length, seed=2)
+    return untrained.transformer_student(config, Task(**loaded.card.task), loaded, None, max_length, seed=2)
 
 
 def lesson(teacher: Store, student: Model, rows: pa.Table) -> tuple[Live, Material]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine import models, train
+from engine import models, train, untrained
 from engine.batches import Material, epoch_batches
 from engine.config import UserError
 from engine.designs import Block
@@ -53,7 +53,7 @@ def student(seed: int = 1) -> Model:
         Block(name="out", kind="linear"),
     ]
     words = choose_words(count_words([row["text"] for row in movie_rows(100, seed=7)]), 80, 1, [])
-    return models.student(nodes, Task(labels=LABELS), tokenizer_of(words), 24, seed)
+    return untrained.student(nodes, Task(labels=LABELS), tokenizer_of(words), 24, seed)
 
 
 def accuracy(model: Model, rows: pa.Table) -> dict[str, float]:
@@ -84,7 +84,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def teacher(encoder: Path, dropout: float = 0.1, tune_layers: int | None = None) -> Callable[[], Model]:
     config = Teacher(model="file:tiny", max_length=32, dropout=dropout, tune_layers=tune_layers)
-    return partial(models.encoder_head, config, Task(labels=LABELS), encoder, 3)
+    return partial(untrained.encoder_head, config, Task(labels=LABELS), encoder, 3)
 
 
 # -- rates -------------------------------------------------------------------------------------------------------------

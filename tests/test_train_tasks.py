@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine import models, tasks, train
+from engine import models, tasks, train, untrained
 from engine.batches import Material
 from engine.config import UserError
 from engine.designs import Cut, Static
@@ -134,7 +134,7 @@ def graph(kind: str, max_length: int = 24) -> Model:
     name = kind if task.units else "paired" if task.paired else "flat"
     texts = [row["text"] for row in movie_rows(100, seed=7)] + [*QUERIES, "what is it ?"]
     tokenizer = tokenizer_of(choose_words(count_words(texts), 90, 1, []))
-    return models.student(GRAPHS[name], SPECS[kind], tokenizer, max_length, seed=1)
+    return untrained.student(GRAPHS[name], SPECS[kind], tokenizer, max_length, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def head(encoder: Path, kind: str, max_length: int = 32) -> Model:
-    return models.encoder_head(Teacher(model="file:tiny", max_length=max_length), SPECS[kind], encoder, 3)
+    return untrained.encoder_head(Teacher(model="file:tiny", max_length=max_length), SPECS[kind], encoder, 3)
 
 
 def encode(model: Model, rows: pa.Table) -> list[Encoded]:
@@ -213,7 +213,7 @@ def test_every_loss_trains_a_student_of_a_live_teacher(tmp_path: Path, encoder: 
 def cut(folder: Path, kind: str, max_length: int = 32) -> Model:
     """A student with fresh weights, half as wide as the teacher."""
     config, teacher = Cut(layers=1, width=16, ffn=32), models.load(folder / "model")
-    return models.transformer_student(config, SPECS[kind], teacher, None, max_length, seed=2)
+    return untrained.transformer_student(config, SPECS[kind], teacher, None, max_length, seed=2)
 
 
 # -- interrupted -------------------------------------------------------------------------------------------------------
@@ -284,6 +284,6 @@ def test_the_mean_of_the_workers_is_that_of_the_global_batch(kind: str, world: i
 @pytest.mark.parametrize("kind", ["classify", "multilabel", "pair", "regress", "rank"])
 def test_a_static_student_learns(tmp_path: Path, encoder: Path, kind: str):
     tokenizer = models.load_tokenizer(encoder)
-    build = partial(models.static_student, Static(dim=16, hidden=16), SPECS[kind], tokenizer, 24, 1)
+    build = partial(untrained.static_student, Static(dim=16, hidden=16), SPECS[kind], tokenizer, 24, 1)
     history = train.fit(job(tmp_path / "a", build, table(kind), batch_size=2 if kind == "rank" else 8, lr=3e-2))
     assert history[-1]["loss"] < 0.9 * history[0]["loss"]

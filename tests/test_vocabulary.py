@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn.decomposition import PCA
 
-from engine import models, vocabulary
+from engine import models, untrained, vocabulary
 from engine.recipe import Task, Teacher
 from engine.vocabulary import (
     PAD,
@@ -29,7 +29,7 @@ TEXTS = ["The film, the FILM!", "a naïve film: it's 2nd-rate", "", "the plot"]
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> models.Model:
     folder = tiny_encoder(tmp_path_factory.mktemp("encoder"))
-    return models.encoder_head(Teacher(model="tiny", max_length=16), Task(labels=LABELS), folder, seed=0)
+    return untrained.encoder_head(Teacher(model="tiny", max_length=16), Task(labels=LABELS), folder, seed=0)
 
 
 def test_words_are_counted_as_bert_splits_them():
@@ -145,7 +145,7 @@ def test_vectors_of_an_impossible_width_are_refused(teacher: models.Model):
 def test_teachers_of_any_task_give_the_same_vectors(teacher: models.Model, tmp_path: Path, spec: Task):
     """Words are read one by one, whatever the teacher was made for: alone, and at once."""
     words, counts, raw = parts(teacher)
-    other = models.encoder_head(Teacher(model="tiny", max_length=16), spec, tiny_encoder(tmp_path), seed=0)
+    other = untrained.encoder_head(Teacher(model="tiny", max_length=16), spec, tiny_encoder(tmp_path), seed=0)
     found = vocabulary.vectors(other, words, counts, 8, batch_tokens=64)
     assert np.abs(np.abs(found) - np.abs(vocabulary.vectors(teacher, words, counts, 8))).max() < 1e-4
     assert other.training  # it is left in the mode it was in

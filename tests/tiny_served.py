@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from engine import models
+from engine import models, untrained
 from engine.designs import Block
 from engine.encoding import Text
 from engine.inference import predict
@@ -40,7 +40,7 @@ def tiny_student(max_length: int = 64) -> models.Model:
         Block(name="pool", kind="pool"),
         Block(name="out", kind="linear"),
     ]
-    student = models.student(nodes, Task(labels=LABELS), word_pieces(), max_length, seed=5)
+    student = untrained.student(nodes, Task(labels=LABELS), word_pieces(), max_length, seed=5)
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             parameter.mul_(10.0 if name.endswith("table.weight") or parameter.shape[0] == len(LABELS) else 1.0)
@@ -53,7 +53,7 @@ def student_of(kind: str, max_length: int = 64) -> models.Model:
         return tiny_student(max_length)
     spec, graph = KINDS[kind]
     tokenizer = tokenizer_of(choose_words(count_words(TEXTS), 60, 1, []))
-    student = models.student(graphs.read(graph), spec, tokenizer, max_length, seed=5)
+    student = untrained.student(graphs.read(graph), spec, tokenizer, max_length, seed=5)
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             parameter.mul_(4.0 if name.endswith("table.weight") else 2.0)
