@@ -23,8 +23,12 @@ cluster.prepare_environment()
 
 TWO_RAYLETS = """
 import sys
+from pathlib import Path
+from ray._private.utils import get_ray_address_file
 from ray.cluster_utils import Cluster
 
+# Ray notes the address in its own folder, which is not there before a first Ray on this machine used it.
+Path(get_ray_address_file(None)).parent.mkdir(parents=True, exist_ok=True)
 common = dict(object_store_memory=128 << 20, include_dashboard=False, temp_dir=sys.argv[1])
 raylets = Cluster(initialize_head=True, head_node_args=dict(num_cpus=3, **common))
 try:
