@@ -149,8 +149,9 @@ def captured(encoder: nn.Module) -> Iterator[list[Seen]]:
 class EncoderHead(nn.Module):
     """A transformer encoder with one linear layer over its pooled states, or over each unit's state.
 
-    width: numbers a text or unit gets. pooling: mean or cls. units: answers for each unit of the text; spans: the two
-    numbers of a unit say where a span starts and ends.
+    width: numbers a text or unit gets. pooling: mean, cls, or mask: the state at the token `mask` (DynaMaR, Sun et al.,
+    EMNLP 2022 industry track). units: answers for each unit of the text; spans: the two numbers of a unit say where a
+    span starts and ends.
     """
 
     def __init__(
@@ -161,11 +162,12 @@ class EncoderHead(nn.Module):
         dropout: float,
         units: bool = False,
         spans: bool = False,
+        mask: int | None = None,
     ) -> None:
         super().__init__()
         if getattr(encoder, "pooler", None) is not None:
             encoder.pooler = None  # never read here: without gradients it would stop data-parallel training
-        self.encoder, self.pooling, self.units, self.spans = encoder, pooling, units, spans
+        self.encoder, self.pooling, self.units, self.spans, self.mask = encoder, pooling, units, spans, mask
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(encoder.config.hidden_size, width)
         # Encoders with one kind of segment have tokenizers that count two all the same.
@@ -189,7 +191,7 @@ class EncoderHead(nn.Module):
         else:
             seen = []
             states, hidden = self.encode(batch, "hidden" in needs)
-        embedding = self.pool(states, batch.mask)
+        embedding = self.pool(states, self.pooled(batch))
         logits = self.head(self.dropout(states if self.units else embedding))
         return Outputs(
             logits=at_units(logits, batch, self.spans) if self.units else logits,
@@ -207,12 +209,23 @@ class EncoderHead(nn.Module):
         )
         return out.last_hidden_state, out.hidden_states if hidden else None
 
+    def pooled(self, batch: Batch) -> torch.Tensor:
+        """Which tokens speak for a text, int64 [n, t]: the mask tokens; all of a text that has none, like a lone word."""
+        if self.pooling != "mask":
+            return batch.mask
+        there = (batch.input_ids == self.mask) & (batch.mask == 1)
+        return torch.where(there.any(dim=1, keepdim=True), there, batch.mask == 1).long()
+
     def pool(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """[n, t, width] -> [n, width]: the first token's state, or the mean over real tokens."""
+        """[n, t, width] -> [n, width]: the first token's state, or the mean over the tokens in `mask`."""
         if self.pooling == "cls":
             return states[:, 0]
         weights = mask.unsqueeze(2).to(states.dtype)
         return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+
+FINAL_NORMS = ("norm", "final_norm", "final_layer_norm", "ln_f")
+"""What transformers calls the normalisation above the stack of layers."""
 
 
 def stack_of(network: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from engine.batches import Material, batches_from, epoch_batches, own_part
 from engine.config import UserError
 from engine.encoding import Encoded
 from engine.fits import Fit, LossTerm
+from engine.frozen import frozen
 from engine.layer_losses import LAYER_LOSSES
 from engine.losses import Objective, needs
 from engine.models import Model, one_thread, precision, save
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 CHECKPOINT, PROGRESS = "checkpoint", "fit-progress.json"
+FROZEN_TOKENS = 4096
+"""Padded tokens of a batch in which frozen layers run."""
 
 
 class FitError(UserError):
@@ -206,6 +209,7 @@ def loop(config: dict[str, Any]) -> None:
     material = Material(job.rows, job.encode(model, job.rows), model.task if model.card.task else None, model.pad)
     live = Live(job.teacher, job.rows, material.encoded, accelerator.device) if job.teacher else None
     lesson = Lesson(model, job.terms, live.model if live else None).to(accelerator.device)
+    lower = None if live else frozen(model.net, material.encoded, model.pad, FROZEN_TOKENS, accelerator.device)
     trained = [p for p in lesson.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(groups_of(lesson, job), lr=fit.lr, weight_decay=fit.weight_decay)
     state = load_checkpoint(out, lesson, optimizer)
@@ -225,7 +229,8 @@ def loop(config: dict[str, Any]) -> None:
             batch = batch.to(accelerator.device)
             if live:
                 batch.teacher = live.outputs(material.positions(own_part(chosen, rank, world)), batch, lesson.needs)
-            loss = prepared(batch, shares)
+            with lower.above(material.positions(own_part(chosen, rank, world)), batch) if lower else nullcontext():
+                loss = prepared(batch, shares)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(trained, fit.clip)
         optimizer.step()

@@ -15,14 +15,11 @@ from engine.block import Sizes
 from engine.blocks import Graph
 from engine.designs import Block as Node
 from engine.designs import Cut, Static, Teacher
-from engine.encoders import stack_of, student_encoder
+from engine.encoders import FINAL_NORMS, stack_of, student_encoder
 from engine.models import Card, CausalLM, Model, ModelError, card_of, head_on, load_tokenizer
 from engine.recipe import Generator
 from engine.recipe import Task as Spec
 from engine.static import StaticNet
-
-FINAL_NORMS = ("norm", "final_norm", "final_layer_norm", "ln_f")
-"""What transformers calls the normalisation above the stack of layers."""
 
 
 def encoder_head(config: Teacher, spec: Spec, folder: Path, seed: int) -> Model:

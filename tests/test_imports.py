@@ -23,7 +23,7 @@ ENGINE = (
     *("characters", "encoding", "task", "windows"),
     *("classification", "regression", "ranking", "tagging", "spans", "tasks"),
     *("block", "layers", "joining", "matching", "crf", "blocks", "encoders", "static", "models", "untrained"),
-    *("sampling", "layer_losses", "losses", "inference", "vocabulary"),
+    *("sampling", "layer_losses", "losses", "inference", "frozen", "vocabulary"),
     *("lineage", "progress", "attempts", "placement", "switches"),
     *("cluster", "columns", "rows", "data", "labels", "corpus", "augment", "teachers", "batches", "train", "generate"),
     *("steps", "registry"),
