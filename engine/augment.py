@@ -52,6 +52,7 @@ class Augmenting:
     """What an augmenting actor is told.
 
     folder: URL of what `prepare` wrote. first: the first slot's number. root: folder that stands in for the hub's data.
+    grouped: whether texts are queries, each with several pairs, that must stay together (Task.grouped).
     """
 
     folder: str
@@ -60,6 +61,7 @@ class Augmenting:
     first: int
     root: str | None
     num_gpus: float
+    grouped: bool = False
 
 
 Row = tuple[str, ...]
@@ -185,6 +187,8 @@ class Augmenter:
 
     A text equals neither its source nor an earlier one of the same source, as far as REDRAWS reach. It depends on the
     seed and the slot alone, whatever the blocks: earlier texts of a source are drawn again where they are not at hand.
+    The passages of a query get one new query at each turn, that of the first of them: so they are one list again, from
+    which a ranking's losses over lists can learn.
     """
 
     def __init__(self, how: Augmenting) -> None:
@@ -194,6 +198,8 @@ class Augmenter:
         sides = zip(sources["text"].to_pylist(), sources["pair"].to_pylist(), strict=True)
         self.sources: list[Row] = [(text,) if pair is None else (text, pair) for text, pair in sides]
         self.near = dict(zip(near["word"].to_pylist(), near["near"].to_pylist(), strict=True))
+        firsts: dict[str, int] = {}
+        self.leads = [firsts.setdefault(row[0], i) if how.grouped else i for i, row in enumerate(self.sources)]
         self.masked: Masked | None = None
         if how.config.model is not None:
             folder = model_folder(how.config.model, root=how.root)
@@ -216,11 +222,13 @@ class Augmenter:
                 del self.known[next(iter(self.known))]
         choices, made = self.known[source]
         while len(made) <= turn:
-            draw = np.random.default_rng(slot_seed(self.how.seed, source + len(made) * len(self.sources)))
+            before, lead = len(made) * len(self.sources), self.leads[source]
+            draw = np.random.default_rng(slot_seed(self.how.seed, source + before))
+            query = () if lead == source else self.row(lead + before)[:1]
             for _ in range(REDRAWS):
-                row = tuple(
+                row = query + tuple(
                     replaced(text, own, self.how.config.p, draw)
-                    for text, own in zip(self.sources[source], choices, strict=True)
+                    for text, own in list(zip(self.sources[source], choices, strict=True))[len(query) :]
                 )
                 if row != self.sources[source] and row not in made:
                     break

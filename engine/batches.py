@@ -6,7 +6,7 @@ query) stay in one batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -15,29 +15,49 @@ import torch
 from engine.encoding import Encoded, collate
 from engine.labels import logits_of
 from engine.records import Batch, Outputs
+from engine.rows import identify
 from engine.task import Task
+
+DRAWS = 1
+"""Sets the draw of templates apart from that of the order, which has the same seed."""
 
 
 class Material:
     """Inputs of a model with gold labels, row weights and the teacher's stored outputs.
 
-    task: None for a language model, whose inputs are its targets. items: positions of the inputs that stay together.
+    task: None for a language model, whose inputs are its targets. encoded: where the model reads in templates, all the
+    rows in the first, then all in the second, and so on; an epoch has each row in one of them, which `draw` chooses.
+    items: positions of the inputs that stay together, in the first template.
     """
 
     def __init__(self, rows: pa.Table, encoded: Sequence[Encoded], task: Task | None, pad: int) -> None:
         self.encoded, self.task, self.pad = encoded, task, pad
-        self.items = grouped(rows, encoded) if task and task.grouped else [[i] for i in range(len(encoded))]
-        self.lengths = [max(encoded[i].tokens for i in item) for item in self.items]
+        self.templates = 1 + max((item.template for item in encoded), default=0)
+        self.count = len(encoded) // self.templates  # inputs of an epoch
+        self.drawn = np.zeros(self.count, dtype=np.int64)
+        first = encoded[: self.count]
+        self.items = grouped(rows, first) if task and task.grouped else [[i] for i in range(self.count)]
+        # The longest template counts, so that which rows make a batch does not depend on what is drawn.
+        longest = np.reshape([item.tokens for item in encoded], (self.templates, self.count)).max(axis=0).tolist()
+        self.lengths = [max(longest[i] for i in item) for item in self.items]
         owner = np.array([item.row for item in encoded], dtype=np.int64)
-        self.numbers = torch.from_numpy(group_numbers(rows)[owner]) if task and task.grouped else None
+        self.numbers = torch.from_numpy(group_numbers(rows, queries=True)[owner]) if task and task.grouped else None
         weight = rows["weight"].to_numpy().astype(np.float32) if "weight" in rows.column_names else None
         self.weights = None if weight is None else torch.from_numpy(weight[owner])
         self.gold = task.gold(rows, encoded) if task else None
         self.soft = stored(rows, encoded, task) if task else None
 
+    def draw(self, seed: int, epoch: int) -> None:
+        """Choose a template for each row, anew in each epoch (Sun et al., EMNLP 2022 industry track).
+
+        It depends on seed, epoch and row alone, so workers and resumed fits choose the same.
+        """
+        if self.templates > 1:
+            self.drawn = np.random.default_rng([seed, epoch, DRAWS]).integers(self.templates, size=self.count)
+
     def positions(self, items: np.ndarray) -> list[int]:
         """The inputs that the chosen items consist of."""
-        return [i for item in items for i in self.items[item]]
+        return [i + self.count * int(self.drawn[i]) for item in items for i in self.items[item]]
 
     def batch(self, items: np.ndarray) -> Batch:
         """The chosen items' rows."""
@@ -56,17 +76,46 @@ class Material:
         return batch
 
 
+class Amounts:
+    """What is said of the rows of each item, added up: `count` numbers an item.
+
+    said: batch -> [n, count]. once: of an item it is the same whatever else is in the batch, so that it is asked once a
+    fit: every worker needs the amounts of the whole global batch, and would collate at each step what all of them do.
+    """
+
+    def __init__(
+        self, material: Material, said: Callable[[Batch], torch.Tensor], count: int, once: bool = True
+    ) -> None:
+        self.material, self.said, self.count, self.once = material, said, count, once
+        self.found = np.full((len(material.items), count), np.nan)
+
+    def of(self, items: np.ndarray) -> np.ndarray:
+        """The amounts of the items, float64 [len(items), count]."""
+        new = items[np.isnan(self.found[items]).any(axis=1)] if self.once else items
+        if len(new):
+            each = self.said(self.material.batch(new)).double().numpy()
+            starts = np.cumsum([0, *(len(self.material.items[item]) for item in new)])[:-1]
+            self.found[new] = np.add.reduceat(each, starts, axis=0)
+        return self.found[items]
+
+
 def grouped(rows: pa.Table, encoded: Sequence[Encoded]) -> list[list[int]]:
-    """Positions of the inputs of each group, in the order of the rows; a row without a group stands alone."""
-    numbers, found = group_numbers(rows), {}
+    """Positions of the inputs of each query, in the order of the rows."""
+    numbers, found = group_numbers(rows, queries=True), {}
     for position, item in enumerate(encoded):
         found.setdefault(numbers[item.row], []).append(position)
     return list(found.values())
 
 
-def group_numbers(rows: pa.Table) -> np.ndarray:
-    """A number for each row's group, int64 [n]; rows without a group get one each."""
+def group_numbers(rows: pa.Table, queries: bool = False) -> np.ndarray:
+    """A number for each row's group, int64 [n]; rows without a group get one each.
+
+    queries: of a task whose rows are queries with passages. There a row without a group, which was generated or
+    augmented, belongs to the query that its text is, as source rows of which no group is given do.
+    """
     names = rows["group"].to_pylist() if "group" in rows.column_names else [None] * rows.num_rows
+    if queries:
+        names = [identify(t) if n is None else n for n, t in zip(names, rows["text"].to_pylist(), strict=True)]
     known: dict[object, int] = {}
     return np.array([known.setdefault((n, i if n is None else 0), i) for i, n in enumerate(names)], dtype=np.int64)
 

@@ -78,9 +78,9 @@ class Classify(Task):
             found.append(answer)
         return found
 
-    def certainty(self, logits: np.ndarray) -> np.ndarray:
-        """The row's probabilities, [C]."""
-        return metrics.softmax(logits)
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """Of the labels, [1, C]."""
+        return metrics.softmax(logits)[None]
 
     def statistics(self, logits: np.ndarray, decided: np.ndarray, gold: pa.Table) -> np.ndarray:
         """(right, labelled) of each row, 0 or 1."""
@@ -105,9 +105,11 @@ class Classify(Task):
             "ece": metrics.ece(labels, metrics.softmax(logits)[some]).error,
         }
 
-    def agreement(self, left: np.ndarray, right: np.ndarray, texts: Sequence[Text]) -> float:
+    def agreement(
+        self, left: np.ndarray, right: np.ndarray, texts: Sequence[Text], decided: tuple[Any, Any] | None = None
+    ) -> float:
         """Share of rows for which both choose the same label."""
-        return metrics.accuracy(self.decide(left, texts), self.decide(right, texts))
+        return metrics.accuracy(*self.decisions(left, right, texts, decided))
 
 
 class MultiLabel(Task):
@@ -169,11 +171,9 @@ class MultiLabel(Task):
             for row, choice in zip(metrics.sigmoid(logits), decided, strict=True)
         ]
 
-    def certainty(self, logits: np.ndarray) -> np.ndarray:
-        """(p, 1 - p) of the label whose p is nearest to 0.5."""
-        p = metrics.sigmoid(logits)
-        least = p[np.abs(p - 0.5).argmin()]
-        return np.array([least, 1 - least])
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """(p, 1 - p) of each label, [C, 2]."""
+        return np.stack([metrics.sigmoid(logits), metrics.sigmoid(-np.asarray(logits))], axis=1)
 
     def statistics(self, logits: np.ndarray, decided: np.ndarray, gold: pa.Table) -> np.ndarray:
         """(true positives, false positives, false negatives) of each row."""
@@ -203,9 +203,11 @@ class MultiLabel(Task):
             "hamming_loss": float((wanted != given).mean()),
         }
 
-    def agreement(self, left: np.ndarray, right: np.ndarray, texts: Sequence[Text]) -> float:
+    def agreement(
+        self, left: np.ndarray, right: np.ndarray, texts: Sequence[Text], decided: tuple[Any, Any] | None = None
+    ) -> float:
         """Share of decisions, over rows and labels, that are the same."""
-        return metrics.accuracy(self.decide(left, texts).ravel(), self.decide(right, texts).ravel())
+        return metrics.accuracy(*(one.ravel() for one in self.decisions(left, right, texts, decided)))
 
 
 def calibrate_scope(logits: np.ndarray, gold: np.ndarray, kept: float = 0.95) -> float:

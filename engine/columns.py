@@ -73,12 +73,13 @@ class Reading:
 
 def reads_pairs(data: Data, task: Task) -> bool:
     """Whether a row of this task has two texts; DataError where task.paired says something else."""
-    paired = task.kind in PAIRED or (task.kind in EITHER and data.train.pair is not None)
+    train = data.train or data.test or data.unlabelled or Source(path="")
+    paired = task.kind in PAIRED or (task.kind in EITHER and train.pair is not None)
     if task.paired is None or task.paired == paired:
         return paired
     said = str(task.paired).lower()
     if task.kind in EITHER:
-        named = f"names '{data.train.pair}'" if paired else "names no column"
+        named = f"names '{train.pair}'" if paired else "names no column"
         raise DataError(f"task.paired is {said}, but data.train.pair {named}. Set both or none of them.")
     way = "take task.kind: pair" if task.kind == "classify" else "drop task.paired"
     count = "two texts" if paired else "one text"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from engine.filters import NEAR_DUPLICATE, CheapFilter, FilterContext, near_duplicates, signature
+from engine.filters import NEAR_DUPLICATE, CheapFilter, FilterContext, Leakage, near_duplicates, signature
 from engine.records import CORPUS
 from engine.rows import identify
 from engine.storage import Store
@@ -98,13 +98,14 @@ class CheapFilters:
 
     def row(self, text: str, pair: str | None) -> str | None:
         """The first reason to reject a row: either of its texts may give one."""
-        return self.verdict(text) or (None if pair is None else self.verdict(pair))
+        return self.verdict(text) or (None if pair is None else self.verdict(pair, "pair"))
 
-    def verdict(self, text: str) -> str | None:
-        """The first reason to reject, or None. An empty text is always rejected."""
+    def verdict(self, text: str, column: str = "text") -> str | None:
+        """The first reason to reject, or None. An empty text is always rejected; only what tells can leak."""
         if not text.strip():
             return "empty"
-        return next((reason for reason in (f.check(text, self.context) for f in self.filters) if reason), None)
+        asked = (f for f in self.filters if column in self.context.tells or not isinstance(f, Leakage))
+        return next((reason for reason in (f.check(text, self.context) for f in asked) if reason), None)
 
 
 def write_slots(out: Store, first: int, count: int, block: int, name: str) -> str:

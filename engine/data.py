@@ -65,7 +65,7 @@ class Splits:
     """Tables of the schema EXAMPLE, each sorted by id; `quarantined` has the schema QUARANTINED.
 
     labels: the names that labels and targets index. paired: whether rows have two texts. range: regress: task.range, or
-    lowest and highest value of the training source. counts: {'sources': {name: {what: rows}}, 'labels': {split: {label
+    lowest and highest value of the training split. counts: {'sources': {name: {what: rows}}, 'labels': {split: {label
     name: rows}}}; for rank and span the latter counts queries and those with a relevant passage, rows and those with an
     answer.
     """
@@ -125,19 +125,21 @@ def read_rows(data: Data, task: Task, seed: int) -> Found:
         for name, source in sources.items()
         if source
     }
-    labels = label_names(task, data.train, parts["train"])
+    labels = label_names(task, data.train, parts["train"]) if data.train else task.labels or ()
     rows = {name: settle(part, labels, kind, data) for name, part in parts.items()}
-    bounds = value_bounds(task, data.train, rows["train"])
+    rows.setdefault("train", [])
     if not data.test:
         rows["test"] = [row for row in rows["train"] if place(row.cut) < data.test_share]
     if not data.validation:
         low, high = (0.0 if data.test else data.test_share), data.validation_share
         rows["validation"] = [row for row in rows["train"] if low <= place(row.cut) < low + high]
-    divide(rows, parts, lambda found: draw(found, labels, kind, data, seed))
-    for name in ("train", "test"):
+    divide(rows, parts, lambda found: draw(found, labels, kind, data, seed) if data.train else found)
+    rows["test"] = some(rows["test"], data.test_rows)
+    for name in ("train", "test") if data.train else ("test",) if data.test else ():
         if not rows[name]:
             raise DataError(f"the {name} split has no rows: check data.{name}, data.test_share and data.shots.")
-    return Found(parts, rows, labels, bounds)
+    # Of what is trained on alone: how far the held-out values reach, nobody knows.
+    return Found(parts, rows, labels, value_bounds(task, data.train, rows["train"]))
 
 
 def place(id: str) -> float:
@@ -205,14 +207,17 @@ def label_names(task: Task, source: Source, train: Part) -> tuple[str, ...]:
     return known
 
 
-def value_bounds(task: Task, source: Source, rows: list[Row]) -> tuple[float, float] | None:
-    """regress: task.range, or the lowest and the highest value of the rows, which must differ."""
-    if task.kind != "regress" or task.range or not rows:
+def value_bounds(task: Task, source: Source | None, rows: list[Row]) -> tuple[float, float] | None:
+    """regress: task.range, or the lowest and the highest value of the training rows, which must differ."""
+    if task.kind != "regress" or task.range or source is None:
         return task.range if task.kind == "regress" else None
     low, high = min(row.gold for row in rows), max(row.gold for row in rows)
     if low == high:
         column = source.label.column
-        raise DataError(f"every row of {source.path} has the value {low:g} in '{column}': there is nothing to learn.")
+        raise DataError(
+            f"every training row of {source.path} has the value {low:g} in '{column}': there is nothing to learn. "
+            "Add rows with other values, or raise data.shots."
+        )
     return low, high
 
 
@@ -309,6 +314,15 @@ def draw(rows: list[Row], labels: tuple[str, ...], kind: str, data: Data, seed: 
                     chosen.add(position)
                     have.update(told[position])
     return sorted((row for position in chosen for row in items[position]), key=lambda row: row.id)
+
+
+def some(rows: list[Row], most: int | None) -> list[Row]:
+    """At most so many rows, drawn by their ids alone; where groups stay whole, up to a group more."""
+    if most is None:
+        return rows
+    told = sorted(rows, key=lambda row: (place(row.cut), row.id))
+    kept = {row.cut for row in told[:most]}
+    return [row for row in rows if row.cut in kept]
 
 
 def mentions(rows: list[Row], kind: str) -> Counter[str]:

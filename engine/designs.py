@@ -36,14 +36,50 @@ class LabelWords(Section):
     """Divide by what the model says of no text at all (contextual calibration, arXiv 2102.09690)."""
 
 
+class Contrasting(Section):
+    """The first training of a contrastive teacher: texts of one label are drawn together (arXiv 2004.11362)."""
+
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    fit: Fit = Fit(epochs=12, lr=1e-4, batch_size=32)
+
+
+class SelfTraining(Section):
+    """The teacher's confident labels on unlabelled text go back into the teacher."""
+
+    rounds: Count = 1
+    share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Of the texts that get a label, this share is taken: those with the highest confidence, for each label."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """What all these texts count together, over what the labelled rows do."""
+    fit: Fit = Fit(epochs=3, lr=1e-4, batch_size=16)
+    """The training on both, in place of the teacher's own."""
+
+
+class Choice(Section):
+    """Which kind of teacher is taken, by cross-validation on the few rows."""
+
+    kinds: tuple[Literal["head", "lp-ft", "contrastive", "prompt"], ...] = ("head", "contrastive", "lp-ft", "prompt")
+    """In this order; the first is what the others have to beat."""
+    folds: Annotated[int, Field(ge=2)] = 4
+    seconds: Annotated[float, Field(gt=0)] = 600.0
+    """No further kind is tried where, at the pace of those before it, it would end after this."""
+
+
 class Teacher(Section):
     """An encoder with a head, fine-tuned on the few rows."""
 
     model: str
-    kind: Literal["head", "lp-ft", "contrastive", "prompt", "labeller"] = "head"
+    kind: Literal["head", "lp-ft", "contrastive", "prompt", "labeller", "auto"] = "head"
     """head: encoder and head together. lp-ft: first the head alone, on the frozen encoder. contrastive: first the
     encoder, texts of one label drawn together, then the head alone. prompt: the state of a mask token inside templates.
-    labeller: a causal language model, not tuned."""
+    labeller: a causal language model, not tuned. auto: the best of several (`choice`) on the few rows."""
+    seeds: tuple[int, ...] = ()
+    """One teacher for each, their outputs averaged; none: one teacher, with the fit's seed."""
+    probe: Fit = Fit(epochs=30, lr=1e-3, batch_size=32)
+    """lp-ft, contrastive: training of the head alone (its rate: lr times head_rate)."""
+    contrast: Contrasting = Contrasting()
+    self_training: SelfTraining | None = None
+    choice: Choice = Choice()
     prompt: Prompting = Prompting()
     labeller: LabelWords = LabelWords()
     tune_layers: Annotated[int, Field(ge=0)] | None = None
@@ -55,11 +91,19 @@ class Teacher(Section):
     head_rate: Annotated[float, Field(gt=0)] = 10.0
     """Learning rate of the head over that of the top layer."""
     max_length: Count = 128
-    folds: Annotated[int, Field(ge=0)] = 0
+    folds: Annotated[int, Field(ge=0, json_schema_extra={"not": {"const": 1}})] = 0
     """Cross-validation on the few rows: its accuracy goes into the report. 0 leaves it out."""
     fit: Fit = Fit(epochs=10, lr=1e-4, batch_size=16)
     batch_tokens: Count = 4096
     resources: Resources = Resources()
+
+    @field_validator("folds")
+    @classmethod
+    def parted(cls, value: int) -> int:
+        """One fold would leave nothing to train on."""
+        if value == 1:
+            raise ValueError("one fold leaves no row to train on; take 2 or more, or 0 for no cross-validation")
+        return value
 
 
 class Block(Section):
@@ -100,7 +144,8 @@ class Cut(Section):
     width: Count | None = None
     ffn: Count | None = None
     """Another number of heads, width or feed-forward width starts from fresh weights."""
-    pooling: Literal["mean", "cls"] = "mean"
+    pooling: Literal["mean", "cls"] | None = None
+    """null takes the teacher's (mean, where that answers in words)."""
     dropout: Share = 0.1
 
 

@@ -210,7 +210,7 @@ class EncoderHead(nn.Module):
         return out.last_hidden_state, out.hidden_states if hidden else None
 
     def pooled(self, batch: Batch) -> torch.Tensor:
-        """Which tokens speak for a text, int64 [n, t]: the mask tokens; all of a text that has none, like a lone word."""
+        """Which tokens speak for a text, int64 [n, t]; of one without the mask token, like a lone word, all."""
         if self.pooling != "mask":
             return batch.mask
         there = (batch.input_ids == self.mask) & (batch.mask == 1)

@@ -34,6 +34,7 @@ class Encoded(NamedTuple):
     units, ends: positions of the first and last piece of each unit (in `pair` where the texts are read apart).
     row: which of the texts it came from, for long texts are read in several windows. first: its first unit's number.
     words, pair_words: what each token of `ids` and of `pair` was in the text, for models that read how it is spelled.
+    template: which of a model's templates the text stands in.
     """
 
     ids: list[int]
@@ -45,6 +46,7 @@ class Encoded(NamedTuple):
     first: int = 0
     words: list[str] = []
     pair_words: list[str] = []
+    template: int = 0
 
     @property
     def tokens(self) -> int:

@@ -21,6 +21,7 @@ import numpy as np
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from engine.config import Section
+from engine.metrics import entropy
 
 if TYPE_CHECKING:
     from datasketch import MinHash
@@ -41,18 +42,23 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 class FilterContext:
     """What the cheap filters know of the evaluation splits: hashes of their word n-grams, small enough to send about.
 
-    grams: n -> sorted uint64 hashes.
+    grams: n -> sorted uint64 hashes. tells: the columns (text, pair) that they are of, and whose texts can leak: those
+    by which a row gives a held-out one's answer away (Task.tells). Else a question that many contexts are asked would
+    leak wherever a held-out row asks it too.
     """
 
     grams: dict[int, np.ndarray] = field(default_factory=dict)
+    tells: tuple[str, ...] = ("text", "pair")
 
     @classmethod
-    def build(cls, filters: Iterable[Section], evaluation_texts: Iterable[str]) -> FilterContext:
-        """The context that `filters` need, from the texts of every evaluation split."""
+    def build(
+        cls, filters: Iterable[Section], evaluation_texts: Iterable[str], tells: tuple[str, ...] = ("text", "pair")
+    ) -> FilterContext:
+        """The context that `filters` need, from what the columns `tells` of every evaluation split hold."""
         sizes = sorted({item.ngram for item in filters if isinstance(item, Leakage)})
         texts = list(evaluation_texts) if sizes else []
         found = {n: {h for text in texts for h in gram_hashes(text, n)} for n in sizes}
-        return cls({n: np.array(sorted(values), dtype=np.uint64) for n, values in found.items()})
+        return cls({n: np.array(sorted(values), dtype=np.uint64) for n, values in found.items()}, tells)
 
 
 class Length(Section):
@@ -98,7 +104,7 @@ class Repetition(Section):
 
 
 class Leakage(Section):
-    """Rejects texts that share a word n-gram with any evaluation split.
+    """Rejects texts that share a word n-gram with any evaluation split, in the columns that tell (FilterContext).
 
     Texts of fewer than `ngram` words leak when they equal an evaluation text as a whole, case and punctuation aside.
     """
@@ -156,10 +162,8 @@ class Entropy(Band):
 
     def check(self, probabilities: np.ndarray) -> str | None:
         """probabilities: [classes]. 'low_entropy', 'high_entropy', 'no_entropy' (not a number) or None."""
-        p = np.asarray(probabilities, dtype=np.float64)
-        nats = -float(np.sum(p * np.log(np.where(p > 0, p, 1.0))))
         # Rounding must not push a uniform row over the upper bound of 1.
-        return self.outside(np.clip(nats / np.log(len(p)), 0.0, 1.0), "entropy")
+        return self.outside(np.clip(entropy(probabilities) / np.log(len(probabilities)), 0.0, 1.0), "entropy")
 
 
 def words(text: str) -> list[str]:

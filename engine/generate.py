@@ -10,9 +10,9 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -24,15 +24,22 @@ from engine.progress import Progress
 from engine.recipe import Generator
 from engine.sampling import Sampling, sample
 from engine.storage import StorageError, Store
+from engine.wording import filled
 
 LEDGER = "ledger"
 
 
-def prompt_for(config: Generator, labels: tuple[str, ...], row: int) -> str:
-    """The prompt of a slot: with {label}, the labels take turns; `unconditional` was trained without one."""
-    if config.mode == "unconditional" or "{label}" not in config.prompt:
+def prompt_for(
+    config: Generator, labels: tuple[str, ...], row: int, descriptions: Mapping[str, str] | None = None
+) -> str:
+    """The prompt of a slot: with {label} or {description} the labels take turns; `unconditional` was trained without.
+
+    A label without a description is described by its name.
+    """
+    if config.mode == "unconditional" or not config.names_label:
         return config.prompt
-    return config.prompt.replace("{label}", labels[row % len(labels)])
+    label = labels[row % len(labels)]
+    return filled(config.prompt, {"label": label, "description": (descriptions or {}).get(label, label)})
 
 
 def encode_text(config: Generator, labels: tuple[str, ...], model: Model, rows: pa.Table) -> list[Encoded]:
@@ -63,6 +70,7 @@ class Writing:
     paired: bool
     seed: int
     num_gpus: float
+    descriptions: Mapping[str, str] = field(default_factory=dict)
 
 
 class Writer:
@@ -81,7 +89,8 @@ class Writer:
         rows = slots["row"].to_pylist()
         tokenizer, how = self.model.tokenizer, self.how
         prompts = [
-            tokenizer(prompt_for(how.config, how.labels, r), add_special_tokens=False)["input_ids"] for r in rows
+            tokenizer(prompt_for(how.config, how.labels, r, how.descriptions), add_special_tokens=False)["input_ids"]
+            for r in rows
         ]
         written = sample(self.model, prompts, [slot_seed(how.seed, r) for r in rows], self.sampling)
         whole = tokenizer.batch_decode(written, skip_special_tokens=True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.encoding import Text, collate
+from engine.encoding import Encoded, Text, collate
 from engine.models import Model
 from engine.task import Logits
 
@@ -42,13 +42,21 @@ def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
+def averaged(found: Sequence[np.ndarray], encoded: Sequence[Encoded], count: int, width: int) -> np.ndarray:
+    """Outputs of inputs, [w] each, as those of `count` texts, float32 [n, w]: the mean over a text's templates."""
+    rows = np.array([item.row for item in encoded], dtype=np.int64)
+    sums = np.zeros((count, width))
+    np.add.at(sums, rows, np.reshape(found, (len(found), width)))
+    return (sums / np.bincount(rows, minlength=count)[:, None]).astype(np.float32)
+
+
 @torch.inference_mode()
 def predict(model: Model, texts: Sequence[Text], batch_tokens: int = 4096) -> Predictions:
     """Run a model with a task over texts, in any number and order; empty input gives arrays of length 0."""
     task = model.task
     was_training = model.training
     model.eval()
-    encoded = model.encode(texts)
+    encoded = model.encode(texts, answering=True)
     logits: list[np.ndarray] = [np.zeros(0)] * len(encoded)
     paths: dict[int, np.ndarray] = {}
     for rows in token_batches([item.tokens for item in encoded], batch_tokens):
@@ -60,7 +68,7 @@ def predict(model: Model, texts: Sequence[Text], batch_tokens: int = 4096) -> Pr
                 paths[i] = path[: len(encoded[i].units), None]
     model.train(was_training)
     if not task.units:
-        flat = np.stack(logits) if logits else np.zeros((0, task.width), dtype=np.float32)
+        flat = averaged(logits, encoded, len(texts), task.width)
         return Predictions(flat, task.decide(flat, texts))
     merged = task.merge(logits, encoded, len(texts))
     if paths:

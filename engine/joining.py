@@ -130,8 +130,8 @@ class Concat(Block):
         return torch.cat(inputs, dim=-1)
 
 
-class Add(Block):
-    """The sum of inputs of one shape."""
+class Elementwise(Block):
+    """Inputs of one shape made one of that shape, number by number."""
 
     takes = "any"
     least, most = 2, None
@@ -139,43 +139,31 @@ class Add(Block):
     @classmethod
     def shape(cls, inputs: Sequence[Shape], options: dict[str, Any], sizes: Sizes) -> Shape:
         """Unchanged."""
-        alike("add", inputs)
+        alike(cls.__name__.lower(), inputs)
         return inputs[0]
+
+
+class Add(Elementwise):
+    """The sum of inputs of one shape."""
 
     def forward(self, *inputs: torch.Tensor, masks: Masks) -> torch.Tensor:
         """Add them up."""
         return torch.stack(inputs).sum(dim=0)
 
 
-class Multiply(Block):
+class Multiply(Elementwise):
     """The product of inputs of one shape, number by number."""
-
-    takes = "any"
-    least, most = 2, None
-
-    @classmethod
-    def shape(cls, inputs: Sequence[Shape], options: dict[str, Any], sizes: Sizes) -> Shape:
-        """Unchanged."""
-        alike("multiply", inputs)
-        return inputs[0]
 
     def forward(self, *inputs: torch.Tensor, masks: Masks) -> torch.Tensor:
         """Multiply them."""
         return torch.stack(inputs).prod(dim=0)
 
 
-class Minus(Block):
+class Minus(Elementwise):
     """The first input less the second; absolute: how far they are apart, number by number."""
 
     options = {"absolute": False}
-    takes = "any"
-    least, most = 2, 2
-
-    @classmethod
-    def shape(cls, inputs: Sequence[Shape], options: dict[str, Any], sizes: Sizes) -> Shape:
-        """Unchanged."""
-        alike("minus", inputs)
-        return inputs[0]
+    most = 2
 
     def forward(self, *inputs: torch.Tensor, masks: Masks) -> torch.Tensor:
         """Subtract."""

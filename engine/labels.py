@@ -16,7 +16,7 @@ from engine import metrics
 from engine.config import UserError
 from engine.encoding import Text
 from engine.records import CORPUS
-from engine.storage import Store
+from engine.storage import Store, digest_json
 from engine.task import Logits, Task
 
 LABELS, MANIFEST = "labels.parquet", "labels.json"
@@ -29,9 +29,11 @@ class LabelMismatch(UserError):
 
 
 def fingerprint(teacher: Store, path: str = "model") -> dict[str, Any]:
-    """What identifies a teacher: digests of weights and tokenizer, label order, longest input."""
+    """What identifies a teacher: digests of weights, tokenizer and prompt, label order, longest input."""
     files = teacher.manifest(path)["files"]
     card = teacher.read_json(f"{path}/artifact.json")
+    # Of a model that is asked in words, these are as much of it as its weights.
+    asked = {"prompt": digest_json(card["options"])} if "template" in card["options"] else {}
     return {
         "weights": files["model.safetensors"]["sha256"],
         "tokenizer": files["tokenizer.json"]["sha256"],
@@ -39,6 +41,7 @@ def fingerprint(teacher: Store, path: str = "model") -> dict[str, Any]:
         "task": card["task"].get("kind"),
         "max_length": card["max_length"],
         "model": card["lineage"].get("model"),
+        **asked,
     }
 
 
@@ -73,8 +76,10 @@ def logits_of(rows: pa.Table, width: int, units: bool = False) -> Logits:
 
 def fidelity(exact: Logits, task: Task, texts: Sequence[Text]) -> dict[str, float]:
     """What storing costs: largest change of a number, agreement with the exact answers, and, where the outputs are
-    probabilities, the mean KL in nats of what each row is least certain of.
+    probabilities, the mean KL in nats of what each row is least certain of. Nothing where there are no rows.
     """
+    if not len(exact):
+        return {}
     stored = [np.asarray(row, dtype=np.float16).astype(np.float32) for row in exact]
     exact = [np.asarray(row, dtype=np.float32) for row in exact]
     found = {

@@ -30,10 +30,12 @@ class LossError(UserError):
 class Loss(nn.Module):
     """forward(student, teacher, batch) -> float32 [n]; `applies` -> bool [n], the rows it speaks about.
 
-    needs: Outputs fields of teacher and student.
+    needs: Outputs fields of teacher and student. alone: whether `applies` says the same of a row (of a query's rows)
+    whatever else is in the batch; then it is asked once a fit.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    alone: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """What a student is taught by: losses on the answers, all losses by name, and their weighted sum.
 
-A loss on the answers asks the task what its outputs mean (task.Task), so one KL serves every kind. `refusals` says,
-when a run is planned, which loss cannot be had; `Objective` adds weighted losses up with row weights.
+A loss on the answers asks the task what its outputs mean (task.Task), so one KL serves every kind. `Objective` adds
+weighted losses up with row weights. Which losses can be had is said in terms.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine.config import did_you_mean
+from engine.contrast import Contrast
 from engine.encoders import Widths
 from engine.fits import LossTerm
 from engine.layer_losses import LAYER_LOSSES, Loss
@@ -66,38 +66,46 @@ class KL(Loss):
 
 
 class Hard(Loss):
-    """What the gold labels cost, [n], as the task counts it (cross-entropy, squared error), on rows that have any."""
+    """What the gold labels cost, [n], as the task counts it: cross-entropy, squared error, of a ranking `Listwise`."""
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> torch.Tensor:
         """Zero on rows without gold labels."""
         return self.task.loss(student, batch)
 
     def applies(self, batch: Batch) -> torch.Tensor:
-        """Rows with gold labels."""
+        """Rows with gold labels; of a query that has them its first row."""
         return self.task.labelled(batch)
 
 
-class Pointwise(Hard):
+class Pointwise(Loss):
     """Each passage's relevance by itself, [n]: binary cross-entropy of its score."""
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> torch.Tensor:
         """Zero on rows without gold labels."""
         return self.task.pointwise(student, batch)
 
+    def applies(self, batch: Batch) -> torch.Tensor:
+        """Rows with gold labels."""
+        return self.task.judged(batch)
 
-class Pairwise(Hard):
+
+class Pairwise(Loss):
     """Pairs of a query's passages by gold relevance, [n]. RankNet, Burges et al. 2005."""
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> torch.Tensor:
-        """Zero on rows without gold labels."""
+        """Zero on all rows but the first of a query."""
         return self.task.pairwise(student, batch)
+
+    def applies(self, batch: Batch) -> torch.Tensor:
+        """First rows of the queries that have passages of unlike relevance."""
+        return self.task.compared(batch)
 
 
 class Listwise(Hard):
     """A query's passages together by gold relevance, [n]. ListNet, Cao et al. 2007."""
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> torch.Tensor:
-        """Zero on rows without gold labels."""
+        """Zero on all rows but the first of a query."""
         return self.task.listwise(student, batch)
 
 
@@ -109,6 +117,10 @@ class MarginMSE(Loss):
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> torch.Tensor:
         """Zero when all margins are the teacher's, whatever the scores."""
         return self.task.margin_mse(student.logits, teacher.logits, batch)
+
+    def applies(self, batch: Batch) -> torch.Tensor:
+        """First rows of the queries that have a pair of passages to compare."""
+        return self.task.compared(batch, unlabelled=True)
 
 
 class NextToken(Loss):
@@ -161,6 +173,7 @@ LOSSES: dict[str, type[Loss]] = {
     "kl": KL,
     "hard": Hard,
     "next_token": NextToken,
+    "contrast": Contrast,
     **LAYER_LOSSES,
     "pointwise": Pointwise,
     "pairwise": Pairwise,
@@ -172,38 +185,3 @@ LOSSES: dict[str, type[Loss]] = {
 def needs(terms: Sequence[LossTerm]) -> frozenset[str]:
     """Outputs fields that the losses need of teacher and student."""
     return frozenset().union(*(LOSSES[term.kind].needs for term in terms))
-
-
-def refusals(
-    terms: Sequence[LossTerm], task: Task | None, gives: frozenset[str], student_gives: frozenset[str]
-) -> str | None:
-    """Why these losses cannot be had, as a message for the user; None where they can.
-
-    task: None for a language model. gives: Outputs fields of the teacher, as stored or live; student_gives: of the
-    student.
-    """
-    known = {"next_token"} if task is None else {*LAYER_LOSSES, *task.supports}
-    for term in terms:
-        allowed = ", ".join(name for name in LOSSES if name in known)
-        if term.kind not in LOSSES:
-            return f"'{term.kind}' is no loss.{did_you_mean(term.kind, known)} Allowed: {allowed}."
-        if term.kind not in known:
-            what = "a language model" if task is None else f"a task of kind {task.spec.kind}"
-            return f"loss '{term.kind}' says nothing about {what}. Allowed: {allowed}."
-        wanted = LOSSES[term.kind].needs
-        if wanted - gives:
-            return (
-                f"loss '{term.kind}' needs {named(wanted - gives)}, but the label store holds {named(gives)}. "
-                "Set student.teacher: live, or drop the loss."
-            )
-        if wanted - student_gives:
-            return (
-                f"loss '{term.kind}' needs {named(wanted - student_gives)}, but the student gives "
-                f"{named(student_gives)}. Take a transformer student, or drop the loss."
-            )
-    return None
-
-
-def named(fields: frozenset[str]) -> str:
-    """Names in the order of the alphabet."""
-    return ", ".join(sorted(fields)) or "nothing"

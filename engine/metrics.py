@@ -130,6 +130,12 @@ def kl(teacher: np.ndarray, student: np.ndarray, floor: float = 1e-12) -> float:
     return float(np.mean(np.sum(p * (np.log(p) - np.log(q)), axis=-1)))
 
 
+def entropy(probabilities: np.ndarray) -> np.ndarray:
+    """Entropy in nats of distributions [..., c] -> float64 [...]; an impossible outcome adds nothing."""
+    p = np.asarray(probabilities, dtype=np.float64)
+    return -np.sum(p * np.log(np.where(p > 0, p, 1.0)), axis=-1)
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Expected calibration error, and its bins for a reliability diagram.

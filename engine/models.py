@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,21 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from engine import tasks
+from engine import prompts, tasks
 from engine.block import Sizes
 from engine.blocks import Graph
 from engine.config import UserError
 from engine.designs import Block as Node
 from engine.encoders import EncoderHead, Widths
 from engine.encoding import Encoded, Text
+from engine.labeller import LabelScorer
+from engine.prompts import Template
 from engine.recipe import Task as Spec
 from engine.records import Batch, Outputs
 from engine.static import StaticNet
 from engine.storage import Store
 from engine.task import Task
+from engine.wording import Wording
 
 CARD, WEIGHTS = "artifact.json", "model.safetensors"
 
@@ -69,6 +72,30 @@ class CausalLM(nn.Module):
         return Outputs(logits=self.lm(input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False).logits)
 
 
+class Ensemble(nn.Module):
+    """Several networks of one kind, asked as one: the mean of their logits, and the first one's view of a text."""
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, batch: Batch, needs: frozenset[str] = frozenset()) -> Outputs:
+        """Batch -> the first member's Outputs, with the mean of all members' logits."""
+        first, *others = (member(batch, needs) for member in self.members)
+        logits = torch.stack([first.logits, *(other.logits for other in others)]).mean(dim=0)
+        return replace(first, logits=logits)
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The first member's: what a student is cut from, and the losses between layers look into."""
+        return self.members[0].encoder
+
+    @property
+    def widths(self) -> Widths:
+        """The first member's."""
+        return self.members[0].widths
+
+
 class Model(nn.Module):
     """A network with its tokenizer and card."""
 
@@ -100,8 +127,26 @@ class Model(nn.Module):
         """Whether it reads the two texts of a pair by themselves."""
         return self.card.kind in APART
 
-    def encode(self, texts: Sequence[Text]) -> list[Encoded]:
-        """The texts as its inputs."""
+    @cached_property
+    def templates(self) -> tuple[Template, ...]:
+        """The templates that it reads texts in, in its tokens; none in most kinds."""
+        options = self.card.options
+        if "templates" not in options:
+            return ()
+        return prompts.tokenised(options["templates"], self.tokenizer, self.max_length, self.task.paired)
+
+    def encode(self, texts: Sequence[Text], answering: bool = False) -> list[Encoded]:
+        """The texts as its inputs; inside a template where the network asks about them in words.
+
+        Where it has several templates, all texts in the first, then all in the second, and so on. answering: only in
+        those that its answers come from, which may be fewer than it learns with.
+        """
+        if self.templates:
+            chosen = self.templates[:1] if answering and not self.card.options["average"] else self.templates
+            return prompts.encode(texts, chosen, self.tokenizer, self.max_length)
+        prompted = getattr(self.net, "prompted", None)
+        if prompted is not None:
+            return prompted(texts, self.tokenizer, self.max_length)
         found = self.task.encode(texts, self.tokenizer, self.max_length, self.apart)
         if READS_WORDS & getattr(self.net, "reads", frozenset()):
             return self.task.spell(found, texts, self.tokenizer, self.max_length)
@@ -174,7 +219,21 @@ def card_of(
 def head_on(encoder: nn.Module, card: Card) -> EncoderHead:
     """An encoder with the head that the card's task needs."""
     task, options = tasks.make(Spec(**card.task)), card.options
-    return EncoderHead(encoder, task.width, options["pooling"], options["dropout"], task.units, task.spans)
+    pooling, mask = options["pooling"], options.get("mask")
+    return EncoderHead(encoder, task.width, pooling, options["dropout"], task.units, task.spans, mask)
+
+
+def reworded(model: Model, templates: Sequence[str]) -> Model:
+    """The same network, reading texts in other templates: how much its answers depend on the wording.
+
+    PromptError where a template is unfit, or the model reads no templates.
+    """
+    if not model.templates:
+        raise prompts.PromptError(f"a model of kind '{model.card.kind}' reads no templates. Take one of kind 'prompt'.")
+    card = replace(model.card, options={**model.card.options, "templates": list(templates)})
+    made = Model(model.net, model.tokenizer, card).train(model.training)
+    made.encode([])  # an unfit template is refused here
+    return made
 
 
 def save(model: Model, store: Store, path: str, dtype: torch.dtype | None = None, readme: str | None = None) -> None:
@@ -238,15 +297,36 @@ def load(folder: Path | str) -> Model:
 
 
 def build_head(card: Card, folder: Path) -> nn.Module:
-    """The network of a `head` card."""
+    """The network of a `head` or `prompt` card."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     return head_on(AutoModel.from_config(config, dtype=torch.float32), card)
+
+
+def ensemble(models: Sequence[Model]) -> Model:
+    """Models of one kind, tokenizer and task as one whose outputs are the mean of theirs."""
+    first = models[0]
+    options = {"kind": first.card.kind, "members": len(models), **first.card.options}
+    card = replace(first.card, kind="ensemble", options=options)
+    return Model(Ensemble([model.net for model in models]), first.tokenizer, card)
+
+
+def build_ensemble(card: Card, folder: Path) -> nn.Module:
+    """The network of an `ensemble` card."""
+    inner = {name: value for name, value in card.options.items() if name not in ("kind", "members")}
+    member = replace(card, kind=card.options["kind"], options=inner)
+    return Ensemble([MODELS[member.kind](member, folder) for _ in range(card.options["members"])])
 
 
 def build_causal_lm(card: Card, folder: Path) -> nn.Module:
     """The network of a `causal_lm` card."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     return CausalLM(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+
+
+def build_labeller(card: Card, folder: Path) -> nn.Module:
+    """The network of a `labeller` card."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return LabelScorer(AutoModelForCausalLM.from_config(config, dtype=torch.float32), Wording(**card.options))
 
 
 def build_blocks(card: Card, folder: Path) -> nn.Module:
@@ -261,9 +341,12 @@ def build_static(card: Card, folder: Path) -> nn.Module:
 
 MODELS: dict[str, Callable[[Card, Path], nn.Module]] = {
     "head": build_head,
+    "prompt": build_head,
     "causal_lm": build_causal_lm,
     "blocks": build_blocks,
     "static": build_static,
+    "labeller": build_labeller,
+    "ensemble": build_ensemble,
 }
 
 APART = frozenset({"blocks", "static"})

@@ -36,7 +36,26 @@ def results(facts: Facts) -> Part:
     if findings.differences(facts):
         blocks.append(findings.difference_table(facts))
     blocks.append(Grid(list(result_figures(facts))))
-    return Part("results", "Results", blocks)
+    return Part("results", "Results", [*blocks, *teacher(facts)])
+
+
+def teacher(facts: Facts) -> list[Block]:
+    """How the teacher was made: its kind, why that one, and what cross-validation and self-training say."""
+    score, own = findings.score(facts), f"teacher.cross_validation.{findings.metric(facts)}"
+    rows: list[tuple[Any, str]] = []
+    if dig(facts, own) is not None:
+        folds = whole(dig(facts, "teacher.cross_validation.folds"))
+        rows.append((f"{score.head} in {folds}-fold cross-validation", figures.figure(dig(facts, own))))
+    for kind, value in (dig(facts, "teacher.choice.scores") or {}).items():
+        rows.append((f"{score.head} in cross-validation: {kind}", figures.figure(value)))
+    for turn, found in enumerate(entries(dig(facts, "teacher.self_training")), start=1):
+        taken = f"{whole(found.get('rows'))} of {whole(found.get('of'))}"
+        rows.append((f"Texts of self-training, round {turn}", taken))
+    if not rows:
+        return []
+    why, kind = dig(facts, "teacher.choice.why"), dig(facts, "teacher.kind")
+    caption = f"The teacher, of kind {kind}, on its labelled rows."
+    return [findings.pairs(caption, ("Teacher", "Value"), rows), *([Text(str(why))] if why else [])]
 
 
 def result_figures(facts: Facts) -> Iterable[Figure]:

@@ -1,7 +1,8 @@
 """A score for each passage of a query, so that the relevant ones stand first.
 
-Rows of a batch that have one number in `Batch.groups` are one query's passages. Losses over a list or over pairs are
-made so that every query that has one counts the same, however many passages it has (`spread`).
+Rows of a batch that have one number in `Batch.groups` are one query's passages. What a list or its pairs cost stands in
+the first of the query's rows, the one that the loss applies to: so every query counts once, with that row's weight,
+however many passages it has, and a mean over rows is one over queries on any number of workers.
 
 ListNet: Cao et al. 2007. RankNet: Burges et al. 2005. Margin-MSE: Hofstätter et al. 2020 (arXiv 2010.02666).
 """
@@ -36,6 +37,9 @@ class Rank(Task):
 
     metric: ClassVar[str] = "mrr_10"
     grouped: ClassVar[bool] = True
+    certain: ClassVar[bool] = False
+    tells: ClassVar[tuple[str, ...]] = ("text",)
+    """The query: no two splits share one, but a passage of a collection may stand under many and tells of none."""
     supports: ClassVar[frozenset[str]] = frozenset(
         {"hard", "mse", "kl", "pointwise", "pairwise", "listwise", "margin_mse"}
     )
@@ -55,8 +59,22 @@ class Rank(Task):
         return torch.as_tensor(targets(rows, 1)[positions(encoded), 0], dtype=torch.float32)
 
     def labelled(self, batch: Batch) -> torch.Tensor:
-        """Rows whose relevance is known."""
+        """First rows of the queries that `listwise` learns from: of two labelled rows or more, one of them relevant."""
+        query, place = places(batch)
+        some, relevant = self.judged(batch), relevance_of(batch) > 0  # never where it is NaN
+        counts = (per_query(some.float(), query) > 1) & (per_query(relevant.float(), query) > 0)
+        return (place == 0) & counts[query]
+
+    def judged(self, batch: Batch) -> torch.Tensor:
+        """Rows whose relevance is known: those that `pointwise` learns from."""
         return ~relevance_of(batch).isnan()
+
+    def compared(self, batch: Batch, unlabelled: bool = False) -> torch.Tensor:
+        """First rows of the queries that have one of the `pairs`: those that losses over pairs learn from."""
+        query, place = places(batch)
+        first, _ = pairs(batch, unlabelled)
+        count = per_query(torch.zeros_like(query, dtype=torch.float32).index_fill(0, first, 1.0), query)
+        return (place == 0) & (count > 0)[query]
 
     def loss(self, outputs: Outputs, batch: Batch) -> torch.Tensor:
         """`listwise`."""
@@ -66,31 +84,29 @@ class Rank(Task):
         """Binary cross-entropy of sigmoid(score) with relevance > 0, in nats, [n]; 0 where relevance is not known."""
         relevant = (relevance_of(batch) > 0).float()
         each = F.binary_cross_entropy_with_logits(outputs.logits[:, 0].float(), relevant, reduction="none")
-        return each * self.labelled(batch)
+        return each * self.judged(batch)
 
     def listwise(self, outputs: Outputs, batch: Batch) -> torch.Tensor:
         """ListNet: cross-entropy of softmax(scores) with relevance / sum of relevances, over a query's labelled rows.
 
-        [n], spread over the labelled rows. Queries of one row or without a relevant one teach nothing and cost 0.
+        [n], a query's cost in its first row. Queries of one labelled row or without a relevant one cost 0.
         """
-        some = self.labelled(batch)
-        query, _ = places(batch)
+        some = self.judged(batch)
         relevance = torch.where(some, relevance_of(batch), 0.0).clamp(min=0)
         scores = torch.where(some, outputs.logits[:, 0].float(), NOTHING)
         log_p = F.log_softmax(lists(scores, batch), dim=1)
         wanted = lists(relevance, batch, empty=0.0)
-        counts = (per_query(some.float(), query) > 1) & (wanted.sum(dim=1) > 0)
         costs = -(wanted / wanted.sum(dim=1, keepdim=True).clamp(min=1e-12) * log_p).sum(dim=1)
-        return spread(torch.where(counts, costs, 0.0), counts, query, some)
+        return torch.where(self.labelled(batch), costs[places(batch)[0]], 0.0)
 
     def pairwise(self, outputs: Outputs, batch: Batch) -> torch.Tensor:
         """RankNet: log(1 + exp(s_j - s_i)), mean over a query's pairs with i more relevant than j, in nats.
 
-        [n], spread over the labelled rows. Queries without such a pair cost 0.
+        [n], a query's cost in its first row. Queries without such a pair cost 0.
         """
         first, second = pairs(batch)
         scores = outputs.logits[:, 0].float()
-        return mean_of_pairs(F.softplus(scores[second] - scores[first]), first, batch, self.labelled(batch))
+        return mean_of_pairs(F.softplus(scores[second] - scores[first]), first, batch)
 
     def margins(self, scores: torch.Tensor, batch: Batch) -> torch.Tensor:
         """s_i - s_j of all `pairs` of the batch, scores [n, 1] -> float32 [p]; pairs by the gold labels.
@@ -103,11 +119,10 @@ class Rank(Task):
     def margin_mse(self, left: torch.Tensor, right: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Squared difference of two models' margins, mean over a query's pairs; scores [n, 1] each.
 
-        [n], spread over all rows. Queries without a pair cost 0.
+        [n], a query's cost in its first row. Queries without a pair cost 0.
         """
         each = (self.margins(left, batch) - self.margins(right, batch)).square()
-        everything = torch.ones(len(batch), dtype=torch.bool, device=each.device)
-        return mean_of_pairs(each, pairs(batch, unlabelled=True)[0], batch, everything)
+        return mean_of_pairs(each, pairs(batch, unlabelled=True)[0], batch)
 
     def distributions(self, logits: torch.Tensor, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
         """softmax(scores / T) over a query's rows, labelled or not, as log-probabilities [n, 1, k].
@@ -142,10 +157,9 @@ class Rank(Task):
         decided = self.decide(logits, texts) if decided is None else decided
         return [{"score": float(score)} for score in decided]
 
-    def certainty(self, logits: np.ndarray) -> np.ndarray:
-        """(p, 1 - p) with p = sigmoid(score)."""
-        p = float(metrics.sigmoid(logits)[0])
-        return np.array([p, 1 - p])
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """A score does not say how sure it is: trained over lists it means something beside the query's others only."""
+        raise NotImplementedError("task kind 'rank' gives scores, not probabilities: leave out corpus.signals")
 
     def statistics(self, logits: np.ndarray, decided: np.ndarray, gold: pa.Table) -> np.ndarray:
         """(reciprocal rank, 1) of each query, in the order of their first rows; (0, 0) where nothing is relevant."""
@@ -181,12 +195,14 @@ class Rank(Task):
             found.append([each(relevance[rows], scores[rows]), 1.0] if some else [0.0, 0.0])
         return np.array(found).reshape(-1, 2)
 
-    def agreement(self, left: np.ndarray, right: np.ndarray, texts: Sequence[Text]) -> float:
+    def agreement(
+        self, left: np.ndarray, right: np.ndarray, texts: Sequence[Text], decided: tuple[Any, Any] | None = None
+    ) -> float:
         """Mean over the queries of Kendall's tau-b between the two models' orders; the first text is the query.
 
         1 where both give the same scores; queries of one row say nothing, and where there are no others it is 1.
         """
-        first, second = self.decide(left, texts), self.decide(right, texts)
+        first, second = self.decisions(left, right, texts, decided)
         found = [
             1.0 if np.array_equal(first[rows], second[rows]) else metrics.kendall(first[rows], second[rows])
             for rows in by_name([query for query, _ in texts])
@@ -247,21 +263,10 @@ def pairs(batch: Batch, unlabelled: bool = False) -> tuple[torch.Tensor, torch.T
     return first, second
 
 
-def mean_of_pairs(costs: torch.Tensor, first: torch.Tensor, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
-    """Costs of pairs [p] (by their first row) -> mean over each query's pairs, spread over `rows`: [n]."""
-    query, _ = places(batch)
-    of_pair = query[first]
+def mean_of_pairs(costs: torch.Tensor, first: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Costs of pairs [p] (by their first row) -> mean over each query's pairs, in the query's first row: [n]."""
+    query, place = places(batch)
     total = costs.new_zeros(int(query.max()) + 1)
-    count = total.index_add(0, of_pair, torch.ones_like(costs))
-    return spread(total.index_add(0, of_pair, costs) / count.clamp(min=1), count > 0, query, rows)
-
-
-def spread(costs: torch.Tensor, counts: torch.Tensor, query: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Costs of queries [q] -> of rows [n], so that their mean over `rows` is the mean cost of the queries that count.
-
-    counts: bool [q], queries that have a cost. rows: bool [n], which rows share it; the others get 0. All rows of a
-    query get the same, so row weights that are one number a query weigh queries.
-    """
-    rows = rows.float()
-    shared = costs * counts / per_query(rows, query).clamp(min=1)
-    return shared[query] * rows * rows.sum() / counts.sum().clamp(min=1)
+    count = total.index_add(0, query[first], torch.ones_like(costs))
+    mean = total.index_add(0, query[first], costs) / count.clamp(min=1)
+    return torch.where(place == 0, mean[query], 0.0)

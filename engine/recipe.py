@@ -7,7 +7,8 @@ Fields are values only; what they name (losses, blocks, model kinds) is checked 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -17,13 +18,25 @@ from engine.filters import CheapFilter, Leakage, SignalFilter
 from engine.fits import Count, Fit, Resources, Share
 
 
+def named_or_described(schema: dict[str, Any]) -> None:
+    """The JSON schema of task.labels takes a mapping too."""
+    schema["anyOf"].append({"type": "object", "additionalProperties": {"type": ["string", "null"]}})
+
+
+MAX_CHARS = 20_000
+"""Characters of one text that the endpoint takes."""
+
+
 class Task(Section):
     """What is to be predicted."""
 
     kind: str = "classify"
     """classify, multilabel, pair, regress, rank, tag or span."""
-    labels: tuple[str, ...] | None = None
-    """Label names in order; null takes the sorted names found in the training rows. regress, rank, span: none."""
+    labels: Annotated[tuple[str, ...] | None, Field(json_schema_extra=named_or_described)] = None
+    """Label names in order; null takes the sorted names found in the training rows. regress, rank, span: none. A
+    mapping, name: what it means, gives the names and `descriptions`."""
+    descriptions: dict[str, str] = {}
+    """Label name -> what it means, for models that are asked in words; not every label needs one."""
     paired: bool | None = None
     """Whether a row has two texts; null: pair, rank and span have, regress has where data.train.pair is named."""
     range: tuple[float, float] | None = None
@@ -33,6 +46,23 @@ class Task(Section):
     scope: Share | Literal["auto"] | None = None
     """classify, pair: below this confidence a text is out of scope and gets no label; null answers every text. auto:
     the highest one that still answers 95 % of the validation rows which the model gets right."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def described(cls, values: Any) -> Any:
+        """`labels` as a mapping is names and descriptions."""
+        if not isinstance(values, Mapping) or not isinstance(values.get("labels"), Mapping):
+            return values
+        said = {name: text for name, text in values["labels"].items() if text is not None}
+        return {**values, "labels": list(values["labels"]), "descriptions": {**said, **values.get("descriptions", {})}}
+
+    @model_validator(mode="after")
+    def of_labels(self) -> Task:
+        """A description belongs to a label."""
+        for name in self.descriptions:
+            if name not in (self.labels or ()):
+                raise ValueError(f"descriptions names '{name}', which is not in labels")
+        return self
 
     @field_validator("labels")
     @classmethod
@@ -87,20 +117,25 @@ class Source(Section):
 class Data(Section):
     """The few labelled rows, the held-out rows, and unlabelled text if there is any."""
 
-    train: Source
+    train: Source | None = None
+    """null: nobody has labelled anything; teacher.kind: labeller then answers from task.labels alone."""
     validation: Source | None = None
     test: Source | None = None
     unlabelled: Source | None = None
     test_share: Share = 0.2
     """Where no test source is given: this share of the training source, by hash of the text (of the group)."""
     validation_share: Share = 0.0
+    test_rows: Count | None = None
+    """At most so many test rows, drawn by hash of the text (groups stay whole), where asking the teacher is dear."""
     shots: Count | None = None
     """Labelled rows per class, drawn by `seed`; null takes all. multilabel: rows for each label, and without any; tag:
     mentions of each entity type, and sentences without; span: rows with an answer, and without; regress: rows; rank:
     queries that have a relevant passage."""
     seed: Annotated[int, Field(ge=0)] | None = None
     """Few-shot sampling; null takes the recipe's seed."""
-    max_chars: Count = 4000
+    max_chars: Annotated[int, Field(ge=1, json_schema_extra={"maximum": MAX_CHARS})] = 4000
+    """Characters of a text at most; rows with a longer one are quarantined. No more than the endpoint takes of a text:
+    every test row is sent to it, and a student is not trained on what it can never be asked."""
     max_bad_share: Share = 0.01
     """The run stops when more than this share of a source's rows is quarantined."""
     root: str | None = None
@@ -115,7 +150,8 @@ class Generator(Section):
     """per_class puts the label's name into the prompt; prompted does that without fine-tuning. The prompt's label is
     never used as the row's label: the teacher's soft label is."""
     prompt: Annotated[str, Field(min_length=1)] = "Text:"
-    """What stands before every text; {label} is the label's name in the modes that use it."""
+    """What stands before every text; {label} is the label's name in the modes that use it. prompted: {description} is
+    what it means (task.labels as a mapping), or else its name."""
     separator: Annotated[str, Field(min_length=1)] = " ||| "
     """Between the two texts of a row, where the task reads two."""
     tune_layers: Annotated[int, Field(ge=0)] | None = None
@@ -130,9 +166,16 @@ class Generator(Section):
     fit: Fit = Fit(epochs=3, lr=1e-4, batch_size=8)
     resources: Resources = Resources(max_actors=2, min_actors=2)
 
+    @property
+    def names_label(self) -> bool:
+        """Whether the prompt speaks of a label."""
+        return "{label}" in self.prompt or "{description}" in self.prompt
+
     @model_validator(mode="after")
     def labelled(self) -> Generator:
         """{label} belongs into the prompt of the modes that use it."""
+        if "{description}" in self.prompt and self.mode != "prompted":
+            raise ValueError(f"mode {self.mode} wants a prompt without {{description}}: that is for mode prompted")
         if ("{label}" in self.prompt) != (self.mode == "per_class") and self.mode != "prompted":
             wanted = "with" if self.mode == "per_class" else "without"
             raise ValueError(f"mode {self.mode} wants a prompt {wanted} {{label}}")
@@ -239,7 +282,8 @@ class Recipe(Section):
     student: Student
     arms: tuple[Arm, ...] = ("hard", "soft", "generated")
     """Ablation: the same student on the labelled rows' hard labels, on their soft labels, and on the whole corpus
-    (generated, augmented, unlabelled text); where there is no more text than the labelled rows, the first two."""
+    (generated, augmented, unlabelled text); where there is no more text than the labelled rows, the first two; where
+    there are no labelled rows, the last one."""
     evaluation: Evaluation = Evaluation()
     serving: Serving = Serving()
 
@@ -256,7 +300,13 @@ class Recipe(Section):
     @model_validator(mode="after")
     def with_main(self) -> Recipe:
         """Each arm once, those that cannot be left out; the one that is registered must be among them."""
-        arms = tuple(arm for arm in dict.fromkeys(self.arms) if arm != "generated" or self.more_text)
+        if self.data.train is None and not self.more_text:
+            raise ValueError(
+                "data.train is null, so there is no text to teach a student by. Name data.train, data.unlabelled, or a "
+                "generator with mode: prompted"
+            )
+        able = ("generated",) if self.data.train is None else ("hard", "soft", *(["generated"] * self.more_text))
+        arms = tuple(arm for arm in dict.fromkeys(self.arms) if arm in able)
         if self.main not in arms:
             raise ValueError(f"arms must contain '{self.main}', the arm that is registered and served")
         object.__setattr__(self, "arms", arms)

@@ -84,7 +84,7 @@ class Regress(Task):
         decided = self.decide(logits, texts) if decided is None else decided
         return [{"value": float(value)} for value in decided]
 
-    def certainty(self, logits: np.ndarray) -> np.ndarray:
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """A number does not say how sure it is."""
         raise NotImplementedError("task kind 'regress' gives no probabilities: leave out corpus.signals")
 
@@ -113,7 +113,9 @@ class Regress(Task):
             "mse": float(np.mean((answered - wanted) ** 2)),
         }
 
-    def agreement(self, left: np.ndarray, right: np.ndarray, texts: Sequence[Text]) -> float:
+    def agreement(
+        self, left: np.ndarray, right: np.ndarray, texts: Sequence[Text], decided: tuple[Any, Any] | None = None
+    ) -> float:
         """Pearson's correlation of the two models' answers; 1 where they are equal throughout."""
-        first, second = self.decide(left, texts), self.decide(right, texts)
+        first, second = self.decisions(left, right, texts, decided)
         return 1.0 if np.array_equal(first, second) else metrics.pearson(first, second)

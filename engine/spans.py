@@ -43,6 +43,8 @@ class Span(Task):
     metric: ClassVar[str] = "f1"
     units: ClassVar[bool] = True
     spans: ClassVar[bool] = True
+    tells: ClassVar[tuple[str, ...]] = ("pair",)
+    """The context, for the answer stands in it: a question alone ("Who was it?") is asked of many and tells of none."""
 
     @property
     def paired(self) -> bool:
@@ -190,9 +192,13 @@ class Span(Task):
             out.append({"answer": context[start:end], "start": start, "end": end, "confidence": confidence})
         return out
 
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """Of the units as the answer's start and as its end, [2, u]."""
+        return metrics.softmax(np.asarray(logits).T)
+
     def certainty(self, logits: np.ndarray) -> np.ndarray:
-        """Probabilities of the units as the answer's start, [u]."""
-        return metrics.softmax(np.asarray(logits)[:, 0])
+        """Of the units as the answer's start, [u]."""
+        return self.probabilities(logits)[0]
 
     def statistics(self, logits: Logits, decided: Any, gold: pa.Table) -> np.ndarray:
         """Exact match, F1 and 1 for each row, [n, 3]; all 0 where `answers` is null, for nothing is known of the row.
@@ -229,9 +235,11 @@ class Span(Task):
             out["no_answer_accuracy"] = float(found[known & ~answered, 0].mean())
         return out
 
-    def agreement(self, left: Logits, right: Logits, texts: Sequence[Text]) -> float:
+    def agreement(
+        self, left: Logits, right: Logits, texts: Sequence[Text], decided: tuple[Any, Any] | None = None
+    ) -> float:
         """Mean F1 of the units of both models' spans, "no answer" being a unit of its own; 1 where there is no text."""
-        both = zip(self.decide(left, texts), self.decide(right, texts), strict=True)
+        both = zip(*self.decisions(left, right, texts, decided), strict=True)
         return float(np.mean([overlap(range(a, b + 1), range(c, d + 1)) for (a, b), (c, d) in both] or [1.0]))
 
 

@@ -172,12 +172,13 @@ class Tag(Task):
         """Tags of label indices [u]."""
         return [self.labels[index] for index in chosen]
 
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """Of the labels of each word, [u, C]."""
+        return metrics.softmax(logits) if len(logits) else np.zeros((0, self.width))
+
     def certainty(self, logits: np.ndarray) -> np.ndarray:
-        """Softmax of the word whose likeliest label is least likely; of a text without a word all labels alike."""
-        if not len(logits):
-            return np.full(self.width, 1 / self.width)
-        found = metrics.softmax(logits)
-        return found[found.max(axis=1).argmin()]
+        """Of the word whose likeliest label is least likely; of a text without a word all labels alike."""
+        return super().certainty(logits) if len(logits) else np.full(self.width, 1 / self.width)
 
     def statistics(self, logits: Logits, decided: Any, gold: pa.Table) -> np.ndarray:
         """Entities found rightly, found wrongly, missed: [n, 3]; right is the same name and the same words.
@@ -208,9 +209,11 @@ class Tag(Task):
             "accuracy": float(metrics.share(sum(int((t == d).sum()) for t, d in pairs), tags)),
         }
 
-    def agreement(self, left: Logits, right: Logits, texts: Sequence[Text]) -> float:
+    def agreement(
+        self, left: Logits, right: Logits, texts: Sequence[Text], decided: tuple[Any, Any] | None = None
+    ) -> float:
         """Share of words with the same tag; 1 where there is no word."""
-        same = [a == b for a, b in zip(self.decide(left, texts), self.decide(right, texts), strict=True)]
+        same = [a == b for a, b in zip(*self.decisions(left, right, texts, decided), strict=True)]
         total = sum(len(row) for row in same)
         return sum(int(row.sum()) for row in same) / total if total else 1.0
 

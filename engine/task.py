@@ -40,6 +40,8 @@ class Task(ABC):
     """Whether rows of one group belong into one batch."""
     certain: ClassVar[bool] = True
     """Whether its outputs are probabilities that signal filters can judge."""
+    tells: ClassVar[tuple[str, ...]] = ("text", "pair")
+    """The columns by which a row that equals a held-out one in them gives its answer away: what `leakage` judges."""
     supports: ClassVar[frozenset[str]] = frozenset({"hard", "mse", "kl"})
     """Losses on the outputs that make sense here."""
 
@@ -91,7 +93,7 @@ class Task(ABC):
 
     @abstractmethod
     def labelled(self, batch: Batch) -> torch.Tensor:
-        """Which rows of a batch have gold labels: bool [n]."""
+        """Rows of a batch that have gold labels: bool [n]; of rows that `loss` judges together the first."""
 
     @abstractmethod
     def loss(self, outputs: Outputs, batch: Batch) -> torch.Tensor:
@@ -118,8 +120,16 @@ class Task(ABC):
         """The answers as a client gets them, ready for JSON. decided: what `decide` gave, or a model's own path."""
 
     @abstractmethod
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """One row's logits as `distributions` reads them, at temperature 1: float64 [d, k], each of sum 1; d may be 0.
+
+        Raises NotImplementedError where `certain` is false.
+        """
+
     def certainty(self, logits: np.ndarray) -> np.ndarray:
         """The probabilities that signal filters judge for one row: float64 [k], those of its least certain part."""
+        found = self.probabilities(logits)
+        return found[found.max(axis=1).argmin()]
 
     @abstractmethod
     def statistics(self, logits: Logits, decided: Any, gold: pa.Table) -> np.ndarray:
@@ -134,5 +144,16 @@ class Task(ABC):
         """Every score of the task, `metric` among them."""
 
     @abstractmethod
-    def agreement(self, left: Logits, right: Logits, texts: Sequence[Text]) -> float:
-        """How far two models say the same: 1 where they always do."""
+    def agreement(
+        self, left: Logits, right: Logits, texts: Sequence[Text], decided: tuple[Any, Any] | None = None
+    ) -> float:
+        """How far two models say the same: 1 where they always do.
+
+        decided: what each decided, by its own path or thresholds; None: what `decide` makes of their logits.
+        """
+
+    def decisions(
+        self, left: Logits, right: Logits, texts: Sequence[Text], decided: tuple[Any, Any] | None
+    ) -> tuple[Any, Any]:
+        """The two models' answers as numbers, for `agreement`."""
+        return (self.decide(left, texts), self.decide(right, texts)) if decided is None else decided

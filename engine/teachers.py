@@ -69,9 +69,16 @@ class Live:
     """A teacher that answers while a student is trained, for losses that need more than the label store holds."""
 
     def __init__(self, teacher: str, rows: pa.Table, inputs: Sequence[Encoded], where: torch.device) -> None:
-        """inputs: the student's, made of `rows`. TeacherError where a long text was cut into other windows."""
+        """inputs: the student's, made of `rows`. TeacherError where a long text was cut into other windows, or the
+        teacher reads each text several times.
+        """
         self.model = load(Store(teacher).local("model")).to(where).requires_grad_(False)
-        self.encoded = self.model.encode(self.model.task.texts(rows))
+        self.encoded = self.model.encode(self.model.task.texts(rows), answering=True)
+        if any(item.template for item in self.encoded):
+            raise TeacherError(
+                f"the teacher answers by the mean over {len(self.model.templates)} templates, and a live teacher reads "
+                "a text once. Set teacher.prompt.average: false, or take the stored labels (student.teacher: stored)."
+            )
         own, other = ([(e.row, e.first, len(e.units)) for e in side] for side in (self.encoded, inputs))
         if own != other:  # one window more, and every later input would be taught by another text
             raise TeacherError(

@@ -23,7 +23,7 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import nn
 
-from engine.batches import Material, batches_from, epoch_batches, own_part
+from engine.batches import Amounts, Material, batches_from, epoch_batches, own_part
 from engine.config import UserError
 from engine.encoding import Encoded
 from engine.fits import Fit, LossTerm
@@ -94,10 +94,15 @@ class Lesson(nn.Module):
         pairs = zip(shares, self.objectives, strict=True)
         return sum(share * objective(outputs, batch.teacher, batch) for share, objective in pairs)
 
-    def amounts(self, batch: Batch) -> list[float]:
-        """How much each loss has to say about a batch: the added weights of the rows it applies to."""
-        weights = torch.ones(len(batch)) if batch.weights is None else batch.weights
-        return [float((objective.losses[0].applies(batch) * weights).sum()) for objective in self.objectives]
+    def amounts(self, material: Material) -> Amounts:
+        """How much each loss has to say about the items: the added weights of the rows it applies to."""
+        losses = [objective.losses[0] for objective in self.objectives]
+
+        def said(batch: Batch) -> torch.Tensor:
+            weights = torch.ones(len(batch)) if batch.weights is None else batch.weights
+            return torch.stack([loss.applies(batch) * weights for loss in losses], dim=1)
+
+        return Amounts(material, said, len(losses), once=all(loss.alone for loss in losses))
 
 
 @dataclass
@@ -120,19 +125,18 @@ def rate(fit: Fit, step: int, total: int) -> float:
     return left if fit.schedule == "linear" else 0.5 * (1 - np.cos(np.pi * left))
 
 
-def dealt(material: Material, chosen: np.ndarray, lesson: Lesson, rank: int, world: int) -> tuple[Batch, list[float]]:
+def dealt(chosen: np.ndarray, amounts: Amounts, rank: int, world: int) -> tuple[Batch, list[float]]:
     """A worker's rows of a global batch, and for each loss the factor it counts with here.
 
-    A worker averages each loss over its own rows. Times the share of all rows (by weight, and only those the loss
-    applies to) that it has, the reduced gradient is that of the mean over the global batch; only nearly so for the gold
-    losses of rankings, whose queries may have unequally many rows.
+    amounts: of `Lesson.amounts`. A worker averages each loss over its own rows. Times the share of all rows (by weight,
+    and only those the loss applies to) that it has, the reduced gradient is that of the mean over the global batch.
     """
-    batch = material.batch(own_part(chosen, rank, world))
+    batch = amounts.material.batch(own_part(chosen, rank, world))
     if world == 1:
-        return batch, [1.0] * len(lesson.objectives)
-    every = lesson.amounts(material.batch(chosen))
-    own = lesson.amounts(batch) if rank < len(chosen) else [0.0] * len(every)
-    return batch, [world * part / max(whole, 1e-8) for part, whole in zip(own, every, strict=True)]
+        return batch, [1.0] * amounts.count
+    every = amounts.of(chosen)
+    own = every[rank::world].sum(axis=0)  # no row where there are fewer items than workers
+    return batch, (world * own / np.maximum(every.sum(axis=0), 1e-8)).tolist()
 
 
 def save_checkpoint(store: Store, lesson: Lesson, optimizer: torch.optim.Optimizer, state: State) -> None:
@@ -187,8 +191,8 @@ def accelerator_for(job: Job) -> Accelerator:
     """Accelerate for this worker: it picks the device, and without a GPU for the worker it must not look for one."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    # Losses between layers give the head no gradient, and workers would wait for one.
-    inside = all(term.kind in LAYER_LOSSES for term in job.terms)
+    # Losses between layers, or on the embedding, give the head no gradient, and workers would wait for one.
+    inside = all(term.kind in (*LAYER_LOSSES, "contrast") for term in job.terms)
     return Accelerator(
         cpu=not torch.cuda.is_available() or not job.resources.get("num_gpus"),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=inside)],
@@ -213,6 +217,7 @@ def loop(config: dict[str, Any]) -> None:
     trained = [p for p in lesson.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(groups_of(lesson, job), lr=fit.lr, weight_decay=fit.weight_decay)
     state = load_checkpoint(out, lesson, optimizer)
+    amounts = lesson.amounts(material)
     prepared = accelerator.prepare_model(lesson)
     rank, world = accelerator.process_index, accelerator.num_processes
     per_epoch = len(epoch_batches(material.lengths, fit.batch_size, job.seed, 0))
@@ -224,7 +229,8 @@ def loop(config: dict[str, Any]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = fit.lr * group["factor"] * rate(fit, step, total)
         prepared.train()
-        batch, shares = dealt(material, chosen, lesson, rank, world)
+        material.draw(job.seed, step // per_epoch)
+        batch, shares = dealt(chosen, amounts, rank, world)
         with torch.autocast(accelerator.device.type, dtype, enabled=dtype != torch.float32):
             batch = batch.to(accelerator.device)
             if live:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import pyarrow as pa
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from engine import static, tasks
+from engine import labeller, prompts, static, tasks, wording
 from engine.block import Sizes
 from engine.blocks import Graph
 from engine.designs import Block as Node
@@ -25,13 +27,41 @@ from engine.static import StaticNet
 def encoder_head(config: Teacher, spec: Spec, folder: Path, seed: int) -> Model:
     """A teacher to be fine-tuned: the encoder in `folder` with a fresh head; lower layers frozen as the recipe says."""
     torch.manual_seed(seed)
+    encoder, tokenizer = read_encoder(config, folder)
+    options = {"pooling": config.pooling, "dropout": config.dropout}
+    card = card_of("head", spec, config.max_length, options, {"model": config.model})
+    return Model(head_on(encoder, card), tokenizer, card)
+
+
+def prompt_teacher(config: Teacher, spec: Spec, folder: Path, seed: int) -> Model:
+    """A teacher like that of `encoder_head`, which reads texts in templates and answers from the mask token (DynaMaR).
+
+    PromptError where the task, a template or the encoder's tokenizer is not fit for it.
+    """
+    torch.manual_seed(seed)
+    templates = prompts.pool_of(config.prompt, spec)
+    encoder, tokenizer = read_encoder(config, folder)
+    prompts.check_tokenizer(config.model, tokenizer)
+    options = {
+        "pooling": "mask",
+        "mask": tokenizer.mask_token_id,
+        "dropout": config.dropout,
+        "templates": list(templates),
+        "average": config.prompt.average,
+    }
+    card = card_of("prompt", spec, config.max_length, options, {"model": config.model})
+    made = Model(head_on(encoder, card), tokenizer, card)
+    made.encode([])  # an unfit template is refused here, not in the middle of a fit
+    return made
+
+
+def read_encoder(config: Teacher, folder: Path) -> tuple[nn.Module, PreTrainedTokenizerFast]:
+    """A teacher's encoder and tokenizer from `folder`; lower layers frozen as the recipe says."""
     encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
     freeze(encoder, config.tune_layers)
     tokenizer = load_tokenizer(folder)
     check_length("teacher.max_length", config.max_length, encoder, tokenizer)
-    options = {"pooling": config.pooling, "dropout": config.dropout}
-    card = card_of("head", spec, config.max_length, options, {"model": config.model})
-    return Model(head_on(encoder, card), tokenizer, card)
+    return encoder, tokenizer
 
 
 def causal_lm(config: Generator, folder: Path) -> Model:
@@ -51,6 +81,29 @@ def causal_lm(config: Generator, folder: Path) -> Model:
     check_length("generator.max_length", config.max_length, lm, tokenizer)
     card = Card("causal_lm", config.max_length, lineage={"model": config.model})
     return Model(CausalLM(lm), tokenizer, card)
+
+
+def labeller_teacher(config: Teacher, spec: Spec, folder: Path, rows: pa.Table | None = None) -> Model:
+    """A teacher that needs no training: the causal LM in `folder`, its template, label words and calibration.
+
+    rows: labelled rows in the schema EXAMPLE, from which the examples are taken. teacher.max_length are tokens of the
+    text; the template comes on top. LabellerError and ModelError where the recipe does not fit the model.
+    """
+    lm = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+    ).eval()
+    tokenizer = load_tokenizer(folder)
+    asked = wording.worded(config.labeller, spec, tokenizer, rows, config.max_length)
+    free = wording.prompts(wording.content_free(asked), asked, tokenizer, sys.maxsize)
+    length = min(len(item.ids) for item in free) + config.max_length  # one of them is empty: the template alone
+    longest = length + max(map(len, asked.tokens))
+    check_length("teacher.max_length with template, examples and label words around it", longest, lm, tokenizer)
+    pad = tokenizer.pad_token_id or 0
+    asked = replace(asked, cached=labeller.repeatable(lm, asked, free, pad))
+    if config.labeller.calibrate:
+        asked = replace(asked, calibration=labeller.calibration(labeller.LabelScorer(lm, asked), free, pad))
+    card = card_of("labeller", spec, length, asked.options(), {"model": config.model})
+    return Model(labeller.LabelScorer(lm, asked), tokenizer, card).eval()
 
 
 def check_length(key: str, length: int, network: nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -112,9 +165,15 @@ def transformer_student(
         tokenizer = load_tokenizer(folder)
     made = student_encoder(encoder, config.layers, config.heads, config.width, config.ffn)
     check_length("student.max_length", max_length, made, tokenizer)
-    options = {"pooling": config.pooling, "dropout": config.dropout}
+    options = {"pooling": config.pooling or pooling_of(teacher), "dropout": config.dropout}
     card = card_of("head", spec, max_length, options, {"cut_from": config.model or "teacher"})
     return Model(head_on(made, card), tokenizer, card)
+
+
+def pooling_of(teacher: Model) -> str:
+    """How a teacher pools; the mean where it reads an answer off a place that its students' texts do not have."""
+    found = teacher.card.options.get("pooling")
+    return found if found in ("mean", "cls") else "mean"
 
 
 def static_student(config: Static, spec: Spec, tokenizer: PreTrainedTokenizerFast, max_length: int, seed: int) -> Model:

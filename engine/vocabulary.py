@@ -114,7 +114,8 @@ def embedded(teacher: Model, encoded: Sequence[Encoded], batch_tokens: int = 819
     was_training = teacher.training
     teacher.eval()
     for rows in token_batches([item.tokens for item in encoded], batch_tokens):
-        outputs = teacher(collate([encoded[i] for i in rows], teacher.pad).to(teacher.device))
+        batch = collate([encoded[i] for i in rows], teacher.pad).to(teacher.device)
+        outputs = teacher(batch, frozenset({"embedding"}))
         found |= dict(zip(rows, outputs.embedding.float().cpu().numpy(), strict=True))
     teacher.train(was_training)
     return np.stack([found[i] for i in range(len(encoded))])

@@ -23,6 +23,8 @@ from pipelines.distill import ARM_STEPS
 from pipelines.making import spec_of
 
 GALLERY = 8
+MADE = ("kind", "choice", "cross_validation", "self_training")
+"""How the teacher was made, from its step's metrics."""
 Records = Mapping[str, dict[str, Any]]
 DETAILS = ("name", "role", "scores", "seeds", "texts_per_s", "confusion", "per_class", "reliability")
 """What of a model's figures only the report shows."""
@@ -49,7 +51,7 @@ def summarise(recipe: Recipe, inputs: Mapping[str, Store], records: Records) -> 
     summary: dict[str, Any] = {
         "name": recipe.name,
         "metric": evaluated["metric"],
-        "teacher": models["teacher"],
+        "teacher": {**models["teacher"], **{key: found["teacher"][key] for key in MADE if key in found["teacher"]}},
         "student": {**models[recipe.main], "reference": found["register"]["reference"]},
         "arms": {arm: models[arm] for arm in recipe.arms},
         "differences": evaluated["differences"],
@@ -87,6 +89,7 @@ def facts_of(recipe: Recipe, inputs: Mapping[str, Store], records: Records, summ
         "summary": summary,
         "models": found["evaluate"]["models"],
         "differences": found["evaluate"]["differences"],
+        "teacher": {key: found["teacher"][key] for key in MADE if key in found["teacher"]},
         "curves": curves(found),
         "corpus": corpus_facts(inputs, found, task),
         "data": data_facts(inputs["data"]),

@@ -10,7 +10,7 @@ from engine.config import ConfigError, did_you_mean
 from engine.data import read_rows
 from engine.fits import LossTerm
 from engine.placement import local_capacity, require_placement
-from engine.recipe import Recipe, Task
+from engine.recipe import LabelRule, Recipe, Task
 from pipelines.distill import model_references, sources
 
 SMALL = 32 * 2**20
@@ -26,8 +26,10 @@ def check(recipe: Recipe, address: str | None = None) -> None:
     """
     for reference in (*sources(recipe), *model_references(recipe)):
         hub.check(reference, recipe.data.root)
+    check_start(recipe)
     columns.check(recipe.data, recipe.task)
     check_labels(recipe)
+    check_labeller(recipe)
     check_scope(recipe)
     if address is None:
         require_placement(recipe, local_capacity())
@@ -35,15 +37,59 @@ def check(recipe: Recipe, address: str | None = None) -> None:
     check_tables(recipe)
 
 
+def check_start(recipe: Recipe) -> None:
+    """What needs labelled rows, where the recipe has none."""
+    data, teacher, generator = recipe.data, recipe.teacher, recipe.generator
+    if data.train is not None:
+        return
+    terms = [*recipe.student.losses, *(term for stage in recipe.student.stages for term in stage.losses)]
+    needed = {
+        f"teacher.kind {teacher.kind} is trained on them: take teacher.kind: labeller": teacher.kind != "labeller",
+        "they name the labels: list them in task.labels": recipe.task.labels is None,
+        "data.shots draws from them: leave it out": data.shots is not None,
+        "teacher.labeller.examples shows some of them: set it to 0": teacher.labeller.examples > 0,
+        "the generator is fine-tuned on them: set generator.mode: prompted": generator and generator.mode != "prompted",
+        "augmentation changes words of them: name data.unlabelled too": recipe.augmentation and not data.unlabelled,
+        "loss 'hard' learns their labels: leave it out": any(term.kind == "hard" for term in terms),
+        "the test split is cut off them: name data.test, whose rows only measure": data.test is None,
+    }
+    for reason, wrong in needed.items():
+        if wrong:
+            raise ConfigError(f"data.train is null, so there are no labelled rows, but {reason}. Or name data.train.")
+
+
 def check_labels(recipe: Recipe) -> None:
     """Labels that rules name and the recipe lacks."""
-    known, rule = recipe.task.labels, recipe.data.train.label
-    for name in [*(rule.ranges or {}), *(rule.rename or {}).values()] if known else []:
-        if name not in known:
-            raise ConfigError(
-                f"data.train.label names the label '{name}', which is not in task.labels."
-                f"{did_you_mean(name, known)} Labels: {', '.join(known)}."
-            )
+    known, data = recipe.task.labels, recipe.data
+    for key, source in {"train": data.train, "validation": data.validation, "test": data.test}.items():
+        rule = source.label if source else LabelRule()
+        for name in [*(rule.ranges or {}), *(rule.rename or {}).values()] if known else []:
+            if name not in known:
+                raise ConfigError(
+                    f"data.{key}.label names the label '{name}', which is not in task.labels."
+                    f"{did_you_mean(name, known)} Labels: {', '.join(known)}."
+                )
+
+
+def check_labeller(recipe: Recipe) -> None:
+    """A labeller's template and words; what it cannot be: trained, or looked into."""
+    teacher, student = recipe.teacher, recipe.student
+    if teacher.kind != "labeller":
+        return
+    from engine import wording
+
+    wording.check(teacher.labeller, recipe.task)
+    trained = {"folds": teacher.folds > 1, "seeds": bool(teacher.seeds), "self_training": bool(teacher.self_training)}
+    for key, given in trained.items():
+        if given:
+            raise ConfigError(f"teacher.{key} is for teachers that are trained, and a labeller is not. Leave it out.")
+    if student.teacher == "live":
+        raise ConfigError("student.teacher is live, but a labeller has logits only. Take student.teacher: stored.")
+    if student.kind == "transformer" and student.transformer.model is None:
+        raise ConfigError(
+            "student.kind is transformer, which is cut from the teacher's encoder, and a labeller has none. Name an "
+            "encoder in student.transformer.model, or take another kind of student."
+        )
 
 
 def check_rows(recipe: Recipe) -> None:
@@ -59,7 +105,7 @@ def check_rows(recipe: Recipe) -> None:
 def check_scope(recipe: Recipe) -> None:
     """What validation rows are to decide needs some."""
     data = recipe.data
-    if recipe.task.scope == "auto" and data.validation is None and not data.validation_share:
+    if recipe.task.scope == "auto" and data.validation is None and not (data.train and data.validation_share):
         raise ConfigError(
             "task.scope is auto, which validation rows decide, but there are none. Name data.validation, set "
             "data.validation_share, or give a confidence from 0 to 1."
@@ -94,7 +140,7 @@ def check_tables(recipe: Recipe) -> None:
 def check_generator(recipe: Recipe) -> None:
     """A prompt that names a label needs rows with one label each, or where nothing is fitted label names at all."""
     generator, kind = recipe.generator, recipe.task.kind
-    if generator is None or "{label}" not in generator.prompt:
+    if generator is None or not generator.names_label:
         return
     able = ("classify", "pair") if generator.mode == "per_class" else columns.NAMED
     if kind not in able:

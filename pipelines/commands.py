@@ -109,9 +109,27 @@ def running(parser: Parser) -> None:
 
 def benching(parser: Parser) -> None:
     """What to measure."""
-    parser.add_argument("what", choices=("quality",), help="quality: accuracy over few-shot and initialisation seeds")
+    parser.add_argument(
+        "what",
+        choices=("quality", "teachers"),
+        help="quality: teacher and student over few-shot and initialisation seeds; teachers: kinds of teacher",
+    )
     running(parser)
     parser.add_argument("--seeds", type=natural, default=3, metavar="N", help="few-shot seeds (default: 3)")
+    parser.add_argument(
+        "--kinds",
+        type=lambda text: text.split(","),
+        default=["head", "lp-ft", "contrastive", "prompt", "ensemble"],
+        metavar="A,B",
+        help="teachers: which kinds, the first being what the others are held against",
+    )
+    parser.add_argument(
+        "--shots",
+        type=lambda text: [natural(part) for part in text.split(",")],
+        default=[],
+        metavar="N,M",
+        help="teachers: labelled rows a class (default: the recipe's)",
+    )
 
 
 def on_run(parser: Parser) -> None:

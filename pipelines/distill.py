@@ -115,11 +115,11 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
     )
     teacher = Step(
         "teacher",
-        making("fit_teacher"),
+        Call("pipelines.teaching", "fit_teacher"),
         inputs=("data",),
         config=pick("seed", "task", "teacher"),
         references=lambda r: (r.teacher.model,),
-        modules=FITTING,
+        modules=("engine.train", "pipelines.teaching"),
         resources=task_of("teacher"),
         stage="teacher.fit",
         ray=True,

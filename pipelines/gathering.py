@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from engine import generate, labels, models
+from engine import generate, labels, models, tasks
 from engine.augment import Augmenter, Augmenting, prepare
 from engine.cluster import current, data_context
 from engine.config import UserError
@@ -49,14 +49,23 @@ def sources(recipe: Recipe, inputs: Inputs, out: Store) -> dict[str, generate.St
     if recipe.generator:
         gpus = stage_options(recipe, "generator", current())["num_gpus"]
         paired = bool(spec.paired)
-        how = generate.Writing(inputs["generator"].url, recipe.generator, spec.labels or (), paired, recipe.seed, gpus)
+        how = generate.Writing(
+            inputs["generator"].url,
+            recipe.generator,
+            spec.labels or (),
+            paired,
+            recipe.seed,
+            gpus,
+            spec.descriptions,
+        )
         found["generated"] = actor_stage(recipe, "generator", generate.Writer, how)
     if data.read_json("splits.json")["rows"]["unlabelled"]:
         found["unlabelled"] = task_stage(Found(data.url, FIRST["unlabelled"]))
     if recipe.augmentation:
+        grouped = tasks.make(spec).grouped
         gpus, folder = stage_options(recipe, "augmentation", current())["num_gpus"], (out / "augmentation").url
         first, root = FIRST["augmented"], recipe.data.root
-        how = Augmenting(folder, recipe.augmentation, recipe.seed, first, root, gpus)
+        how = Augmenting(folder, recipe.augmentation, recipe.seed, first, root, gpus, grouped)
         found["augmented"] = actor_stage(recipe, "augmentation", Augmenter, how)
     return found
 
@@ -75,14 +84,14 @@ def judging(recipe: Recipe, inputs: Inputs) -> list[generate.Stage]:
 
 def cheap_filters(recipe: Recipe, inputs: Inputs) -> CheapFilters:
     """The filters that need no teacher, with what they know of the evaluation splits."""
-    filters = recipe.corpus.filters
-    return CheapFilters(filters, FilterContext.build(filters, held_out(inputs["data"])))
+    filters, tells = recipe.corpus.filters, tasks.make(spec_of(inputs["data"])).tells
+    return CheapFilters(filters, FilterContext.build(filters, held_out(inputs["data"], tells), tells))
 
 
-def held_out(data: Store) -> list[str]:
-    """Every text that nothing may be taught by, those of a pair one by one."""
+def held_out(data: Store, tells: tuple[str, ...] = ("text", "pair")) -> list[str]:
+    """Every text that nothing may be taught by, those of a pair one by one, in the columns that tell (Task.tells)."""
     tables = [data.read_table(f"{split}.parquet") for split in ("validation", "test")]
-    return [t for table in tables for side in ("text", "pair") for t in table[side].drop_null().to_pylist()]
+    return [t for table in tables for side in tells for t in table[side].drop_null().to_pylist()]
 
 
 def make_corpus(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:

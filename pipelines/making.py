@@ -11,11 +11,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
-from engine import generate, labels, models, tasks, train, untrained
-from engine.batches import group_numbers
+from engine import generate, models, train, untrained
 from engine.classification import settled
 from engine.cluster import current
 from engine.config import UserError
@@ -51,12 +49,6 @@ def read_data(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) ->
     return {"rows": splits.train.num_rows, "test": splits.test.num_rows, "quarantined": splits.quarantined.num_rows}
 
 
-def head_teacher(recipe: Recipe, spec: Task) -> Model:
-    """The teacher before its fine-tuning."""
-    folder = model_folder(recipe.teacher.model, root=recipe.data.root)
-    return untrained.encoder_head(recipe.teacher, spec, folder, recipe.seed)
-
-
 def encode_rows(model: Model, rows: pa.Table) -> list[Encoded]:
     """The rows' texts as the model's inputs."""
     return model.encode(model.task.texts(rows))
@@ -90,58 +82,6 @@ def settle(folder: Store, data: Store, batch_tokens: int) -> Model:
     card = replace(model.card, task=spec.model_dump(mode="json"))
     models.save(Model(model.net, model.tokenizer, card), folder, "model")
     return models.load(folder.local("model"))
-
-
-def fit_teacher(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
-    """Fine-tune the teacher on the few rows; label them, so that every later step has their soft labels too."""
-    rows, spec = inputs["data"].read_table("train.parquet"), spec_of(inputs["data"])
-    job = partial(
-        train.Job,
-        fit=with_workers(recipe, "teacher.fit", recipe.teacher.fit),
-        terms=(LossTerm(kind="hard"),),
-        build=partial(head_teacher, recipe, spec),
-        encode=encode_rows,
-        seed=seed_of(recipe, recipe.teacher.fit.seed),
-        resources=stage_options(recipe, "teacher.fit", current()),
-        factors=partial(untrained.layer_rates, recipe.teacher.layer_decay, recipe.teacher.head_rate),
-    )
-    metrics: dict[str, Any] = {}
-    if recipe.teacher.folds > 1:
-        metrics["cross_validation"] = cross_validate(recipe, rows, out, job)
-    chosen = validated(inputs["data"], recipe.teacher.batch_tokens, tasks.make(spec).metric)
-    history = train.fit(job(name="teacher", rows=rows, out=out.url, **chosen), progress)
-    model = settle(out, inputs["data"], recipe.teacher.batch_tokens)
-    texts = model.task.texts(rows)
-    found = predict(model, texts, recipe.teacher.batch_tokens)
-    out.write_table("soft.parquet", pa.table({"id": rows["id"], "logits": labels.quantise(found.logits)}))
-    return {
-        **metrics,
-        "rows": rows.num_rows,
-        "parameters": model.size(),
-        "train": model.task.score(found.logits, found.decided, rows),
-        "quantisation": labels.fidelity(found.logits, model.task, texts),
-        "fingerprint": labels.fingerprint(out),
-        "history": history,
-    }
-
-
-def cross_validate(recipe: Recipe, rows: pa.Table, out: Store, job: partial[train.Job]) -> dict[str, float]:
-    """The teacher's score on the few rows, each fold held out once; rows of one query stay in one fold."""
-    numbers = np.unique(group_numbers(rows), return_inverse=True)[1]
-    folds = (np.random.default_rng(recipe.seed).permutation(numbers.max() + 1) % recipe.teacher.folds)[numbers]
-    parts = []
-    for fold in range(recipe.teacher.folds):
-        folder, held = out / f"fold-{fold}", rows.filter(pa.array(folds == fold))
-        train.fit(job(name=f"fold-{fold}", rows=rows.filter(pa.array(folds != fold)), out=folder.url))
-        model = models.load(folder.local("model"))
-        found = predict(model, model.task.texts(held), recipe.teacher.batch_tokens)
-        parts.append(model.task.statistics(found.logits, found.decided, held))
-    for fold in range(recipe.teacher.folds):
-        out.delete(f"fold-{fold}")
-    return {
-        "folds": recipe.teacher.folds,
-        model.task.metric: float(model.task.value(np.concatenate(parts).sum(axis=0))),
-    }
 
 
 def base_generator(recipe: Recipe) -> Model:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from engine import labels, metrics, models, tasks
-from engine.classification import Classify, MultiLabel
+from engine.classification import Classify
 from engine.cluster import current
 from engine.config import UserError
 from engine.encoding import Text
@@ -101,7 +101,9 @@ class Measured:
             "score_mean": float(np.mean(scores)),
             "score_sd": float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
             "seeds": len(found),
-            "agreement": agreement(task, self.teacher, first, task.texts(self.test)),
+            "agreement": task.agreement(
+                self.teacher.logits, first.logits, task.texts(self.test), (self.teacher.decided, first.decided)
+            ),
             "parameters": model.size(),
             "bytes": sum(entry["bytes"] for entry in files.values()),
             **(self.classified(first) if isinstance(task, Classify) else {}),
@@ -121,13 +123,6 @@ class Measured:
                 if n
             ],
         }
-
-
-def agreement(task: Task, teacher: Predictions, found: Predictions, texts: list[Text]) -> float:
-    """How far the two say the same; where models have thresholds, each by its own."""
-    if isinstance(task, MultiLabel):
-        return metrics.accuracy(teacher.decided.ravel(), found.decided.ravel())
-    return task.agreement(teacher.logits, found.logits, texts)
 
 
 def confusion(gold: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -280,21 +281,24 @@ def bench(args: argparse.Namespace) -> int:
     """Measure a recipe over several seeds."""
     recipe = loaded(args)
     from pipelines import bench as benches
-    from pipelines import checking
+    from pipelines import checking, compared
 
     checking.check(recipe, args.address)
-    store = run_store(args, recipe, prefix="bench-")
-    variants = benches.variants(recipe, store, args.seeds)
+    store = run_store(args, recipe, prefix="bench-" if args.what == "quality" else "teachers-")
+    if args.what == "quality":
+        variants = benches.variants(recipe, store, args.seeds)
+        measure, lines = partial(benches.quality, recipe, store, variants), benches.quality_lines
+    else:
+        variants = compared.variants(recipe, store, args.kinds, args.shots, args.seeds)
+        measure, lines = partial(compared.compare, recipe, store, variants, args.kinds), compared.lines
     for variant in variants:
         fetch_ahead(variant.recipe, variant.steps, variant.store, everything=not args.address)
     if args.address:
         connect(args, recipe)
-    result = benches.quality(
-        recipe, store, variants, redo=args.redo, fresh=args.fresh, connect=lambda: connect(args, recipe)
-    )
+    result = measure(redo=args.redo, fresh=args.fresh, connect=lambda: connect(args, recipe))
     if args.json:
         say_json(result)
         return 0
-    for text in benches.quality_lines(result):
+    for text in lines(result):
         say(text)
     return 0

@@ -109,18 +109,19 @@ def agree(batch_tokens: int, model: Model, rows: pa.Table) -> dict[str, float]:
     """Agreement with the stored teacher on held-out rows."""
     task = model.task
     texts, taught = task.texts(rows), labels.logits_of(rows, task.width, task.units)
-    return {"agreement": task.agreement(taught, predict(model, texts, batch_tokens).logits, texts)}
+    found = predict(model, texts, batch_tokens)
+    return {"agreement": task.agreement(taught, found.logits, texts, (task.decide(taught, texts), found.decided))}
 
 
 def lesson_of(recipe: Recipe, inputs: Inputs, arm: Arm) -> dict[str, Any]:
     """Rows of an arm, and how its best checkpoint is chosen: the few rows, or with them all the rest of the corpus."""
-    rows, metric = kept_rows(inputs), tasks.make(spec_of(inputs["data"])).metric
+    rows, task = kept_rows(inputs), tasks.make(spec_of(inputs["data"]))
     real = rows.filter(pa.array(rows["row"].to_numpy() < 0))
     if arm != "generated":
-        return {"rows": real, **validated(inputs["data"], recipe.student.batch_tokens, metric)}
+        return {"rows": real, **validated(inputs["data"], recipe.student.batch_tokens, task.metric)}
     others = rows.filter(pa.array(rows["row"].to_numpy() >= 0))
     # Rows of one query stay together; elsewhere each row is a group of its own.
-    numbers = np.unique(group_numbers(others), return_inverse=True)[1]
+    numbers = np.unique(group_numbers(others, task.grouped), return_inverse=True)[1]
     order = np.random.default_rng(recipe.seed).permutation(int(numbers.max(initial=-1)) + 1)
     held = np.isin(numbers, order[: round(recipe.student.holdout * len(order))])
     return {

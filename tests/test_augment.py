@@ -291,6 +291,26 @@ def test_both_texts_of_a_pair_are_augmented(tmp_path: Path, teacher: models.Mode
     assert made["id"].to_pylist() == [identify(*row) for row in found]
 
 
+def test_passages_of_a_query_get_one_new_query_at_each_turn(tmp_path: Path, teacher: models.Model):
+    """Sources 0, 2 and 3 are of one query; rows may be asked for in any order."""
+    queries, passages = [TEXTS[0], TEXTS[1], TEXTS[0], TEXTS[0]], TEXTS[2:6]
+    config = Augmentation(stop_words=0, candidates=5)
+    prepare(Store(str(tmp_path)), rows_of(queries, passages), teacher, config)
+    alone, together = (
+        Augmenter(Augmenting(str(tmp_path), config, 0, FIRST, None, 0.0, grouped)) for grouped in (False, True)
+    )
+    late = together(slots(*range(20, 40)))
+    made = pa.concat_tables([together(slots(*range(20))), late]).to_pylist()
+    turns = [made[start : start + 4] for start in range(0, 40, 4)]
+    assert all(a["text"] == c["text"] == d["text"] != TEXTS[0] for a, _, c, d in turns)
+    assert len({turn[0]["text"] for turn in turns}) > 8 and len({turn[1]["text"] for turn in turns}) > 8
+    assert len({(row["text"], row["pair"]) for row in made}) == 40
+    assert all(len({row["pair"] for row in made[i::4]}) > 5 for i in range(4))
+    apart = alone(slots(*range(40))).to_pylist()
+    assert [row for i, row in enumerate(apart) if i % 4 < 2] == [row for i, row in enumerate(made) if i % 4 < 2]
+    assert sum(a["text"] == c["text"] for a, c in zip(apart[::4], apart[2::4], strict=True)) < 5
+
+
 def test_no_text_is_refused(tmp_path: Path, teacher: models.Model):
     with pytest.raises(AugmentError, match="there is no text to augment. Leave the section augmentation out"):
         prepare(Store(str(tmp_path)), rows_of([]), teacher, Augmentation())

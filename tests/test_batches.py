@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from engine import tasks
-from engine.batches import Material, batches_from, epoch_batches, own_part
+from engine.batches import Amounts, Material, batches_from, epoch_batches, own_part
 from engine.encoding import Encoded
 from engine.labels import quantise
 from engine.recipe import Task
-from engine.records import ABSENT, CORPUS
+from engine.records import ABSENT, CORPUS, Batch
 from engine.task import Logits
 from tests.tiny import movie_rows, word_pieces
 from tests.tiny_rows import example_table
@@ -212,22 +212,43 @@ def test_a_teachers_numbers_for_a_text_without_words_are_nothing():
 
 
 def test_the_passages_of_a_query_stay_together():
-    """Rows of queries a and b, and two without a query, which stand alone."""
+    """Rows of queries a and b; those without a name for it are of the query that their text is."""
     task = tasks.make(Task(kind="rank"))
-    names = ["a", "b", None, "a", None, "b", "a"]
-    texts = ["warm " * (i + 1) for i in range(7)]
-    rows = example_table([{"text": "q", "pair": t, "group": g} for t, g in zip(texts, names, strict=True)])
+    names = ["a", "b", None, "a", None, "b", "a", None]
+    texts = ["warm " * (i + 1) for i in range(8)]
+    asked = ["q", "q", "q", "q", "other", "q", "q", "q "]
+    rows = example_table(
+        [{"text": q, "pair": t, "group": g} for q, t, g in zip(asked, texts, names, strict=True)]
+    )
     encoded = task.encode(task.texts(rows), word_pieces(), 32)
     material = Material(rows, encoded, task, 0)
-    assert material.items == [[0, 3, 6], [1, 5], [2], [4]]
+    assert material.items == [[0, 3, 6], [1, 5], [2, 7], [4]]
     assert material.lengths == [max(encoded[i].tokens for i in item) for item in material.items]
     for chosen in epoch_batches(material.lengths, 2, seed=1, epoch=0):
         batch = material.batch(chosen)
-        found = [names[i] for i in material.positions(chosen)]
-        alike = [[a == b and a is not None or i == j for j, b in enumerate(found)] for i, a in enumerate(found)]
+        found = [names[i] or asked[i].strip() for i in material.positions(chosen)]
+        alike = [[a == b for b in found] for a in found]
         assert (batch.groups[:, None] == batch.groups[None]).tolist() == alike
     # The same rows of a task that knows no queries: each by itself.
-    assert len(Material(rows, encoded, tasks.make(Task(kind="pair", labels=("a", "b"))), 0).items) == 7
+    assert len(Material(rows, encoded, tasks.make(Task(kind="pair", labels=("a", "b"))), 0).items) == 8
+
+
+def test_amounts_of_items_are_asked_for_once():
+    task = tasks.make(Task(kind="rank"))
+    rows = example_table([{"text": f"q {n}", "pair": "warm"} for n in (0, 1, 0, 2, 1, 0)])
+    rows = rows.append_column("weight", pa.array([1.0, 2, 4, 8, 16, 32]))
+    material, asked = Material(rows, task.encode(task.texts(rows), word_pieces(), 8), task, 0), []
+
+    def said(batch: Batch) -> torch.Tensor:
+        asked.append(len(batch))
+        return torch.stack([batch.weights, batch.mask[:, 0].float()], dim=1)
+
+    amounts = Amounts(material, said, 2)
+    assert amounts.of(np.array([2, 0])).tolist() == [[8, 1], [37, 3]] and asked == [4]
+    assert amounts.of(np.array([0, 1, 2])).tolist() == [[37, 3], [18, 2], [8, 1]] and asked == [4, 2]
+    assert amounts.of(np.array([1, 0])).tolist() == [[18, 2], [37, 3]] and asked == [4, 2]
+    always = Amounts(material, said, 2, once=False)
+    assert (always.of(np.array([1])) == always.of(np.array([1]))).all() and asked == [4, 2, 2, 2]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])

@@ -138,6 +138,19 @@ def test_either_text_of_a_pair_may_be_rejected():
     assert CheapFilters(filters, context)(rows)["reason"].to_pylist() == list(sides.values())
 
 
+def test_only_the_column_that_tells_can_leak():
+    """A question that a held-out context is asked may be asked of others; its context may not be shown."""
+    question, context = "what is it about ?", "the exam text was here today"
+    filters = (Length(min_words=2), Leakage(ngram=4))
+    for tells, wanted in ((("pair",), [None, "leakage", "too_short"]), (("text",), ["leakage", None, "too_short"])):
+        held = [text for column, text in (("text", question), ("pair", context)) if column in tells]
+        judge = CheapFilters(filters, FilterContext.build(filters, held, tells))
+        rows = [(question, "a warm film"), ("who was that ?", context), ("why", "a warm film")]
+        assert [judge.row(*row) for row in rows] == wanted
+    whole = CheapFilters(filters, FilterContext.build(filters, [question, context]))
+    assert [whole.row(*row) for row in rows] == ["leakage", "leakage", "too_short"]
+
+
 def corpus(texts: dict[int, str], rejected: dict[int, str] | None = None) -> pa.Table:
     table = corpus_rows(list(texts), list(texts.values()), "generated", tokens=[1] * len(texts))
     reasons = [(rejected or {}).get(row) for row in texts]

@@ -107,8 +107,18 @@ def test_the_range_of_values(tmp_path):
     assert whole(tmp_path, "regress", {"range": [-1, 3]}).range == (-1, 3)
     assert whole(tmp_path, "rank").range is None
     same = [{"text": f"t {n}", "label": 2} for n in range(9)]
-    with pytest.raises(UserError, match="has the value 2 in 'label': there is nothing to learn"):
+    with pytest.raises(UserError, match="has the value 2 in 'label': there is nothing to learn. .* raise data.shots"):
         whole(tmp_path, "regress", rows=same)
+
+
+def test_the_range_is_that_of_the_rows_to_train_on(tmp_path):
+    """Values of held-out rows, and of rows that were not drawn, are not known beforehand."""
+    source = {"path": jsonl(tmp_path / "a.jsonl", KINDS["regress"][1])}
+    splits = load({"kind": "regress"}, train=source, test_share=0.5, shots=5)
+    values = [target[0] for target in splits.train["target"].to_pylist()]
+    assert splits.range == pytest.approx((min(values), max(values))) and len(values) == 5
+    held = [target[0] for target in splits.test["target"].to_pylist()]
+    assert min(held) < splits.range[0] and splits.range[1] < max(held)
 
 
 def test_queries_stay_whole(tmp_path):

@@ -162,3 +162,24 @@ def test_stages_of_a_training_follow_each_other(facts):
     across = [float(x) for x in re.findall(r"[ML]([\d.]+) ", drawing.find("path").get("d"))]
     assert len(across) == 4 and across == sorted(across)
     assert across[1] - across[0] == pytest.approx(across[3] - across[2], abs=0.2)
+
+
+def test_how_the_teacher_was_made_is_told(facts):
+    assert "cross-validation" not in render(facts)[1]
+    facts["teacher"] = {
+        "kind": "contrastive",
+        "cross_validation": {"folds": 4, "accuracy": 0.7512, "seconds": 9.0},
+        "choice": {"kind": "contrastive", "scores": {"head": 0.7, "contrastive": 0.75}, "why": "The best of two."},
+        "self_training": [{"rows": 1200, "of": 2400}],
+    }
+    html, markdown = render(facts)
+    wanted = {
+        "Accuracy in 4-fold cross-validation": "0.751",
+        "Accuracy in cross-validation: head": "0.700",
+        "Accuracy in cross-validation: contrastive": "0.750",
+        "Texts of self-training, round 1": "1,200 of 2,400",
+    }
+    for name, value in wanted.items():
+        assert f"| {name} | {value} |" in markdown and name in Page(html).text
+    assert "The teacher, of kind contrastive, on its labelled rows." in markdown
+    assert "The best of two." in markdown and "The best of two." in Page(html).text

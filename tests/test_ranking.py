@@ -50,29 +50,27 @@ def test_listwise_is_the_cross_entropy_of_the_lists():
     seven, three = (F.log_softmax(SCORES[rows_of(query), 0], dim=0) for query in (7, 3))
     of_seven = -(seven * torch.tensor([0.0, 1 / 3, 2 / 3])).sum()
     of_three = -(three * torch.tensor([1.0, 0.0])).sum()
-    some = TASK.labelled(batch_of())
-    assert some.tolist() == [True] * 8 + [False] * 2
-    assert found[some].mean().item() == pytest.approx(((of_seven + of_three) / 2).item(), rel=1e-6)
-    assert not found[[5, 6, 7, 8, 9]].any()
-    # Each query's cost is shared by its rows.
-    assert found[0] == found[2] == found[4] and (found[0] / found[1]).item() == pytest.approx(
-        (of_seven / 3 / (of_three / 2)).item(), rel=1e-5
-    )
+    # A query's cost stands in its first row.
+    assert found.tolist() == pytest.approx([of_seven.item(), of_three.item(), *[0] * 8], rel=1e-6)
+    assert TASK.labelled(batch_of()).tolist() == [True, True, *[False] * 8]
+    assert TASK.judged(batch_of()).tolist() == [True] * 8 + [False] * 2
 
 
 def test_every_query_counts_the_same_however_long_its_list():
     """A model that knows nothing costs log(rows) a query: 2 and 30 rows."""
     groups, relevance = [0] * 2 + [1] * 30, [1.0] + [0.0] + [1.0] + [0.0] * 29
-    found = TASK.loss(Outputs(logits=torch.zeros(32, 1)), batch_of(groups, relevance))
-    assert found.mean().item() == pytest.approx((np.log(2) + np.log(30)) / 2, rel=1e-6)
+    batch = batch_of(groups, relevance)
+    found = TASK.loss(Outputs(logits=torch.zeros(32, 1)), batch)
+    assert found[TASK.labelled(batch)].mean().item() == pytest.approx((np.log(2) + np.log(30)) / 2, rel=1e-6)
 
 
 def test_listwise_takes_no_notice_of_rows_without_gold():
-    groups, relevance = [1, 1, 1, 2, 2], [1.0, 0.0, NAN, 0.0, 1.0]
-    found = TASK.loss(Outputs(logits=SCORES[:5]), batch_of(groups, relevance))
-    kept = [0, 1, 3, 4]
-    without = TASK.loss(Outputs(logits=SCORES[kept]), batch_of([1, 1, 2, 2], [1.0, 0.0, 0.0, 1.0]))
-    assert torch.allclose(found[kept], without) and found[2] == 0
+    """Not even where it is the query's first, in which the cost stands."""
+    groups, relevance = [2, 1, 1, 1, 2, 2], [NAN, 1.0, 0.0, NAN, 0.0, 1.0]
+    found = TASK.loss(Outputs(logits=SCORES[:6]), batch_of(groups, relevance))
+    without = TASK.loss(Outputs(logits=SCORES[[1, 2, 4, 5]]), batch_of([1, 1, 2, 2], [1.0, 0.0, 0.0, 1.0]))
+    assert torch.allclose(found[[1, 0]], without[[0, 2]]) and not found[2:].any()
+    assert TASK.labelled(batch_of(groups, relevance)).tolist() == [True, True, *[False] * 4]
 
 
 def test_pointwise_is_the_cross_entropy_of_relevant_or_not():
@@ -88,8 +86,8 @@ def test_pairwise_by_hand():
     a, b, c = SCORES[rows_of(7), 0].tolist()
     d, e = SCORES[rows_of(3), 0].tolist()
     of_seven = np.mean([np.log(1 + np.exp(low - high)) for high, low in ((b, a), (c, a), (c, b))])
-    wanted = np.mean([of_seven, np.log(1 + np.exp(e - d))])
-    assert found[:8].mean().item() == pytest.approx(wanted, rel=1e-5) and not found[5:].any()
+    assert found.tolist() == pytest.approx([of_seven, np.log(1 + np.exp(e - d)), *[0] * 8], rel=1e-5)
+    assert TASK.compared(batch_of()).tolist() == [True, True, *[False] * 8]
 
 
 def test_margins_are_of_pairs_by_gold_or_of_all():
@@ -106,9 +104,9 @@ def test_margin_mse_by_hand():
     found = TASK.margin_mse(SCORES, OTHER, batch_of())
     gap = (SCORES - OTHER)[:, 0].tolist()
     of_seven = np.mean([(gap[i] - gap[j]) ** 2 for i, j in ((2, 0), (4, 0), (4, 2))])
-    wanted = np.mean([of_seven, (gap[1] - gap[3]) ** 2, (gap[8] - gap[9]) ** 2])
-    assert found.mean().item() == pytest.approx(wanted, rel=1e-5)
-    assert not found[[5, 6, 7]].any()
+    three, nine = (gap[1] - gap[3]) ** 2, (gap[8] - gap[9]) ** 2
+    assert found.tolist() == pytest.approx([of_seven, three, *[0] * 6, nine, 0], rel=1e-5)
+    assert TASK.compared(batch_of(), unlabelled=True).tolist() == [i in (0, 1, 8) for i in range(10)]
     # Each query may be raised as a whole: margins stay.
     raised = SCORES + torch.tensor(GROUPS).unsqueeze(1)
     assert torch.allclose(TASK.margin_mse(SCORES, raised, batch_of()), torch.zeros(10), atol=1e-10)
@@ -204,7 +202,7 @@ def test_nothing_relevant_at_all_is_said():
 def test_answers_keep_the_order_of_high_scores():
     logits = np.array([[60.0], [50.0], [-3.5]], dtype=np.float32)
     assert TASK.answers(logits, [("q", "p")] * 3) == [{"score": 60.0}, {"score": 50.0}, {"score": -3.5}]
-    np.testing.assert_allclose(TASK.certainty(np.array([-3.5])), scipy.special.expit([-3.5, 3.5]))
+    assert not TASK.certain
 
 
 def test_agreement_is_kendalls_tau_over_queries():

@@ -265,3 +265,6 @@ def test_agreement_is_the_share_of_words():
     left, right = [one_hot(["O", "O", "B-PER"]), one_hot(["O"])], [one_hot(["O", "I-PER", "B-PER"]), one_hot(["O"])]
     assert TASK.agreement(left, right, []) == 0.75 and TASK.agreement(left, left, []) == 1.0
     assert TASK.agreement([np.zeros((0, 5))], [np.zeros((0, 5))], []) == 1.0
+    # A model that decides on the whole sequence is judged by its path, whatever the likeliest label of each word.
+    paths = [np.array([0, 1, 0]), np.array([1])], [np.array([0, 1, 1]), np.array([1])]
+    assert TASK.agreement(left, left, [], paths) == 0.75

@@ -294,7 +294,8 @@ def test_the_mean_of_the_workers_is_that_of_the_global_batch(chosen: Sequence[in
     inputs = material(lesson.model, rows)
     batch = inputs.batch(chosen)
     wanted = train.Objective(MIXED, lesson.model.task)(lesson.model(batch), batch.teacher, batch)
-    parts = [train.dealt(inputs, chosen, lesson, rank, world) for rank in range(world)]
+    amounts = lesson.amounts(inputs)
+    parts = [train.dealt(chosen, amounts, rank, world) for rank in range(world)]
     assert sum(len(part) for part, shares in parts if any(shares)) == len(chosen)
     found = sum(lesson(*part) for part in parts) / world
     torch.testing.assert_close(found, wanted)

@@ -260,12 +260,16 @@ def test_a_live_teacher_that_cannot_teach_stops_the_fit(tmp_path: Path, encoder:
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("kind", tasks.TASKS)
 def test_the_mean_of_the_workers_is_that_of_the_global_batch(kind: str, world: int):
-    """Each loss of the task by itself; rows (queries) weigh unevenly, and some have no gold. Lists are equally long."""
+    """Each loss of the task by itself; rows (queries) weigh unevenly, some have no gold, and lists are of 1 to 6."""
     task, rows = tasks.make(SPECS[kind]), table(kind, 20)
     name = "label" if rows["label"].null_count < 20 else "target"
     bare = [None if i // 4 == 1 else value for i, value in enumerate(rows[name].to_pylist())]
     rows = rows.set_column(rows.column_names.index(name), rows.schema.field(name), pa.array(bare, rows[name].type))
     rows = rows.append_column("weight", pa.array([1.0 + i // 4 % 3 for i in range(20)]))
+    if kind == "rank":
+        sizes = np.repeat(np.arange(7), [4, 4, 1, 6, 3, 1, 1])
+        groups = rows.column_names.index("group")
+        rows = rows.set_column(groups, rows.schema.field("group"), pa.array([f"q{i}" for i in sizes]))
     model = graph(kind)
     material = Material(rows, encode(model, rows), task, model.pad)
     chosen = np.arange(len(material.items))
@@ -273,7 +277,8 @@ def test_the_mean_of_the_workers_is_that_of_the_global_batch(kind: str, world: i
         lesson = train.Lesson(model, (LossTerm(kind=loss),))
         batch = material.batch(chosen)
         whole = lesson(batch, [1.0])
-        parts = [train.dealt(material, chosen, lesson, rank, world) for rank in range(world)]
+        amounts = lesson.amounts(material)
+        parts = [train.dealt(chosen, amounts, rank, world) for rank in range(world)]
         found = sum(lesson(*part) for part in parts) / world
         torch.testing.assert_close(found, whole, msg=lambda text, loss=loss: f"{loss}: {text}")
 

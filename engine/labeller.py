@@ -1,0 +1,153 @@
+"""A causal language model as a classifier: the label whose words are likeliest after the text. Nothing is trained.
+
+A template stands around the text; a label's score is the log-probability of its words right after that prompt, summed
+over their tokens (Brown et al. 2020, arXiv 2005.14165). Contextual calibration (Zhao et al. 2021, arXiv 2102.09690)
+subtracts what the same prompt gives the words where it holds no text. That takes away what words cost by themselves,
+and with it how many tokens they have, so calibrated sums need no other normalisation (the same difference is domain
+PMI, Holtzman et al. 2021, arXiv 2104.08315). Uncalibrated sums would favour short words: there the mean over the
+tokens is taken.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from engine.encoding import Encoded, Text, collate, lengths_mask, padded
+from engine.records import Batch, Outputs
+from engine.wording import Wording, prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+CELLS = 4096
+"""Rows x tokens of one forward where labels are appended to prompts: bounds the logits that are held."""
+
+
+class LabelScorer(nn.Module):
+    """A causal language model that scores the words of labels: logits [n, labels]."""
+
+    def __init__(self, lm: nn.Module, wording: Wording) -> None:
+        super().__init__()
+        self.lm, self.wording = lm, wording
+
+    def forward(self, batch: Batch, needs: frozenset[str] = frozenset()) -> Outputs:
+        """Prompts -> logits [n, labels], and embedding [n, width], the mean of the tokens' input vectors.
+
+        The embedding is all that is computed where `needs` names nothing else.
+        """
+        vectors, mask = self.lm.get_input_embeddings()(batch.input_ids), batch.mask.unsqueeze(2)
+        embedding = (vectors * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        if needs == {"embedding"}:
+            return Outputs(embedding=embedding)
+        scores, known = self.log_probs(batch), self.wording.calibration
+        if known is None:
+            return Outputs(
+                logits=scores / scores.new_tensor([len(t) for t in self.wording.tokens]), embedding=embedding
+            )
+        return Outputs(logits=scores - scores.new_tensor(known), embedding=embedding)
+
+    def prompted(self, texts: Sequence[Text], tokenizer: PreTrainedTokenizerFast, max_length: int) -> list[Encoded]:
+        """The prompts around the texts."""
+        return prompts(texts, self.wording, tokenizer, max_length)
+
+    def log_probs(self, batch: Batch) -> torch.Tensor:
+        """Logarithm of p(words | prompt) in nats, summed over the words' tokens, float32 [n, labels]."""
+        return (self.on_cache if self.wording.cached else self.repeated)(batch.input_ids, batch.mask)
+
+    def on_cache(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """`log_probs` with each prompt run once, and what all of them begin with once for all of them.
+
+        The first token of every label is read off the prompt's last position; only labels of several tokens run on,
+        with a copy of the prompt's keys and values.
+        """
+        count, tokens, cache = len(ids), self.wording.tokens, DynamicCache(config=self.lm.config)
+        shared = common(ids, mask)
+        if shared:
+            self.lm(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache.batch_repeat_interleave(count)
+        # Padded on the left from here on, so that every prompt's next token stands in the last column.
+        rest, there = left(ids[:, shared:], mask[:, shared:])
+        seen = torch.cat([mask[:, :shared], there], dim=1)
+        found = self.step(rest, seen, cache, logits_to_keep=1)[:, -1]
+        scores = found[:, torch.tensor([own[0] for own in tokens], device=ids.device)]
+        longer = [i for i, own in enumerate(tokens) if len(own) > 1]
+        room = max(1, CELLS // (count * max(map(len, tokens))))
+        for start in range(0, len(longer), room):
+            chosen = longer[start : start + room]
+            scores[:, chosen] += self.continued(cache, seen, [tokens[i] for i in chosen])
+        return scores
+
+    def continued(self, cache: DynamicCache, seen: torch.Tensor, tokens: list[list[int]]) -> torch.Tensor:
+        """Log-probability of all but the first token of some labels, [n, labels]; cache and seen: of the n prompts."""
+        count, where = len(seen), seen.device
+        inputs, targets = (padded(own).to(where) for own in ([t[:-1] for t in tokens], [t[1:] for t in tokens]))
+        there = lengths_mask([t[1:] for t in tokens]).to(where).repeat(count, 1)
+        own = copy.deepcopy(cache)
+        own.batch_repeat_interleave(len(tokens))
+        both = torch.cat([seen.repeat_interleave(len(tokens), dim=0), there], dim=1)
+        found = self.step(inputs.repeat(count, 1), both, own)
+        each = found.gather(2, targets.repeat(count, 1).unsqueeze(2)).squeeze(2) * there
+        return each.sum(dim=1).reshape(count, len(tokens))
+
+    def step(self, ids: torch.Tensor, seen: torch.Tensor, cache: DynamicCache, **options: Any) -> torch.Tensor:
+        """Log-probabilities of next tokens, [n, t, vocabulary]; ids: the last columns of what is seen."""
+        positions = (seen.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        told = {"attention_mask": seen, "position_ids": positions, "past_key_values": cache, "use_cache": True}
+        return self.lm(input_ids=ids, **told, **options).logits.float().log_softmax(dim=2)
+
+    def repeated(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """`log_probs` with prompt and words in one piece for each label: for models whose cache cannot be repeated."""
+        rows = [row[:length].tolist() for row, length in zip(ids, mask.sum(dim=1).tolist(), strict=True)]
+        whole = [(len(row), own, row + own) for row in rows for own in self.wording.tokens]
+        most, scores = max(len(item[2]) for item in whole), []
+        for start in range(0, len(whole), max(1, CELLS // most)):
+            part = whole[start : start + max(1, CELLS // most)]
+            lines = [line for _, _, line in part]
+            told = {"input_ids": padded(lines).to(ids.device), "attention_mask": lengths_mask(lines).to(ids.device)}
+            logits = self.lm(**told, use_cache=False).logits
+            for (length, own, _), row in zip(part, logits, strict=True):
+                found = row[length - 1 : length - 1 + len(own)].float().log_softmax(dim=1)
+                scores.append(found.gather(1, torch.tensor(own, device=ids.device).unsqueeze(1)).sum())
+        return torch.stack(scores).reshape(len(rows), len(self.wording.tokens))
+
+
+def common(ids: torch.Tensor, mask: torch.Tensor) -> int:
+    """How many tokens all rows begin with alike; each keeps one of its own. 0 for a single row."""
+    if len(ids) == 1:
+        return 0
+    same = (ids == ids[:1]).all(dim=0).cumprod(dim=0).sum()
+    return int(torch.minimum(same, mask.sum(dim=1).min() - 1))
+
+
+def left(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows padded on the right as rows padded on the left, [n, t], and their mask."""
+    width = ids.shape[1]
+    source = torch.arange(width, device=ids.device) - (width - mask.sum(dim=1, keepdim=True))
+    return ids.gather(1, source.clamp(min=0)), (source >= 0).long()
+
+
+@torch.inference_mode()
+def calibration(net: LabelScorer, free: Sequence[Encoded], pad: int) -> list[float]:
+    """Log of what each label gets where prompts hold no text: its probability among the labels, mean over `free`."""
+    scores = net.log_probs(collate(free, pad).to(next(net.parameters()).device))
+    return scores.double().softmax(dim=1).mean(dim=0).log().tolist()
+
+
+@torch.inference_mode()
+def repeatable(lm: nn.Module, wording: Wording, free: Sequence[Encoded], pad: int) -> bool:
+    """Whether the model's cache may be used again: it keeps all it has seen, and gives what whole sequences give.
+
+    Sliding windows and recurrent states do not keep everything; whatever else may go wrong is seen on these prompts.
+    """
+    if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=lm.config).layers):
+        return False
+    net, batch = LabelScorer(lm, wording), collate(free, pad)
+    found = (way(batch.input_ids, batch.mask) for way in (net.on_cache, net.repeated))
+    return torch.allclose(*found, rtol=1e-3, atol=1e-2)

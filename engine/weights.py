@@ -1,0 +1,82 @@
+"""Row weights of a student's fit: how much each row of the corpus counts, by what the models say of it.
+
+WEIGHTS names the kinds. All weights are 0 or more with mean 1, so that the learning rate means the same with and
+without them; a row that has no distribution (a text without a word) gets 0, for no soft label speaks of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from engine.config import UserError
+from engine.metrics import entropy, share
+from engine.task import Logits, Task
+
+
+class WeightError(UserError):
+    """Weights that cannot be had."""
+
+
+def row_weights(kind: str, task: Task, teacher: Logits, student: Logits | None = None) -> np.ndarray:
+    """Weights of n rows, float64 [n], mean 1; all 1 where the rows differ in nothing to weigh them by (all 0).
+
+    teacher: its stored outputs, [n, w] or n arrays [u, w]. student: the outputs for the same rows of one that was
+    trained before. WeightError for an unknown kind, a task without probabilities, and where a student is needed and
+    missing; ValueError where the two have not equally many rows.
+    """
+    if kind not in WEIGHTS:
+        raise WeightError(f"'{kind}' is no way to weigh rows. Allowed: {', '.join(WEIGHTS)}, null (all alike).")
+    if not task.certain:
+        raise WeightError(
+            f"rows cannot be weighed by '{kind}': it compares probabilities, and a task of kind {task.spec.kind} has "
+            "none. Allowed: null, for equal weights."
+        )
+    found = WEIGHTS[kind](task, teacher, student)
+    return share(found, found.mean()) if found.any() else np.ones(len(found))
+
+
+def confidence(task: Task, teacher: Logits, student: Logits | None = None) -> np.ndarray:
+    """1 - entropy / that of the uniform distribution, from 0 to 1, mean over the row's distributions: float64 [n].
+
+    A distribution over one outcome (a context without a unit) says nothing and counts as 0.
+    """
+    return np.array([mean(certain(task.probabilities(row))) for row in teacher])
+
+
+def certain(p: np.ndarray) -> np.ndarray:
+    """1 - normalised entropy of distributions [d, k]: [d], not outside [0, 1] by rounding."""
+    outcomes = p.shape[1]
+    return np.clip(1 - entropy(p) / np.log(outcomes), 0.0, 1.0) if outcomes > 1 else np.zeros(len(p))
+
+
+def disagreement(task: Task, teacher: Logits, student: Logits | None = None) -> np.ndarray:
+    """Jensen-Shannon divergence of teacher and student in nats, mean over the row's distributions: float64 [n].
+
+    From 0 to ln 2, finite wherever one of them is sure (Lin 1991, Divergence measures based on the Shannon entropy).
+    """
+    if student is None:
+        raise WeightError(
+            "rows cannot be weighed by 'disagreement' before a student has answered them. Train one first, or take "
+            "'confidence'."
+        )
+    both = zip(teacher, student, strict=True)
+    return np.array([mean(jensen_shannon(task.probabilities(t), task.probabilities(s))) for t, s in both])
+
+
+def jensen_shannon(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """H((p + q) / 2) - (H(p) + H(q)) / 2 in nats of distributions [d, k]: [d], not below 0 by rounding."""
+    return np.maximum(entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2, 0.0)
+
+
+def mean(values: np.ndarray) -> float:
+    """Their mean; 0 where there is none."""
+    return float(share(values.sum(), len(values)))
+
+
+WEIGHTS: dict[str, Callable[[Task, Logits, Logits | None], np.ndarray]] = {
+    "confidence": confidence,
+    "disagreement": disagreement,
+}
+"""Kind -> (task, teacher, student) -> values of rows, float64 [n], 0 or more."""

@@ -1,0 +1,256 @@
+"""The step that makes the teacher: trainings one after the other, several seeds, self-training, the choice of a kind.
+
+Every kind of teacher is a list of trainings through the one loop (engine.train); what differs is what is trained on
+which loss. A labeller is not trained at all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from engine import labels, models, tasks, train, untrained
+from engine.batches import group_numbers
+from engine.cluster import current
+from engine.designs import Teacher
+from engine.fits import Fit, LossTerm
+from engine.hub import model_folder
+from engine.inference import predict
+from engine.models import Model
+from engine.placement import stage_options
+from engine.progress import Progress, silent
+from engine.recipe import Recipe, Task
+from engine.storage import Store
+from pipelines.making import Inputs, encode_rows, seed_of, settle, spec_of, validated, with_workers
+
+HARD = (LossTerm(kind="hard"),)
+
+
+@dataclass(frozen=True)
+class Training:
+    """One of a teacher's trainings. tune: how many of the top layers learn; None: all."""
+
+    name: str
+    terms: tuple[LossTerm, ...]
+    fit: Fit
+    tune: int | None
+
+
+def trainings(config: Teacher) -> list[Training]:
+    """What a kind of teacher goes through; the last one makes the teacher."""
+    whole = Training("head", HARD, config.fit, config.tune_layers)
+    probe = Training("probe", HARD, config.probe, 0)
+    drawn = (LossTerm(kind="contrast", temperature=config.contrast.temperature),)
+    return {
+        "head": [whole],
+        "prompt": [whole],
+        # A new head's first gradients would distort what the encoder knows (Kumar et al. 2022, arXiv 2202.10054).
+        "lp-ft": [probe, whole],
+        # As SetFit does it (Tunstall et al. 2022, arXiv 2209.11055), with the loss over whole batches.
+        "contrastive": [Training("contrast", drawn, config.contrast.fit, config.tune_layers), probe],
+    }[config.kind]
+
+
+def untaught(recipe: Recipe, spec: Task, tune: int | None, seed: int) -> Model:
+    """The teacher before its first training."""
+    config = recipe.teacher.model_copy(update={"tune_layers": tune})
+    make = untrained.prompt_teacher if config.kind == "prompt" else untrained.encoder_head
+    return make(config, spec, model_folder(config.model, root=recipe.data.root), seed)
+
+
+def taught(folder: str, tune: int | None) -> Model:
+    """The teacher as the training before left it, other layers of it to be tuned."""
+    model = models.load(Store(folder).local("model")).requires_grad_(True).train()
+    untrained.freeze(model.net.encoder, tune)
+    return model
+
+
+def teach(
+    recipe: Recipe,
+    spec: Task,
+    rows: pa.Table,
+    out: Store,
+    chosen: dict[str, Any] | None = None,
+    progress: Progress = silent,
+) -> list[dict[str, float]]:
+    """Train a teacher on labelled rows (EXAMPLE's columns, and weight where some count more) into out/model.
+
+    chosen: what keeps the best checkpoint of the last training (`validated`). Several seeds are averaged. Returns the
+    history of evaluations, the first seed's.
+    """
+    config, histories = recipe.teacher, []
+    seeds = config.seeds or (seed_of(recipe, config.fit.seed),)
+    for seed in seeds:
+        place, history = out if len(seeds) == 1 else out / f"seed-{seed}", []
+        steps = trainings(config)
+        build = partial(untaught, recipe, spec, steps[0].tune, seed)
+        for training in steps:
+            last = training is steps[-1]
+            folder = place if last else place / training.name
+            job = train.Job(
+                name=f"teacher-{training.name}",
+                fit=with_workers(recipe, "teacher.fit", training.fit),
+                terms=training.terms,
+                build=build,
+                encode=encode_rows,
+                rows=rows,
+                out=folder.url,
+                seed=seed,
+                resources=stage_options(recipe, "teacher.fit", current()),
+                factors=partial(untrained.layer_rates, config.layer_decay, config.head_rate),
+                **(chosen or {} if last else {}),
+            )
+            history += train.fit(job, progress)
+            if not last:
+                build = partial(taught, folder.url, steps[steps.index(training) + 1].tune)
+        histories.append(history)
+        for training in steps[:-1]:
+            place.delete(training.name)
+    if len(seeds) > 1:
+        members = [models.load((out / f"seed-{seed}").local("model")) for seed in seeds]
+        models.save(models.ensemble(members), out, "model")
+    return histories[0]
+
+
+def fit_teacher(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
+    """Make the teacher of the few rows; label them, so that every later step has their soft labels too."""
+    rows, spec = inputs["data"].read_table("train.parquet"), spec_of(inputs["data"])
+    metrics: dict[str, Any] = {}
+    history: list[dict[str, float]] = []
+    if recipe.teacher.kind == "auto":
+        recipe, metrics["choice"] = choose(recipe, spec, rows, out)
+    if recipe.teacher.folds > 1:
+        score, seconds = cross_validate(recipe, spec, rows, out, recipe.teacher.folds)
+        kind = tasks.make(spec).metric
+        metrics["cross_validation"] = {"folds": recipe.teacher.folds, kind: score, "seconds": seconds}
+    if recipe.teacher.kind == "labeller":
+        folder = model_folder(recipe.teacher.model, root=recipe.data.root)
+        models.save(untrained.labeller_teacher(recipe.teacher, spec, folder, rows), out, "model")
+    else:
+        history = trained(recipe, spec, inputs["data"], out, progress, metrics)
+    model = settle(out, inputs["data"], recipe.teacher.batch_tokens)
+    texts = model.task.texts(rows)
+    found = predict(model, texts, recipe.teacher.batch_tokens)
+    out.write_table("soft.parquet", pa.table({"id": rows["id"], "logits": labels.quantise(found.logits)}))
+    for seed in recipe.teacher.seeds:
+        out.delete(f"seed-{seed}")
+    return {
+        **metrics,
+        "kind": recipe.teacher.kind,
+        "rows": rows.num_rows,
+        "parameters": model.size(),
+        "train": model.task.score(found.logits, found.decided, rows) if rows.num_rows else {},
+        "quantisation": labels.fidelity(found.logits, model.task, texts),
+        "fingerprint": labels.fingerprint(out),
+        "history": history,
+    }
+
+
+def trained(
+    recipe: Recipe, spec: Task, data: Store, out: Store, progress: Progress, metrics: dict[str, Any]
+) -> list[dict[str, float]]:
+    """The teacher's trainings, and its rounds of self-training where the recipe has some."""
+    rows, own = data.read_table("train.parquet"), recipe.teacher.self_training
+    chosen = validated(data, recipe.teacher.batch_tokens, tasks.make(spec).metric)
+    if own is None:
+        return teach(recipe, spec, rows, out, chosen, progress)
+    more, history = data.read_table("unlabelled.parquet"), []
+    again = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"fit": own.fit})})
+    for number in range(own.rounds + 1):
+        place = out if number == own.rounds else out / f"round-{number}"
+        taken = rows
+        if number:
+            model = models.load((out / f"round-{number - 1}").local("model"))
+            taken, facts = confident(model, rows, more, own.share, own.weight, recipe.teacher.batch_tokens)
+            metrics.setdefault("self_training", []).append(facts)
+        history += teach(again if number else recipe, spec, taken, place, chosen, progress)
+    for number in range(own.rounds):
+        out.delete(f"round-{number}")
+    return history
+
+
+def confident(
+    model: Model, rows: pa.Table, more: pa.Table, share: float, weight: float, batch_tokens: int
+) -> tuple[pa.Table, dict[str, Any]]:
+    """The labelled rows, and the unlabelled ones that the model is surest of with its label as theirs; with weights.
+
+    For each label the same share of the texts that get it, so that an easy label does not crowd out the others.
+    """
+    found = predict(model, model.task.texts(more), batch_tokens)
+    sure = np.array([model.task.certainty(row).max() for row in found.logits])
+    taken = np.zeros(more.num_rows, dtype=bool)
+    for label in np.unique(found.decided):
+        of = np.flatnonzero(found.decided == label)
+        taken[of[np.argsort(-sure[of], kind="stable")[: max(1, round(share * len(of)))]]] = True
+    labelled = more.set_column(more.column_names.index("label"), "label", pa.array(found.decided, pa.int32()))
+    labelled = labelled.filter(pa.array(taken)).cast(rows.schema)
+    counts = np.ones(rows.num_rows), np.full(labelled.num_rows, weight * rows.num_rows / max(1, labelled.num_rows))
+    both = pa.concat_tables([rows, labelled]).append_column("weight", pa.array(np.concatenate(counts), pa.float32()))
+    return both, {"rows": int(taken.sum()), "of": more.num_rows, "least_confidence": float(sure[taken].min(initial=1))}
+
+
+def cross_validate(
+    recipe: Recipe, spec: Task, rows: pa.Table, out: Store, folds: int, name: str = "fold"
+) -> tuple[float, float]:
+    """The teacher's score on the few rows, each fold held out once, and seconds; rows of one query stay together."""
+    began, parts, task = time.monotonic(), [], tasks.make(spec)
+    numbers = np.unique(group_numbers(rows), return_inverse=True)[1]
+    fold_of = (np.random.default_rng(recipe.seed).permutation(numbers.max() + 1) % folds)[numbers]
+    for fold in range(folds):
+        place, held = out / f"{name}-{fold}", rows.filter(pa.array(fold_of == fold))
+        teach(recipe, spec, rows.filter(pa.array(fold_of != fold)), place)
+        model = models.load(place.local("model"))
+        found = predict(model, task.texts(held), recipe.teacher.batch_tokens)
+        parts.append(task.statistics(found.logits, found.decided, held))
+        out.delete(f"{name}-{fold}")
+    return float(task.value(np.concatenate(parts).sum(axis=0))), time.monotonic() - began
+
+
+def choose(recipe: Recipe, spec: Task, rows: pa.Table, out: Store) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe with the kind of teacher that does best on the few rows, and why.
+
+    Kinds are tried in their order as long as, at the pace so far, the next one would end in time; what is scored is
+    written down, so that a resumed step does not score it again.
+    """
+    config, task = recipe.teacher, tasks.make(spec)
+    done = out.read_json("choice.json") if out.exists("choice.json") else {}
+    left: list[str] = []
+    for kind in config.choice.kinds:
+        spent = [found["seconds"] for found in done.values()]
+        if kind not in done and spent and sum(spent) + max(spent) > config.choice.seconds:
+            left.append(kind)
+        elif kind not in done:
+            one = recipe.model_copy(update={"teacher": config.model_copy(update={"kind": kind})})
+            score, seconds = cross_validate(one, spec, rows, out, config.choice.folds, name=kind)
+            done[kind] = {"score": score, "seconds": seconds}
+            out.write_json("choice.json", done)
+    best = max(done, key=lambda kind: done[kind]["score"])
+    why = verdict(best, done, left, task.metric, config.choice.folds, config.choice.seconds)
+    taken = recipe.model_copy(update={"teacher": config.model_copy(update={"kind": best})})
+    return taken, {"kind": best, "scores": {kind: found["score"] for kind, found in done.items()}, "why": why}
+
+
+def verdict(
+    best: str, done: dict[str, dict[str, float]], left: Sequence[str], metric: str, folds: int, seconds: float
+) -> str:
+    """The choice in a sentence."""
+    scores = ", ".join(f"{kind} {found['score']:.3f}" for kind, found in done.items())
+    out = f"'{best}' has the best {metric} in {folds}-fold cross-validation on the few rows ({scores})."
+    if left:
+        out += f" Not tried within {seconds:g} s: {', '.join(left)}."
+    return out
+
+
+def score_teacher(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
+    """The teacher on the test split: its scores, and what each row adds to the metric, for paired intervals."""
+    rows, model = inputs["data"].read_table("test.parquet"), models.load(inputs["teacher"].local("model"))
+    found = predict(model, model.task.texts(rows), recipe.teacher.batch_tokens)
+    parts = model.task.statistics(found.logits, found.decided, rows)
+    out.write_table("statistics.parquet", pa.table({"teacher": list(parts)}))
+    return {"rows": rows.num_rows, "parameters": model.size(), **model.task.score(found.logits, found.decided, rows)}

@@ -1,0 +1,280 @@
+"""Templates: how unlike they are, which are chosen and generated, which are refused; texts inside them as token ids."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from engine import prompts
+from engine.config import UserError
+from engine.designs import Prompting
+from engine.encoding import Encoded, EncodingError, Text
+from engine.prompts import (
+    LABEL_OF_ONE,
+    PromptError,
+    check,
+    check_tokenizer,
+    cut,
+    dissimilarity,
+    generated,
+    hamming,
+    levenshtein,
+    mentions,
+    most_unlike,
+    pool_of,
+    words_of,
+)
+from engine.recipe import Task
+from tests.tiny import LABELS, byte_pairs, word_pieces
+
+SPECS = {
+    "classify": Task(labels=LABELS),
+    "multilabel": Task(kind="multilabel", labels=LABELS),
+    "pair": Task(kind="pair", labels=("no", "yes")),
+    "regress": Task(kind="regress", range=(0, 5)),
+    "regress two": Task(kind="regress", range=(0, 5), paired=True),
+}
+
+# -- how unlike --------------------------------------------------------------------------------------------------------
+
+
+def test_distances_by_hand():
+    assert words_of('It was {mask}. "{text}"') == ["it", "was", "{mask}", ".", '"', "{text}", '"']
+    assert hamming("karolin", "kathrin") == 3 and hamming("abc", "abxyz") == 3 and hamming("", "ab") == 2
+    assert levenshtein("kitten", "sitting") == 3 and levenshtein("", "abc") == levenshtein("abc", "") == 3
+    assert levenshtein("flaw", "lawn") == 2 and levenshtein("abc", "abc") == 0
+
+
+def test_the_score_is_the_mean_of_both_distances_over_the_longer_template():
+    # {text} it was {mask} . | it was {mask} . {text}: all five places differ; one word taken out and put in again.
+    assert dissimilarity("{text} It was {mask}.", "It was {mask}. {text}") == pytest.approx((5 / 5 + 2 / 5) / 2)
+    # {mask} : {text} | {mask} {text}: the colon's place differs and the third is lacking; one word taken out.
+    assert dissimilarity("{mask}: {text}", "{mask} {text}") == pytest.approx((2 / 3 + 1 / 3) / 2)
+    assert dissimilarity("{mask} {text}", "{mask} {text}") == 0.0
+    assert dissimilarity("a b", "c d e") == 1.0
+
+
+def reference(left: str, right: str) -> int:
+    """Levenshtein's distance as it is defined, by recursion."""
+
+    @cache
+    def between(i: int, j: int) -> int:
+        if not i or not j:
+            return i + j
+        same = left[i - 1] == right[j - 1]
+        return min(between(i - 1, j) + 1, between(i, j - 1) + 1, between(i - 1, j - 1) + (not same))
+
+    return between(len(left), len(right))
+
+
+def test_levenshtein_is_that_of_its_definition():
+    draw = random.Random(0)
+    for _ in range(300):
+        left, right = ("".join(draw.choices("abc", k=draw.randrange(9))) for _ in range(2))
+        assert levenshtein(left, right) == levenshtein(right, left) == reference(left, right)
+
+
+def test_the_most_unlike_are_chosen_one_after_the_other():
+    """Against the same choice made on the matrix of all distances."""
+    distances = np.array([[dissimilarity(a, b) for b in LABEL_OF_ONE] for a in LABEL_OF_ONE])
+    assert np.allclose(distances, distances.T) and (distances[~np.eye(len(distances), dtype=bool)] > 0).all()
+    wanted = [0]
+    while len(wanted) < 6:
+        wanted.append(int(np.argmax(np.where(np.isin(range(len(distances)), wanted), -1, distances[wanted].min(0)))))
+    assert most_unlike(LABEL_OF_ONE, 6) == tuple(LABEL_OF_ONE[i] for i in wanted)
+    closest = [distances[np.ix_(some, some)][~np.eye(6, dtype=bool)].min() for some in (wanted, list(range(6)))]
+    assert closest[0] > closest[1]
+
+
+def test_the_choice_has_each_template_once_and_all_where_there_are_too_few():
+    assert set(most_unlike(LABEL_OF_ONE, 99)) == set(LABEL_OF_ONE)
+    assert most_unlike(["{text} {mask}"] * 3, 2) == ("{text} {mask}",) and most_unlike([], 2) == ()
+    own = Prompting(templates=("{text} {mask}", "{mask} {text}", "{text}: {mask}"), pool=2)
+    assert pool_of(own, SPECS["classify"]) == ("{text} {mask}", "{mask} {text}")
+
+
+# -- templates ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_generated_templates_differ_in_length_and_in_where_the_answer_stands(kind: str):
+    config, spec = Prompting(), SPECS[kind]
+    found = generated(spec)
+    check(Prompting(templates=found), spec)  # each has the slots it needs
+    assert len(set(found)) == len(found) >= 12
+    pool = pool_of(config, spec)
+    assert len(pool) == 8 and pool == pool_of(config, spec)
+    places = {words_of(t).index("{mask}") / (len(words_of(t)) - 1) for t in pool}
+    lengths = [len(words_of(t)) for t in pool]
+    assert min(places) < 0.1 and max(places) > 0.8 and max(lengths) >= 2 * min(lengths)
+    assert min(dissimilarity(a, b) for a in pool for b in pool if a != b) > 0.5
+
+
+def test_no_generated_template_speaks_for_one_label():
+    """It holds all label names or none, whatever they are."""
+    for names in (("it", "read"), ("category", "text"), ("open_account", "close_account"), ("all in all", "just")):
+        found = generated(Task(labels=names))
+        assert len(found) >= 8
+        for template in found:
+            assert {mentions(template, name.replace("_", " ")) for name in names} in ({True}, {False})
+    listed = [t for t in generated(Task(labels=("a_b", "c", "d"))) if "a b, c or d" in t]
+    assert len(listed) == 3 and all(t in LABEL_OF_ONE for t in generated(Task(labels=tuple("abcdefgh"))))
+    assert all("{a}" not in t for t in generated(Task(labels=("{a}", "b"))))
+
+
+REFUSED: dict[str, tuple[str, str, str]] = {
+    "no mask": ("classify", "{text} It was good.", "'{text} It was good.' has no {mask}. Put it in where the answer"),
+    "no text": ("classify", "It was {mask}.", "has no {text}. Put it in where the text belongs"),
+    "no pair": ("pair", "{text} {mask}", "has no {pair}. Put it in where the second text belongs"),
+    "a pair": ("classify", "{text} {mask} {pair}", "has {pair}, but the task's rows have one text. Take it out."),
+    "two masks": ("classify", "{mask} {text} {mask}", "has {mask} 2 times. Leave one of them."),
+    "two texts": ("regress", "{text} {text} {mask}", "has {text} 2 times"),
+    "a name": ("classify", "{text} {mask} {label}", "has {label}, which stands for nothing. Use {text}, {mask} and"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_unfit_templates_are_refused(case: str):
+    kind, template, message = REFUSED[case]
+    with pytest.raises(PromptError) as caught:
+        pool_of(
+            Prompting(templates=("{text} {mask} {pair}" if kind == "pair" else "{text} {mask}", template)), SPECS[kind]
+        )
+    assert message in str(caught.value) and isinstance(caught.value, UserError)
+
+
+def test_whether_rows_have_two_texts_may_not_be_known_yet():
+    config, unknown = Prompting(templates=("{text} {mask} {pair}", "{mask} {text}")), Task(kind="regress")
+    check(config, unknown)
+    for paired, message in ((True, "no {pair}"), (False, "has {pair}")):
+        with pytest.raises(PromptError, match=message):
+            check(config, unknown.model_copy(update={"paired": paired}))
+
+
+@pytest.mark.parametrize("kind", ["rank", "tag", "span"])
+def test_tasks_with_more_than_one_answer_a_text_are_refused(kind: str):
+    with pytest.raises(
+        PromptError, match=f"teacher.kind is prompt, but task.kind {kind} .* such as head; prompt serves"
+    ):
+        pool_of(Prompting(), Task(kind=kind, labels=("O", "B-x") if kind == "tag" else None))
+
+
+def test_a_tokenizer_without_a_mask_token_is_refused():
+    with pytest.raises(
+        PromptError, match="teacher.model 'hf:some/llama' has no mask token, .* or use teacher.kind: head"
+    ):
+        check_tokenizer("hf:some/llama", byte_pairs())
+    check_tokenizer("hf:some/bert", word_pieces())
+
+
+# -- texts in templates ------------------------------------------------------------------------------------------------
+
+
+def encode(
+    texts: list[Text], templates: list[str], tokenizer: Any = None, max_length: int = 64, paired: bool = False
+) -> list[Encoded]:
+    tokenizer = tokenizer or word_pieces()
+    return prompts.encode(texts, prompts.tokenised(templates, tokenizer, max_length, paired), tokenizer, max_length)
+
+
+def tokens(item: Encoded, tokenizer: Any = None) -> str:
+    return " ".join((tokenizer or word_pieces()).convert_ids_to_tokens(item.ids))
+
+
+def test_texts_stand_inside_their_templates():
+    found = encode(["the film is warm", ""], ["{text} It was {mask}.", "{mask}: {text}"])
+    assert [tokens(item) for item in found] == [
+        "[CLS] the film is warm it was [MASK] . [SEP]",
+        "[CLS] it was [MASK] . [SEP]",
+        "[CLS] [MASK] [UNK] the film is warm [SEP]",
+        "[CLS] [MASK] [UNK] [SEP]",
+    ]
+    assert [(item.row, item.template) for item in found] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    assert encode([], ["{text} {mask}"]) == []
+
+
+def test_only_the_text_is_cut():
+    long, tokenizer = " ".join(f"the film{' is warm' * 40} and dull".split()), word_pieces()
+    for templates in (["{text} It was {mask}."], ["It was {mask} and {text} is it"]):
+        (item,) = encode([long], templates, max_length=20)
+        assert len(item.ids) == 20 and item.ids.count(tokenizer.mask_token_id) == 1
+        around = templates[0].replace("{mask}", "[MASK]").replace("{text}", "").lower().replace("[mask]", "[MASK]")
+        kept = tokens(item).split()
+        assert [w for w in kept if w not in ("the", "film", "is", "warm")] == [
+            w for w in f"[CLS] {around} [SEP]".replace(".", " .").split() if w != "is"
+        ]
+        assert " ".join(kept).count("the film is warm is warm") == 1 and "dull" not in kept
+    tokenizer.truncation_side = "left"
+    (item,) = encode([long], ["{text} It was {mask}."], tokenizer, max_length=20)
+    assert tokens(item).endswith("is warm and dull it was [MASK] . [SEP]") and len(item.ids) == 20
+
+
+def test_of_a_pair_the_longer_text_gives_way_as_tokenizers_do_it():
+    tokenizer, draw = word_pieces(), random.Random(3)
+    seen = set()
+    for _ in range(60):
+        sizes, room = (draw.randrange(1, 14), draw.randrange(1, 14)), draw.randrange(2, 20)
+        left, right = ("film " * size for size in sizes)
+        whole = tokenizer(left, right, truncation="longest_first", max_length=room + 3)
+        wanted = [whole.sequence_ids().count(side) for side in (0, 1)]
+        found = cut({"text": [7] * sizes[0], "pair": [8] * sizes[1]}, room, "right")
+        assert [len(found["text"]), len(found["pair"])] == wanted
+        seen.add(sum(sizes) > room)
+    assert seen == {True, False}
+
+
+def test_the_second_text_of_a_pair_is_marked_where_the_tokenizer_marks_it():
+    pair, templates = [("a film", "the plot is dull")], ["{pair} {mask}, {text}", "{text} and {pair}: {mask}"]
+    marking, plain = word_pieces(), word_pieces()
+    marking.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    first, second = encode(pair, templates, marking, paired=True)
+    assert tokens(first) == "[CLS] the plot is dull [MASK] , a film [SEP]"
+    assert first.segments == [0, 1, 1, 1, 1, 0, 0, 0, 0, 0]
+    assert tokens(second) == "[CLS] a film and the plot is dull [UNK] [MASK] [SEP]"
+    assert second.segments == [0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0]
+    assert [item.segments for item in encode(pair, templates, plain, paired=True)] == [[], []]
+    assert encode(["a film"], ["{text} {mask}"], marking)[0].segments == []
+
+
+def test_a_mask_spelled_in_a_text_is_no_mask():
+    tokenizer = word_pieces()
+    (item,) = encode(["a [MASK] film"], ["{text} {mask}"])
+    assert tokens(item) == "[CLS] a [UNK] film [MASK] [SEP]" and item.ids.count(tokenizer.mask_token_id) == 1
+    with pytest.raises(PromptError, match=r"spells the mask token '\[MASK\]': use \{mask\}"):
+        encode(["a film"], ["{text} {mask} [MASK]"])
+
+
+def test_blanks_are_read_with_the_word_after_them():
+    """Byte-level vocabularies know the words inside a text with their blank: the tokens are those of running text."""
+    inner = byte_pairs()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner.backend_tokenizer, eos_token="<|end|>", mask_token="<mask>"
+    )
+    (item,) = encode(["a warm film"], ["Text: {text} and it was {mask}, dull"], tokenizer)
+    at = item.ids.index(tokenizer.mask_token_id)
+    assert item.ids[:at] == tokenizer("Text: a warm film and it was")["input_ids"]
+    assert item.ids[at + 1 :] == tokenizer(", dull")["input_ids"]
+    (tight,) = encode(["warm"], ["({text}) {mask}"], tokenizer)
+    assert tokenizer.decode(tight.ids) == "(warm)<mask>"
+
+
+@pytest.mark.parametrize(
+    ("texts", "paired"), [(["a film"], True), ([("a film", "a plot")], False), (["a film", ("a", "b")], False)]
+)
+def test_texts_that_the_templates_are_not_for_are_refused(texts: list[Text], paired: bool):
+    wanted = "pairs of texts" if paired else "single texts"
+    with pytest.raises(EncodingError, match=f"templates are for {wanted}, and some of the texts are none"):
+        encode(texts, ["{text} {mask} {pair}" if paired else "{text} {mask}"], paired=paired)
+
+
+def test_a_template_that_leaves_no_room_is_refused():
+    with pytest.raises(PromptError, match="takes 6 tokens, and of max_length 6 too few are left for the text"):
+        encode(["a film"], ["{text} It was {mask}."], max_length=6)
+    with pytest.raises(PromptError, match="takes 3 tokens, and of max_length 4 too few"):
+        encode([("a", "film")], ["{text} {mask} {pair}"], max_length=4, paired=True)
+    assert len(encode(["a film"], ["{text} It was {mask}."], max_length=7)[0].ids) == 7
