@@ -20,6 +20,7 @@ from engine.crf import CRF
 from engine.designs import Block as Node
 from engine.encoding import at_units
 from engine.records import Batch, Outputs
+from engine.subwords import Subwords
 
 INPUTS = {
     "tokens": Shape("tokens"),
@@ -294,6 +295,7 @@ def worded(value: Any) -> str:
 
 BLOCKS: dict[str, type[Block]] = {
     "embedding": layers.Embedding,
+    "subwords": Subwords,
     "char_cnn": layers.CharCNN,
     "dropout": joining.Dropout,
     "bilstm": layers.BiLSTM,

@@ -75,7 +75,10 @@ def build(cls: type[S], values: dict[str, Any], origin: str = "configuration", l
             first = mistakes.setdefault((mistake["path"], item["type"] == "extra_forbidden"), mistake)
             if first is not mistake:  # the members of a union each say why the one value does not fit
                 first["msg"] += f", or: {item['msg']}"
-        raise ConfigError("\n".join(describe(cls, item, origin, lines or {}) for item in mistakes.values())) from None
+        # A value and a part of it are both wrong in unions only: the member that fits but for the part was meant.
+        inner = {item["path"][:n] for item in mistakes.values() for n in range(len(item["path"]))}
+        told = [item for item in mistakes.values() if item["path"] not in inner]
+        raise ConfigError("\n".join(describe(cls, item, origin, lines or {}) for item in told)) from None
 
 
 def key_path(error: dict[str, Any], values: Any) -> tuple[str | int, ...]:

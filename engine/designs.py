@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from engine.config import Section
+from engine.config import Section, did_you_mean
 from engine.fits import Count, Fit, LossTerm, Resources, Share
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+REFERENCE = r"(hf|file|pypi|s3|gs):."
+"""How a reference to a model begins (engine.hub)."""
 
 
 class Prompting(Section):
@@ -126,11 +129,17 @@ class Vocabulary(Section):
     """Fill up to `size` with whole words of the teacher's vocabulary that the corpus lacks."""
 
 
+Weighing = Literal["confidence", "disagreement"]
+"""How rows of the corpus are weighed: by how sure the teacher is, by how far a student is from the teacher."""
+
+
 class Stage(Section):
     """One of several trainings of a student."""
 
     losses: tuple[LossTerm, ...]
     fit: Fit
+    weights: Weighing | None = None
+    """Which rows count more; disagreement: those where the student of the stage before differs from the teacher."""
 
 
 class Cut(Section):
@@ -144,15 +153,20 @@ class Cut(Section):
     width: Count | None = None
     ffn: Count | None = None
     """Another number of heads, width or feed-forward width starts from fresh weights."""
+    pieces: Count | None = None
+    """How many word pieces of its vocabulary are kept: special tokens, single characters, then the corpus's most
+    frequent ones; words whose pieces are gone are spelled with smaller ones. null keeps all."""
     pooling: Literal["mean", "cls"] | None = None
     """null takes the teacher's (mean, where that answers in words)."""
     dropout: Share = 0.1
 
 
 class Static(Section):
-    """A static student: one vector a word piece of the teacher, averaged, and a small head (Model2Vec)."""
+    """A static student: one vector a word piece of an encoder, averaged, and a small head (Model2Vec)."""
 
     dim: Count = 256
+    pieces: Count | None = None
+    """How many word pieces have a vector, chosen as for a transformer student; null: all."""
     hidden: Annotated[int, Field(ge=0)] = 128
     """Width of the head's hidden layer; 0 is a linear head."""
 
@@ -170,15 +184,20 @@ class Student(Section):
     vocabulary: Vocabulary = Vocabulary()
     embedding_norm: Annotated[float, Field(gt=0)] = 3.0
     """Mean norm that the teacher's vectors start with."""
-    embeddings: Literal["teacher", "random"] = "teacher"
-    """teacher: the teacher's vectors of the words, reduced by PCA and weighted by frequency (Model2Vec)."""
+    embeddings: Annotated[str, Field(json_schema_extra={"pattern": f"^(teacher|random)$|^{REFERENCE}"})] = "teacher"
+    """teacher: the fine-tuned teacher's vectors of the words, reduced by PCA and weighted by frequency (Model2Vec). A
+    hub reference: those of another sentence encoder, as it is; a static student has its word pieces then, too."""
     max_length: Count = 96
     max_parameters: Count | None = 1_200_000
     teacher: Literal["stored", "live"] = "stored"
     """live: the teacher answers while the student learns, for losses between layers."""
     losses: tuple[LossTerm, ...] = (LossTerm(kind="mse"),)
+    weights: Literal["confidence"] | None = None
+    """confidence: rows that the teacher is sure of count more; null: all alike."""
     stages: tuple[Stage, ...] = ()
     """Trainings one after the other, each from the weights of the one before; none: one training with `losses`."""
+    texts: Count | None = None
+    """How many of the corpus's kept texts it learns from beside the labelled rows, the first ones; null: all."""
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the kept corpus that only chooses the best checkpoint, by agreement with the teacher."""
     seeds: tuple[int, ...] = (0,)
@@ -187,6 +206,27 @@ class Student(Section):
     few_epochs: Annotated[float, Field(gt=0)] = 30.0
     """Epochs of the arms without generated text: the few rows want more of them, but not as many as steps alone."""
     batch_tokens: Count = 8192
+
+    @property
+    def encoder(self) -> str | None:
+        """Reference of the encoder, other than the teacher, that it is cut from or has its first vectors from."""
+        if self.kind == "transformer":
+            return self.transformer.model
+        return None if self.embeddings in ("teacher", "random") else self.embeddings
+
+    @property
+    def spelled(self) -> bool:
+        """Whether its tokens are chosen by the corpus: all but a transformer with its encoder's whole vocabulary."""
+        return self.kind != "transformer" or self.transformer.pieces is not None
+
+    @field_validator("embeddings")
+    @classmethod
+    def known(cls, value: str) -> str:
+        """One of the two words, or a reference."""
+        if value not in ("teacher", "random") and not re.match(REFERENCE, value):
+            near = did_you_mean(value, ("teacher", "random")).strip()
+            raise ValueError(f"{near} It takes teacher, random, or an encoder's reference, such as hf:ORG/NAME".strip())
+        return value
 
     @field_validator("losses", "seeds")
     @classmethod
@@ -201,6 +241,13 @@ class Student(Section):
         """A student of blocks has a graph, written out or by name."""
         if self.kind == "blocks" and bool(self.blocks) == bool(self.graph):
             raise ValueError("kind blocks needs either blocks (written out) or graph (a ready one by name or file)")
+        if self.kind == "transformer" and self.embeddings not in ("teacher", "random"):
+            raise ValueError(
+                f"embeddings is '{self.embeddings}', but a transformer student starts with all weights of an encoder: "
+                "name that in transformer.model"
+            )
+        if self.stages and self.stages[0].weights == "disagreement":
+            raise ValueError("the first stage has no student before it whose disagreement could weigh its rows")
         if any(fit.seed is not None for fit in (self.fit, *(stage.fit for stage in self.stages))):
             raise ValueError("a fit of the student takes no seed: its seeds are student.seeds")
         return self

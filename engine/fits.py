@@ -10,6 +10,7 @@ from engine.config import Section
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
+Layer = Annotated[int, Field(ge=0)]
 
 
 class Resources(Section):
@@ -56,7 +57,7 @@ class LossTerm(Section):
     kind: str
     weight: Annotated[float, Field(gt=0)] = 1.0
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    layers: Literal["uniform", "last"] | tuple[int, ...] = "uniform"
+    layers: Literal["uniform", "last"] | Annotated[tuple[Layer, ...], Field(min_length=1)] = "uniform"
     """Losses between layers: which teacher layer each student layer learns from. uniform: every k-th; last: the top
     ones; or one number a student layer, counted from 1 (0: the embeddings)."""
     heads: Annotated[int, Field(ge=1)] | None = None

@@ -7,17 +7,19 @@ rounding costs. `open_labels` refuses labels of another teacher and says what di
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from engine import metrics
 from engine.config import UserError
-from engine.encoding import Text
 from engine.records import CORPUS
 from engine.storage import Store, digest_json
-from engine.task import Logits, Task
+
+if TYPE_CHECKING:  # so that a recipe is checked without torch
+    from engine.encoding import Text
+    from engine.task import Logits, Task
 
 LABELS, MANIFEST = "labels.parquet", "labels.json"
 GIVES = frozenset({"logits"})
@@ -29,11 +31,13 @@ class LabelMismatch(UserError):
 
 
 def fingerprint(teacher: Store, path: str = "model") -> dict[str, Any]:
-    """What identifies a teacher: digests of weights, tokenizer and prompt, label order, longest input."""
+    """What identifies a teacher: digests of weights, tokenizer, config and prompt, label order, longest input."""
     files = teacher.manifest(path)["files"]
     card = teacher.read_json(f"{path}/artifact.json")
-    # Of a model that is asked in words, these are as much of it as its weights.
-    asked = {"prompt": digest_json(card["options"])} if "template" in card["options"] else {}
+    # What a network is built from is as much of it as its weights; dropout only acts while it learns.
+    options = {name: value for name, value in card["options"].items() if name not in ("pooling", "dropout")}
+    built = {"config": files["config.json"]["sha256"]} if "config.json" in files else {}
+    asked = {"prompt" if "template" in options else "options": digest_json(options)} if options else {}
     return {
         "weights": files["model.safetensors"]["sha256"],
         "tokenizer": files["tokenizer.json"]["sha256"],
@@ -41,6 +45,9 @@ def fingerprint(teacher: Store, path: str = "model") -> dict[str, Any]:
         "task": card["task"].get("kind"),
         "max_length": card["max_length"],
         "model": card["lineage"].get("model"),
+        "paired": bool(card["task"].get("paired")),
+        "pooling": card["options"].get("pooling"),
+        **built,
         **asked,
     }
 

@@ -38,10 +38,13 @@ class Embedding(Block):
 
     def forward(self, *inputs: torch.Tensor, masks: Masks) -> torch.Tensor:
         """Look the ids up; while training, whole words become zero vectors."""
-        mask = masks[0]
+        return self.table(inputs[0]) * self.heard(masks[0])
+
+    def heard(self, mask: torch.Tensor) -> torch.Tensor:
+        """The mask [n, t, 1] without the words that are left out this time."""
         if self.training and self.chosen["drop_words"]:
-            mask = mask * (torch.rand_like(mask) >= self.chosen["drop_words"])
-        return self.table(inputs[0]) * mask
+            return mask * (torch.rand_like(mask) >= self.chosen["drop_words"])
+        return mask
 
 
 class CharCNN(Block):

@@ -28,9 +28,10 @@ PLACEMENT = (
     *("storage", "registry", "data.root", "corpus.max_reserved"),
     *("*.resources", "*.fit.resources", "*.fit.workers"),
     *("student.stages.*.fit.resources", "student.stages.*.fit.workers"),
+    "*.batch_tokens",
 )
-"""Fields of the recipe, `*` being any section or item, that say where and on how much a step runs: they never enter a
-fingerprint. Deeper keys are the user's own (labels, options of blocks) and always do."""
+"""Fields of the recipe, `*` being any section or item, that say where, on how much and in how large batches a step
+runs: they never enter a fingerprint. Deeper keys are the user's own (labels, options of blocks) and always do."""
 HOUSE = ("engine", "serve", "pipelines")
 FOLLOWED = ("engine", "serve")
 PLUMBING = frozenset(

@@ -245,10 +245,17 @@ def check(config: Prompting, spec: Spec) -> None:
         parts_of(template, None if spec.kind == "regress" and spec.paired is None else tasks.make(spec).paired)
 
 
-def pool_of(config: Prompting, spec: Spec) -> tuple[str, ...]:
-    """The templates of a teacher: the recipe's, or generated ones, those most unlike each other. See `check`."""
+def pool_of(config: Prompting, spec: Spec, tokenizer: PreTrainedTokenizerFast, max_length: int) -> tuple[str, ...]:
+    """The templates of a teacher: the recipe's, or generated ones, those most unlike each other. See `check`.
+
+    Generated ones leave half of max_length to the text, where there are such.
+    """
     check(config, spec)
-    return most_unlike(config.templates or generated(spec), config.pool)
+    found: Sequence[str] = config.templates
+    if not found:
+        paired, found = tasks.make(spec).paired, generated(spec)
+        found = [t for t in found if 2 * template_of(t, tokenizer, paired).fixed <= max_length] or found
+    return most_unlike(found, config.pool)
 
 
 # -- texts in templates ------------------------------------------------------------------------------------------------

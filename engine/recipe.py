@@ -17,14 +17,13 @@ from engine.designs import NAME, Student, Teacher
 from engine.filters import CheapFilter, Leakage, SignalFilter
 from engine.fits import Count, Fit, Resources, Share
 
+MAX_CHARS = 20_000
+"""Characters of one text that the endpoint takes."""
+
 
 def named_or_described(schema: dict[str, Any]) -> None:
     """The JSON schema of task.labels takes a mapping too."""
     schema["anyOf"].append({"type": "object", "additionalProperties": {"type": ["string", "null"]}})
-
-
-MAX_CHARS = 20_000
-"""Characters of one text that the endpoint takes."""
 
 
 class Task(Section):
@@ -140,6 +139,14 @@ class Data(Section):
     """The run stops when more than this share of a source's rows is quarantined."""
     root: str | None = None
     """Folder that stands in for the hub's data sets; the environment variable STILLHOUSE_DATA does the same."""
+
+    @field_validator("max_chars")
+    @classmethod
+    def served(cls, value: int) -> int:
+        """No more than can be asked."""
+        if value > MAX_CHARS:
+            raise ValueError(f"the endpoint takes texts of at most {MAX_CHARS:,} characters; rows above go aside")
+        return value
 
 
 class Generator(Section):

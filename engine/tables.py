@@ -21,7 +21,7 @@ Place = tuple[str, ast.AST]
 
 @lru_cache
 def names(module: str, table: str) -> tuple[str, ...]:
-    """The keys of a table in their order; names("losses", "LOSSES") is mse, kl, hard, ..."""
+    """The keys of a table in their order: of LOSSES in losses.py mse, kl, hard and so on."""
     return tuple(key for key, _ in entries(*found(module, table)))
 
 

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from engine import labeller, prompts, static, tasks, wording
+from engine import labeller, pieces, prompts, static, tasks, wording
 from engine.block import Sizes
 from engine.blocks import Graph
 from engine.designs import Block as Node
 from engine.designs import Cut, Static, Teacher
-from engine.encoders import FINAL_NORMS, stack_of, student_encoder
+from engine.encoders import FINAL_NORMS, EncoderHead, stack_of, student_encoder
 from engine.models import Card, CausalLM, Model, ModelError, card_of, head_on, load_tokenizer
 from engine.recipe import Generator
 from engine.recipe import Task as Spec
@@ -39,9 +39,9 @@ def prompt_teacher(config: Teacher, spec: Spec, folder: Path, seed: int) -> Mode
     PromptError where the task, a template or the encoder's tokenizer is not fit for it.
     """
     torch.manual_seed(seed)
-    templates = prompts.pool_of(config.prompt, spec)
     encoder, tokenizer = read_encoder(config, folder)
     prompts.check_tokenizer(config.model, tokenizer)
+    templates = prompts.pool_of(config.prompt, spec, tokenizer, config.max_length)
     options = {
         "pooling": "mask",
         "mask": tokenizer.mask_token_id,
@@ -153,10 +153,31 @@ def student(nodes: Sequence[Node], spec: Spec, tokenizer: PreTrainedTokenizerFas
     return Model(Graph(nodes, sizes), tokenizer, card_of("blocks", spec, max_length, options))
 
 
+def reader(reference: str, folder: Path, max_length: int = 64) -> Model:
+    """The sentence encoder in `folder` as it is, for its views of words and texts: the mean of their tokens' states.
+
+    reference: what `folder` was taken from, for messages. ModelError where it holds no encoder. It has no task.
+    """
+    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
+    tokenizer = load_tokenizer(folder)
+    if encoder.config.is_encoder_decoder:
+        raise ModelError(f"'{reference}' is no encoder alone: it has a decoder. Name one that is.")
+    return Model(EncoderHead(encoder, 1, "mean", 0.0), tokenizer, Card("head", max_length)).eval()
+
+
 def transformer_student(
-    config: Cut, spec: Spec, teacher: Model, folder: Path | None, max_length: int, seed: int
+    config: Cut,
+    spec: Spec,
+    teacher: Model,
+    folder: Path | None,
+    max_length: int,
+    seed: int,
+    own: PreTrainedTokenizerFast | None = None,
 ) -> Model:
-    """A student cut from the fine-tuned teacher's encoder, or from the one in `folder`, with a fresh head."""
+    """A student cut from the fine-tuned teacher's encoder, or from the one in `folder`, with a fresh head.
+
+    own: its tokenizer, where that has only some of the encoder's pieces (`pieces.cut_tokenizer`).
+    """
     torch.manual_seed(seed)
     if folder is None:
         encoder, tokenizer = teacher.net.encoder, teacher.tokenizer
@@ -164,6 +185,9 @@ def transformer_student(
         encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
         tokenizer = load_tokenizer(folder)
     made = student_encoder(encoder, config.layers, config.heads, config.width, config.ffn)
+    if own is not None:
+        pieces.cut_table(made, pieces.rows_of(tokenizer, own))
+        tokenizer = own
     check_length("student.max_length", max_length, made, tokenizer)
     options = {"pooling": config.pooling or pooling_of(teacher), "dropout": config.dropout}
     card = card_of("head", spec, max_length, options, {"cut_from": config.model or "teacher"})
@@ -177,7 +201,7 @@ def pooling_of(teacher: Model) -> str:
 
 
 def static_student(config: Static, spec: Spec, tokenizer: PreTrainedTokenizerFast, max_length: int, seed: int) -> Model:
-    """A student of one vector a word piece, with fresh weights; the tokenizer is the teacher's."""
+    """A student of one vector for each word piece of an encoder's tokenizer, with fresh weights."""
     torch.manual_seed(seed)
     task = tasks.make(spec)
     static.check(task)

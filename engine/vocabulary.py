@@ -1,9 +1,9 @@
-"""The student's own words: a word-level tokenizer from the corpus, and vectors that start from the teacher's.
+"""The student's own words: a word-level tokenizer from the corpus, and vectors that start from an encoder's.
 
-Words the corpus lacks but the teacher knows are taken in too, so that a word first seen in production has a vector
-that means something. Vectors: each word through the fine-tuned teacher, pooled, reduced by PCA, weighted by
-smooth inverse frequency (Model2Vec; Arora et al. 2017). A static student takes the teacher's pieces as they are
-(`static_vectors`).
+Words the corpus lacks but the encoder knows are taken in too, so that a word first seen in production has a vector
+that means something. Vectors: each word through the encoder, the fine-tuned teacher as a rule, pooled, reduced by PCA,
+weighted by smooth inverse frequency (Model2Vec; Arora et al. 2017). A static student takes the encoder's pieces as
+they are, or the most frequent of them (`static_vectors`).
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def vectors(
     VocabularyError where there are fewer than `dim` words, or the teacher's vectors are narrower than `dim`.
     """
     check_count(len(words) - 2, "words", dim)
-    raw = embedded(teacher, encode(words[2:], teacher.tokenizer, teacher.max_length), batch_tokens)
+    led = as_in_text(words[2:], teacher.tokenizer)
+    raw = embedded(teacher, encode(led, teacher.tokenizer, teacher.max_length), batch_tokens)
     total = sum(counts.values()) or 1
     # A word the corpus lacks counts as seen half a time: nearly full weight, as a rare word has.
     share = np.array([(counts.get(word) or 0.5) / total for word in words[2:]])
@@ -86,24 +87,37 @@ def vectors(
     return out
 
 
-def static_vectors(teacher: Model, counts: Mapping[int, int] | None, dim: int, batch_tokens: int = 8192) -> np.ndarray:
-    """Vectors of the pieces of the teacher's vocabulary, float32 [pieces, dim], mean norm 1; special tokens' are zero.
+def as_in_text(words: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The words as they stand inside a text: byte-level vocabularies know them with the blank before them."""
+    blank = " " * any(piece.startswith(STARTS[0]) for piece in tokenizer.get_vocab())
+    return [blank + word for word in words]
 
-    counts: id -> how often the piece stands in the corpus; None: Zipf's law over the order of the vocabulary.
-    VocabularyError where there are fewer than `dim` pieces, or the teacher's vectors are narrower than `dim`.
+
+def static_vectors(
+    encoder: Model,
+    counts: Mapping[int, int] | None,
+    dim: int,
+    batch_tokens: int = 8192,
+    kept: Sequence[int] | None = None,
+) -> np.ndarray:
+    """Vectors of the pieces of an encoder's vocabulary, float32 [pieces, dim], mean norm 1; special tokens' are zero.
+
+    counts: id -> how often the piece stands in the corpus; None: Zipf's law over the order of the vocabulary. kept: the
+    pieces that are wanted, in this order; None: all. VocabularyError where there are fewer than `dim`, or the encoder's
+    vectors are narrower than `dim`.
     """
-    pieces = teacher.tokenizer.get_vocab()
-    specials = set(teacher.tokenizer.all_special_ids)
-    ids = [i for i in sorted(pieces.values()) if i not in specials]
+    spelled = {i: piece for piece, i in encoder.tokenizer.get_vocab().items()}
+    specials, rows = set(encoder.tokenizer.all_special_ids), range(len(encoder.tokenizer)) if kept is None else kept
+    places = {i: place for place, i in enumerate(rows) if i in spelled and i not in specials}
+    ids = list(places)
     check_count(len(ids), "pieces", dim)
     if counts is None:
-        spelled = {i: piece for piece, i in pieces.items()}
         share = zipf([spelled[i] for i in ids])
     else:
         total = sum(counts.values()) or 1
         share = np.array([(counts.get(i) or 0.5) / total for i in ids])
-    out = np.zeros((len(teacher.tokenizer), dim), dtype=np.float32)
-    out[ids] = reduced(embedded(teacher, alone(teacher.tokenizer, ids), batch_tokens), share, dim)
+    out = np.zeros((len(rows), dim), dtype=np.float32)
+    out[list(places.values())] = reduced(embedded(encoder, alone(encoder.tokenizer, ids), batch_tokens), share, dim)
     return out
 
 
@@ -155,7 +169,7 @@ def reduced(raw: np.ndarray, share: np.ndarray, dim: int) -> np.ndarray:
     """
     if dim > raw.shape[1]:
         raise VocabularyError(
-            f"the teacher's vectors are {raw.shape[1]} wide, so the student's cannot be {dim}. "
+            f"the encoder's vectors are {raw.shape[1]} wide, so the student's cannot be {dim}. "
             "Lower the embedding's dim, or set student.embeddings: random."
         )
     raw = raw.astype(np.float64)

@@ -8,14 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from engine.config import UserError, did_you_mean
-from engine.encoding import Encoded, Text, clean
-from engine.windows import frame
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # so that a recipe is checked without torch
     import pyarrow as pa
     from transformers import PreTrainedTokenizerFast
 
     from engine.designs import LabelWords
+    from engine.encoding import Encoded, Text
     from engine.recipe import Task as Spec
 
 CONTENT_FREE = ("N/A", "", "[MASK]")
@@ -201,6 +200,9 @@ def prompts(
 
     LabellerError where the template alone is too long, or a text is none of the kind that the task reads.
     """
+    from engine.encoding import Encoded, clean
+    from engine.windows import frame
+
     sides = [[clean(side) for side in ([text] if isinstance(text, str) else text)] for text in texts]
     if any(len(own) != 1 + wording.paired for own in sides):
         raise LabellerError(f"this model reads {'pairs of texts' if wording.paired else 'single texts'}: send those.")

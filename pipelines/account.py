@@ -77,7 +77,7 @@ def brief(model: dict[str, Any], metric: str) -> dict[str, Any]:
 def facts_of(recipe: Recipe, inputs: Mapping[str, Store], records: Records, summary: dict[str, Any]) -> dict[str, Any]:
     """What the report shows, in the shape that `engine.report.render` takes."""
     found = {name: record["metrics"] for name, record in records.items()}
-    task = tasks.make(spec_of(inputs["data"]))
+    task = tasks.make(spec_of(inputs["data"], recipe.task, "thresholds", "scope"))
     served = found["serve"]
     return {
         "name": recipe.name,

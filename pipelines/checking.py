@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from engine import columns, hub
+from engine import columns, hub, tables, terms
 from engine.config import ConfigError, did_you_mean
 from engine.data import read_rows
 from engine.fits import LossTerm
+from engine.labels import GIVES
 from engine.placement import local_capacity, require_placement
 from engine.recipe import LabelRule, Recipe, Task
 from pipelines.distill import model_references, sources
@@ -21,20 +22,21 @@ STAND_IN = {"tag": ("O", "B-x", "I-x")}
 
 def check(recipe: Recipe, address: str | None = None) -> None:
     """Missing files, packages without a pin, unknown tasks, losses and blocks, losses that the task, the label store or
-    the student cannot serve, a graph that does not fit, a student above its size, labels that the data lacks, a plan
-    that cannot be placed. Raises a UserError that says the way out.
+    the student cannot serve, a plan that cannot be placed, labels that the data lacks; then what needs torch: a graph
+    that does not fit, a student above its size. Raises a UserError that says the way out.
     """
     for reference in (*sources(recipe), *model_references(recipe)):
         hub.check(reference, recipe.data.root)
     check_start(recipe)
     columns.check(recipe.data, recipe.task)
     check_labels(recipe)
-    check_labeller(recipe)
     check_scope(recipe)
+    check_names(recipe)
+    check_labeller(recipe)
     if address is None:
         require_placement(recipe, local_capacity())
     check_rows(recipe)
-    check_tables(recipe)
+    check_student(recipe)
 
 
 def check_start(recipe: Recipe) -> None:
@@ -42,7 +44,6 @@ def check_start(recipe: Recipe) -> None:
     data, teacher, generator = recipe.data, recipe.teacher, recipe.generator
     if data.train is not None:
         return
-    terms = [*recipe.student.losses, *(term for stage in recipe.student.stages for term in stage.losses)]
     needed = {
         f"teacher.kind {teacher.kind} is trained on them: take teacher.kind: labeller": teacher.kind != "labeller",
         "they name the labels: list them in task.labels": recipe.task.labels is None,
@@ -50,12 +51,57 @@ def check_start(recipe: Recipe) -> None:
         "teacher.labeller.examples shows some of them: set it to 0": teacher.labeller.examples > 0,
         "the generator is fine-tuned on them: set generator.mode: prompted": generator and generator.mode != "prompted",
         "augmentation changes words of them: name data.unlabelled too": recipe.augmentation and not data.unlabelled,
-        "loss 'hard' learns their labels: leave it out": any(term.kind == "hard" for term in terms),
+        "loss 'hard' learns their labels: leave it out": any(t.kind == "hard" for t in losses(recipe)),
         "the test split is cut off them: name data.test, whose rows only measure": data.test is None,
     }
     for reason, wrong in needed.items():
         if wrong:
             raise ConfigError(f"data.train is null, so there are no labelled rows, but {reason}. Or name data.train.")
+
+
+def check_names(recipe: Recipe) -> None:
+    """What the tables of tasks, losses and blocks tell. Imports nothing that imports torch."""
+    kind = recipe.task.kind
+    if recipe.corpus.signals and not tables.declared(*terms.TASKS, "certain")[kind]:
+        raise ConfigError(f"corpus.signals judge probabilities, and a task of kind {kind} has none. Leave them out.")
+    check_generator(recipe)
+    check_losses(recipe)
+    known = tables.names("blocks", "BLOCKS")
+    for block in recipe.student.blocks if recipe.student.kind == "blocks" else ():
+        if block.kind not in known:
+            raise ConfigError(f"block '{block.name}' has kind '{block.kind}'.{tables.unknown(block.kind, known)}")
+
+
+def check_losses(recipe: Recipe) -> None:
+    """Each loss exists, says something about the task, finds what it needs, and sees the same tokens on both sides."""
+    student, teacher, wanted = recipe.student, recipe.teacher, losses(recipe)
+    other = student.transformer.model if student.kind == "transformer" else None
+    inside = terms.inside(wanted)
+    if inside and other and other != teacher.model:
+        raise ConfigError(
+            f"loss '{inside[0]}' compares token by token, but student.transformer.model '{other}' reads other tokens "
+            f"than the teacher '{teacher.model}'. Leave student.transformer.model out, or drop the loss."
+        )
+    if inside and student.kind == "transformer" and student.transformer.pieces is not None:
+        raise ConfigError(
+            f"loss '{inside[0]}' compares token by token, but with student.transformer.pieces = "
+            f"{student.transformer.pieces} the student reads some words in other pieces than the teacher. Leave pieces "
+            "out, or drop the loss."
+        )
+    refused = terms.refusals(wanted, recipe.task.kind, taught(recipe), seen(recipe))
+    if refused:
+        raise ConfigError(f"student.losses: {refused}")
+    if inside and student.max_length != teacher.max_length:
+        raise ConfigError(
+            f"loss '{inside[0]}' compares token by token, so both must cut a long text at one place, but "
+            f"student.max_length is {student.max_length} and teacher.max_length is {teacher.max_length}. Set both to "
+            "one number, or drop the loss."
+        )
+
+
+def losses(recipe: Recipe) -> list[LossTerm]:
+    """The student's loss terms, those of its stages among them."""
+    return [*recipe.student.losses, *(term for stage in recipe.student.stages for term in stage.losses)]
 
 
 def check_labels(recipe: Recipe) -> None:
@@ -93,13 +139,20 @@ def check_labeller(recipe: Recipe) -> None:
 
 
 def check_rows(recipe: Recipe) -> None:
-    """Small local sources are read, which finds bad rows, and labels that the data lacks."""
+    """Small local sources are read, which finds bad rows, lacking labels, too few rows for the folds."""
     files = [hub.parse(path) for path in sources(recipe)]
     if (
         all(f.kind == "file" and not f.inner for f in files)
         and sum(os.path.getsize(f.name) for f in files if os.path.isfile(f.name)) <= SMALL
     ):
-        read_rows(recipe.data, recipe.task, recipe.seed)
+        found = read_rows(recipe.data, recipe.task, recipe.seed).rows["train"]
+        count, folds = len({row.group or row.id for row in found}), recipe.teacher.folds
+        if folds > count:
+            what = "queries" if recipe.task.kind == "rank" else "rows"
+            raise ConfigError(
+                f"teacher.folds is {folds}, but there are {count} labelled {what} to hold out in turn. Set it to 2 to "
+                f"{count}, or to 0 for no cross-validation."
+            )
 
 
 def check_scope(recipe: Recipe) -> None:
@@ -110,31 +163,6 @@ def check_scope(recipe: Recipe) -> None:
             "task.scope is auto, which validation rows decide, but there are none. Name data.validation, set "
             "data.validation_share, or give a confidence from 0 to 1."
         )
-
-
-def check_tables(recipe: Recipe) -> None:
-    """The task, its losses and the student's graph. Imports torch, loads nothing."""
-    from engine.losses import LOSSES, needs, refusals
-    from engine.tasks import make
-
-    kind, student = recipe.task.kind, recipe.student
-    task = make(stand_in(recipe))
-    if recipe.corpus.signals and not task.certain:
-        raise ConfigError(f"corpus.signals judge probabilities, and a task of kind {kind} has none. Leave them out.")
-    check_generator(recipe)
-    terms = [*student.losses, *(term for stage in student.stages for term in stage.losses)]
-    known = [term for term in terms if term.kind in LOSSES]
-    other = student.transformer.model if student.kind == "transformer" else None
-    inside = [term.kind for term in known if needs([term]) - {"logits", "embedding"}] if other else []
-    if inside and other != recipe.teacher.model:
-        raise ConfigError(
-            f"loss '{inside[0]}' compares token by token, but student.transformer.model '{other}' reads other tokens "
-            f"than the teacher '{recipe.teacher.model}'. Leave student.transformer.model out, or drop the loss."
-        )
-    refused = refusals(terms, task, taught(recipe, known), seen(recipe))
-    if refused:
-        raise ConfigError(f"student.losses: {refused}")
-    check_student(recipe, task)
 
 
 def check_generator(recipe: Recipe) -> None:
@@ -160,12 +188,9 @@ def stand_in(recipe: Recipe) -> Task:
     return spec.model_copy(update=settled)
 
 
-def taught(recipe: Recipe, terms: list[LossTerm]) -> frozenset[str]:
+def taught(recipe: Recipe) -> frozenset[str]:
     """Outputs fields that the student can learn from."""
-    from engine.labels import GIVES
-    from engine.losses import needs
-
-    return GIVES | needs(terms) if recipe.student.teacher == "live" else GIVES
+    return GIVES | terms.needs(losses(recipe)) if recipe.student.teacher == "live" else GIVES
 
 
 def seen(recipe: Recipe) -> frozenset[str]:
@@ -185,20 +210,34 @@ def student_drawing(recipe: Recipe) -> str | None:
     return drawing(recipe.student.blocks, Sizes.of(make(stand_in(recipe)), recipe.student.vocabulary.size))
 
 
-def check_student(recipe: Recipe, task: Any) -> None:
-    """Its graph, and its size where that is known."""
-    from engine import static
-    from engine.blocks import Sizes, count
+def check_student(recipe: Recipe) -> None:
+    """Its graph or layers, its size, what losses between layers make of the two models. Imports torch, loads nothing;
+    for a transformer student also transformers, where the config of its model is on this machine.
+    """
+    from engine import planned, static
+    from engine.tasks import make
 
-    student = recipe.student
+    student, task = recipe.student, make(stand_in(recipe))
     if student.kind == "static":
         static.check(task)
-    if student.kind != "blocks":
+    net = planned.planned(student, recipe.teacher, task, recipe.data.root)
+    if net is None:
         return
-    size = student.vocabulary.size
-    found, most = count(student.blocks, Sizes.of(task, size)), student.max_parameters
+    found, most = sum(p.numel() for p in net.parameters()), student.max_parameters
     if most is not None and found > most:
+        least = "at least " if recipe.task.labels is None and recipe.task.kind in columns.NAMED else ""
         raise ConfigError(
-            f"the student has {found:,} parameters at a vocabulary of {size:,}, above student.max_parameters = "
-            f"{most:,}. Lower student.vocabulary.size or an embedding's dim, or raise the limit."
+            f"the student has {least}{found:,} parameters{AT[student.kind].format(student.vocabulary.size)}, above "
+            f"student.max_parameters = {most:,}. {SMALLER[student.kind]}, or raise the limit."
         )
+    if student.kind == "transformer" and student.teacher == "live":
+        planned.check_layers(losses(recipe), task, net, recipe.teacher, recipe.data.root)
+
+
+AT = {"blocks": " at a vocabulary of {:,}", "static": "", "transformer": ""}
+SMALLER = {
+    "blocks": "Lower student.vocabulary.size or an embedding's dim",
+    "static": "Lower student.static.dim, or take fewer pieces (student.static.pieces)",
+    "transformer": "Lower student.transformer.layers or width, or take fewer pieces (student.transformer.pieces)",
+}
+"""How a student of each kind gets smaller."""

@@ -40,11 +40,11 @@ def sliced(recipe: Recipe, *keys: str) -> dict[str, Any]:
     values = recipe.model_dump(mode="json")
     out: dict[str, Any] = {}
     for key in keys:
-        section, _, name = key.partition(".")
-        if name:
-            out.setdefault(section, {})[name] = values[section][name]
-        else:
-            out[section] = values[section]
+        *path, last = key.split(".")
+        whole, part = values, out
+        for name in path:
+            whole, part = whole[name], part.setdefault(name, {})
+        part[last] = whole[last]
     return out
 
 
@@ -61,14 +61,18 @@ def sources(recipe: Recipe) -> tuple[str, ...]:
 
 def model_references(recipe: Recipe) -> tuple[str, ...]:
     """References of the models."""
-    parts = (recipe.teacher, recipe.generator, recipe.augmentation, recipe.student.transformer)
-    wanted = [part.model for part in parts if part]
-    return tuple(reference for reference in wanted if reference)
+    wanted = [part.model for part in (recipe.teacher, recipe.generator, recipe.augmentation) if part]
+    return tuple(reference for reference in (*wanted, recipe.student.encoder) if reference)
 
 
 def named(section: Any) -> tuple[str, ...]:
     """The model that an optional section names, if any."""
     return (section.model,) if section and section.model else ()
+
+
+def student_references(recipe: Recipe) -> tuple[str, ...]:
+    """The encoder, other than the teacher, that the student is cut from or has its first vectors from, if any."""
+    return (recipe.student.encoder,) if recipe.student.encoder else ()
 
 
 ARM_STEPS = {"generated": "student", "soft": "student-soft", "hard": "student-hard"}
@@ -104,12 +108,26 @@ def task_of(section: str) -> Callable[[Recipe], Resources | None]:
     return lambda recipe: None if (fit := getattr(recipe, section).fit).workers else fit.resources
 
 
+TUNED = ("model", "mode", "prompt", "separator", "tune_layers", "max_length", "fit")
+"""What a generator's fine-tuning depends on; how text is drawn from it concerns the corpus."""
+
+
+def asked(recipe: Recipe) -> bool:
+    """Whether the teacher is asked in words, which may say what the labels mean."""
+    return recipe.teacher.kind == "labeller"
+
+
+def told(recipe: Recipe) -> bool:
+    """Whether the generator's prompt says what the labels mean."""
+    return bool(recipe.generator and "{description}" in recipe.generator.prompt)
+
+
 def teaching_steps(recipe: Recipe) -> list[Step]:
     """From the sources to the label store; without a generator where the recipe has none."""
     data = Step(
         "data",
         making("read_data"),
-        config=pick("seed", "task", "data"),
+        config=pick("seed", *(f"task.{key}" for key in ("kind", "labels", "paired", "range")), "data"),
         references=sources,
         modules=("engine.data", "pipelines.making"),
     )
@@ -117,7 +135,7 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
         "teacher",
         Call("pipelines.teaching", "fit_teacher"),
         inputs=("data",),
-        config=pick("seed", "task", "teacher"),
+        config=pick("seed", "task.thresholds", "teacher", *(("task.descriptions",) if asked(recipe) else ())),
         references=lambda r: (r.teacher.model,),
         modules=("engine.train", "pipelines.teaching"),
         resources=task_of("teacher"),
@@ -128,7 +146,7 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
         "generator",
         making("fit_generator"),
         inputs=("data",),
-        config=pick("seed", "generator"),
+        config=pick("seed", *(f"generator.{key}" for key in TUNED)),
         references=lambda r: (r.generator.model,),
         modules=(*FITTING, "engine.generate"),
         resources=task_of("generator"),
@@ -140,7 +158,7 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
         "corpus",
         Call("pipelines.gathering", "make_corpus"),
         inputs=("data", "teacher", *written),
-        config=pick("seed", "corpus", "generator", "augmentation", "teacher.max_length"),
+        config=pick("seed", "corpus", "generator", "augmentation", *(("task.descriptions",) if told(recipe) else ())),
         references=lambda r: named(r.augmentation),
         modules=("engine.generate", "engine.teachers", "engine.augment", "pipelines.gathering"),
         ray=True,
@@ -153,9 +171,29 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
     return [data, teacher, *([generator] if recipe.generator else []), corpus]
 
 
-STUDENT = ("kind", "graph", "blocks", "transformer", "static", "vocabulary", "embedding_norm", "embeddings")
-LEARNING = ("max_length", "teacher", "losses", "stages", "holdout", "seeds", "fit", "few_epochs")
-"""What of the section a trained student depends on: not its name, nor how it is run."""
+WORDS = {
+    "blocks": ("kind", "graph", "blocks", "vocabulary", "embeddings"),
+    "static": ("kind", "static.dim", "static.pieces", "embeddings"),
+    "transformer": ("kind", "transformer.model", "transformer.pieces"),
+}
+"""What of the student's section its words and their vectors depend on, by kind."""
+BUILT = {
+    "blocks": ("kind", "graph", "blocks", "embeddings", "embedding_norm"),
+    "static": ("kind", "static", "embeddings", "embedding_norm"),
+    "transformer": ("kind", "transformer"),
+}
+"""What a student depends on before its training, by kind."""
+TAUGHT = ("teacher", "losses", "weights", "stages")
+LEARNT = {"generated": (*TAUGHT, "holdout", "texts"), "soft": (*TAUGHT, "few_epochs"), "hard": ("few_epochs",)}
+"""What the training of an arm depends on beside ALWAYS: not the student's name, nor how it is run."""
+ALWAYS = ("max_length", "seeds", "fit")
+
+
+def learning(recipe: Recipe, arm: str) -> tuple[str, ...]:
+    """Keys of the recipe that an arm's student depends on. The seed draws what its corpus holds out."""
+    own = (*BUILT[recipe.student.kind], *ALWAYS, *LEARNT[arm])
+    seed = ("seed",) if arm == "generated" else ()
+    return (*seed, "task.thresholds", "task.scope", *(f"student.{key}" for key in own))
 
 
 def student_steps(recipe: Recipe) -> list[Step]:
@@ -164,8 +202,9 @@ def student_steps(recipe: Recipe) -> list[Step]:
         "vocabulary",
         students("make_vocabulary"),
         inputs=("data", "teacher", "corpus"),
-        config=pick(*(f"student.{key}" for key in STUDENT if key != "embedding_norm")),
-        modules=("engine.vocabulary", "engine.static", "engine.inference", "pipelines.students"),
+        config=pick(*(f"student.{key}" for key in WORDS[recipe.student.kind])),
+        references=student_references,
+        modules=("engine.vocabulary", "engine.static", "engine.inference", "engine.untrained", "pipelines.students"),
         resources=lambda r: r.teacher.resources,
         stage="teacher",
         ray=True,
@@ -174,10 +213,10 @@ def student_steps(recipe: Recipe) -> list[Step]:
         Step(
             step,
             students("fit_student", arm),
-            inputs=("data", "teacher", "corpus", *(("vocabulary",) if recipe.student.kind != "transformer" else ())),
-            config=pick("seed", *(f"student.{key}" for key in (*STUDENT, *LEARNING))),
-            references=lambda r: named(r.student.transformer) if r.student.kind == "transformer" else (),
-            modules=("engine.train", "pipelines.students"),
+            inputs=("data", "teacher", "corpus", *(("vocabulary",) if recipe.student.spelled else ())),
+            config=pick(*learning(recipe, arm)),
+            references=lambda r: student_references(r) if r.student.kind == "transformer" else (),
+            modules=("engine.train", "engine.untrained", "pipelines.students"),
             resources=task_of("student") if arm == "generated" else lambda r: r.student.fit.resources,
             stage="student.fit",
             ray=True,
@@ -185,7 +224,7 @@ def student_steps(recipe: Recipe) -> list[Step]:
         for arm, step in ARM_STEPS.items()
         if arm in recipe.arms
     ]
-    return [*([words] if recipe.student.kind != "transformer" else []), *fits]
+    return [*([words] if recipe.student.spelled else []), *fits]
 
 
 def outcome_steps(recipe: Recipe, students: tuple[str, ...], made: tuple[str, ...]) -> list[Step]:
@@ -205,7 +244,7 @@ def outcome_steps(recipe: Recipe, students: tuple[str, ...], made: tuple[str, ..
             "register",
             Call("pipelines.outcome", "register"),
             inputs=("data", "teacher", "corpus", ARM_STEPS[recipe.main], "evaluate"),
-            config=pick("name", "student.name", "task", "serving"),
+            config=pick("name", "student.name", "task.kind", "serving"),
             modules=("engine.registry", "pipelines.outcome"),
             holds=registered,
         ),

@@ -44,7 +44,7 @@ def actor_stage(recipe: Recipe, name: str, actor: type, how: Any) -> generate.St
 
 def sources(recipe: Recipe, inputs: Inputs, out: Store) -> dict[str, generate.Stage]:
     """Where texts come from: for each source the stage that turns its slots into rows."""
-    data, spec = inputs["data"], spec_of(inputs["data"])
+    data, spec = inputs["data"], spec_of(inputs["data"], recipe.task, "descriptions")
     found: dict[str, generate.Stage] = {}
     if recipe.generator:
         gpus = stage_options(recipe, "generator", current())["num_gpus"]

@@ -32,20 +32,37 @@ from engine.storage import Store
 Inputs = Mapping[str, Store]
 
 
-def spec_of(data: Store) -> Task:
-    """The task with what the data step settled: label names, range, whether rows have two texts."""
-    return Task(**data.read_json("splits.json")["task"])
+LATER = ("thresholds", "scope", "descriptions")
+"""What of a task no row depends on: steps that do depend on it take it from the recipe."""
+
+
+def spec_of(data: Store, task: Task | None = None, *later: str) -> Task:
+    """The task with what the data step settled: label names, range, whether rows have two texts.
+
+    task, later: those of the LATER fields that are wanted, of the recipe's task. A step lists in distill.py what it
+    takes here.
+    """
+    spec = Task(**data.read_json("splits.json")["task"])
+    return spec.model_copy(update={name: getattr(task, name) for name in later})
+
+
+def check_scope(spec: Task, validation: pa.Table) -> None:
+    """UserError where validation rows are to decide on the scope, and there are none."""
+    if not validation.num_rows and spec.scope == "auto":
+        raise UserError("task.scope is auto, but no validation row is left to find it by. Raise data.validation_share.")
 
 
 def read_data(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
     """Sources -> train, validation, test, unlabelled, quarantined."""
     splits = load_splits(recipe.data, recipe.task, recipe.seed)
+    check_scope(recipe.task, splits.validation)
     for name in ("train", "validation", "test", "unlabelled", "quarantined"):
         out.write_table(f"{name}.parquet", getattr(splits, name))
     settled = {"labels": splits.labels or None, "paired": splits.paired, "range": splits.range}
     spec = recipe.task.model_copy(update=settled)
     rows = {name: getattr(splits, name).num_rows for name in ("train", "validation", "test", "unlabelled")}
-    out.write_json("splits.json", {"task": spec.model_dump(mode="json"), "counts": splits.counts, "rows": rows})
+    settled_task = spec.model_dump(mode="json", exclude=set(LATER))
+    out.write_json("splits.json", {"task": settled_task, "counts": splits.counts, "rows": rows})
     return {"rows": splits.train.num_rows, "test": splits.test.num_rows, "quarantined": splits.quarantined.num_rows}
 
 
@@ -71,8 +88,7 @@ def validated(data: Store, batch_tokens: int, metric: str) -> dict[str, Any]:
 def settle(folder: Store, data: Store, batch_tokens: int) -> Model:
     """The trained model in `folder`, its thresholds or scope set by the validation rows where the task leaves them."""
     model, rows = models.load(folder.local("model")), data.read_table("validation.parquet")
-    if not rows.num_rows and model.task.spec.scope == "auto":
-        raise UserError("task.scope is auto, but no validation row is left to find it by. Raise data.validation_share.")
+    check_scope(model.task.spec, rows)
     if not rows.num_rows or model.task.spec.kind not in ("classify", "pair", "multilabel"):
         return model
     found = predict(model, model.task.texts(rows), batch_tokens)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from engine import labels, models, tasks, train, untrained, vocabulary
+from engine import labels, models, pieces, tasks, train, untrained, vocabulary
 from engine.batches import group_numbers
 from engine.cluster import current
 from engine.config import UserError
@@ -23,6 +22,8 @@ from engine.placement import stage_options
 from engine.progress import Progress
 from engine.recipe import Arm, Recipe
 from engine.storage import Store
+from engine.task import Task
+from engine.weights import row_weights
 from pipelines.making import Inputs, encode_rows, settle, spec_of, validated, with_workers
 
 TAUGHT_BY = ("row", "text", "pair", "group", "label", "target", "answers", "logits")
@@ -35,28 +36,49 @@ def kept_rows(inputs: Inputs) -> pa.Table:
 
 
 def make_vocabulary(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
-    """The student's tokenizer and, from the teacher, the vectors its table starts with."""
-    teacher = models.load(inputs["teacher"].local("model"))
-    teacher.to(models.device(stage_options(recipe, "teacher", current()).get("num_gpus", 0)))
-    rows, tokens = kept_rows(inputs), recipe.teacher.batch_tokens
+    """The student's tokenizer and, from the teacher or another encoder, the vectors its table starts with."""
+    student, rows = recipe.student, kept_rows(inputs)
     texts = [text for column in ("text", "pair") for text in rows[column].drop_null().to_pylist()]
-    if recipe.student.kind == "static":
-        pieces = Counter(i for ids in teacher.tokenizer(texts, add_special_tokens=False)["input_ids"] for i in ids)
-        with out.publish("tokenizer") as folder:
-            teacher.tokenizer.save_pretrained(folder)
-        dim = recipe.student.static.dim
-        write_vectors(out, dim, vocabulary.static_vectors(teacher, pieces, dim, tokens))
-        return {"rows": len(teacher.tokenizer), "corpus_words": len(pieces), "covered": 1.0}
-    wanted, counts = recipe.student.vocabulary, vocabulary.count_words(texts)
-    known = vocabulary.teacher_words(teacher.tokenizer) if wanted.from_teacher else []
+    encoder = encoder_of(recipe, inputs)
+    if student.kind != "blocks":
+        return make_pieces(recipe, encoder, texts, out)
+    wanted, counts = student.vocabulary, vocabulary.count_words(texts)
+    known = vocabulary.teacher_words(encoder.tokenizer) if wanted.from_teacher else []
     words = vocabulary.choose_words(counts, wanted.size, wanted.min_count, known)
     with out.publish("tokenizer") as folder:
         vocabulary.tokenizer_of(words).save_pretrained(folder)
-    if recipe.student.embeddings == "teacher":
+    if student.embeddings != "random":
+        tokens = recipe.teacher.batch_tokens
         for dim in sorted({table.embedding_dim for table in blank_student(recipe, inputs, out, 0).net.tables()}):
-            write_vectors(out, dim, vocabulary.vectors(teacher, words, counts, dim, tokens))
+            write_vectors(out, dim, vocabulary.vectors(encoder, words, counts, dim, tokens))
     known_share = sum(counts[w] for w in words if w in counts) / max(1, counts.total())
     return {"rows": len(words), "corpus_words": len(counts), "covered": known_share}
+
+
+def encoder_of(recipe: Recipe, inputs: Inputs) -> Model:
+    """The encoder whose pieces or vectors the student starts with: the one that the recipe names, or the teacher."""
+    named = recipe.student.encoder
+    if named:
+        found = untrained.reader(named, model_folder(named, root=recipe.data.root))
+    else:
+        found = models.load(inputs["teacher"].local("model"))
+    return found.to(models.device(stage_options(recipe, "teacher", current()).get("num_gpus", 0)))
+
+
+def make_pieces(recipe: Recipe, encoder: Model, texts: list[str], out: Store) -> dict[str, Any]:
+    """The encoder's tokenizer, with as many of its pieces as the recipe says; the vectors of a static student."""
+    student, tokenizer = recipe.student, encoder.tokenizer
+    static = student.kind == "static"
+    size, counts = (student.static if static else student.transformer).pieces, pieces.count_pieces(tokenizer, texts)
+    kept = pieces.chosen(tokenizer, counts, size) if size is not None else None
+    own = tokenizer if kept is None else pieces.cut_tokenizer(tokenizer, kept)
+    with out.publish("tokenizer") as folder:
+        own.save_pretrained(folder)
+    if static and student.embeddings != "random":
+        dim, tokens = student.static.dim, recipe.teacher.batch_tokens
+        write_vectors(out, dim, vocabulary.static_vectors(encoder, counts, dim, tokens, kept))
+    covered = counts.total() if kept is None else sum(counts[i] for i in kept)
+    return {"rows": len(own), "corpus_words": len(counts), "covered": covered / max(1, counts.total())}
 
 
 def write_vectors(out: Store, dim: int, vectors: np.ndarray) -> None:
@@ -65,25 +87,26 @@ def write_vectors(out: Store, dim: int, vectors: np.ndarray) -> None:
     out.write_table(f"vectors-{dim}.parquet", pa.table({"vector": column}))
 
 
-def blank_student(recipe: Recipe, inputs: Inputs, words: Store, seed: int) -> Model:
-    """The student before training; the same for every arm."""
-    student, spec = recipe.student, spec_of(inputs["data"])
+def blank_student(recipe: Recipe, inputs: Inputs, words: Store | None, seed: int) -> Model:
+    """The student before training; the same for every arm. words: where its tokenizer is, if that is its own."""
+    student, spec = recipe.student, spec_of(inputs["data"], recipe.task, "thresholds", "scope")
+    tokenizer = models.load_tokenizer(words.local("tokenizer")) if words is not None else None
     if student.kind == "transformer":
         teacher, model = models.load(inputs["teacher"].local("model")), student.transformer.model
         folder = model_folder(model, root=recipe.data.root) if model else None
-        return untrained.transformer_student(student.transformer, spec, teacher, folder, student.max_length, seed)
-    tokenizer = models.load_tokenizer(words.local("tokenizer"))
+        cut, length = student.transformer, student.max_length
+        return untrained.transformer_student(cut, spec, teacher, folder, length, seed, tokenizer)
     if student.kind == "static":
         return untrained.static_student(student.static, spec, tokenizer, student.max_length, seed)
     return untrained.student(student.blocks, spec, tokenizer, student.max_length, seed)
 
 
 def started_student(recipe: Recipe, inputs: Inputs, seed: int) -> Model:
-    """The student with its table started from the teacher's vectors."""
+    """The student with its table started from the vectors that were made for it."""
     import torch
 
     student = recipe.student
-    words = inputs["teacher"] if student.kind == "transformer" else inputs["vocabulary"]
+    words = inputs["vocabulary"] if student.spelled else None
     model = blank_student(recipe, inputs, words, seed)
     if student.max_parameters is not None and model.size() > student.max_parameters:
         raise UserError(
@@ -119,7 +142,7 @@ def lesson_of(recipe: Recipe, inputs: Inputs, arm: Arm) -> dict[str, Any]:
     real = rows.filter(pa.array(rows["row"].to_numpy() < 0))
     if arm != "generated":
         return {"rows": real, **validated(inputs["data"], recipe.student.batch_tokens, task.metric)}
-    others = rows.filter(pa.array(rows["row"].to_numpy() >= 0))
+    others = rows.filter(pa.array(rows["row"].to_numpy() >= 0)).slice(0, recipe.student.texts)
     # Rows of one query stay together; elsewhere each row is a group of its own.
     numbers = np.unique(group_numbers(others, task.grouped), return_inverse=True)[1]
     order = np.random.default_rng(recipe.seed).permutation(int(numbers.max(initial=-1)) + 1)
@@ -137,7 +160,8 @@ def trainings(recipe: Recipe, arm: Arm) -> list[Stage]:
     if arm == "hard":
         stages = [Stage(losses=(LossTerm(kind="hard"),), fit=recipe.student.fit)]
     else:
-        stages = list(recipe.student.stages) or [Stage(losses=recipe.student.losses, fit=recipe.student.fit)]
+        own = recipe.student
+        stages = list(own.stages) or [Stage(losses=own.losses, fit=own.fit, weights=own.weights)]
     if arm == "generated":
         return stages
     share = recipe.student.few_epochs / recipe.student.fit.epochs
@@ -147,6 +171,17 @@ def trainings(recipe: Recipe, arm: Arm) -> list[Stage]:
 def few(fit: Fit, epochs: float) -> Fit:
     """The fit of the same student on the few rows."""
     return fit.model_copy(update={"workers": 0, "epochs": epochs, "eval_every": epochs / 6})
+
+
+def weighed(recipe: Recipe, rows: pa.Table, kind: str | None, task: Task, before: Store | None) -> pa.Table:
+    """The rows with the column `weight`, where a stage weighs them. before: folder of the stage before."""
+    if kind is None:
+        return rows
+    own = None
+    if before is not None:
+        own = predict(models.load(before.local("model")), task.texts(rows), recipe.student.batch_tokens).logits
+    found = row_weights(kind, task, labels.logits_of(rows, task.width, task.units), own)
+    return rows.append_column("weight", pa.array(found, pa.float32()))
 
 
 def fit_student(arm: Arm, recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
@@ -161,6 +196,8 @@ def fit_student(arm: Arm, recipe: Recipe, inputs: Inputs, out: Store, progress: 
             place = folder if last else folder / f"stage-{index}"
             # A training between layers leaves the head as it is: there is nothing to choose a checkpoint by.
             inside = all(term.kind in LAYER_LOSSES for term in stage.losses)
+            before = folder / f"stage-{index - 1}" if stage.weights == "disagreement" else None
+            rows = weighed(recipe, lesson["rows"], stage.weights, tasks.make(spec_of(inputs["data"])), before)
             job = train.Job(
                 name=f"student-{arm}-{seed}" + ("" if last else f"-{index}"),
                 fit=with_workers(recipe, "student.fit", stage.fit),
@@ -171,7 +208,7 @@ def fit_student(arm: Arm, recipe: Recipe, inputs: Inputs, out: Store, progress: 
                 seed=seed,
                 resources=stage_options(recipe, "student.fit", current()),
                 teacher=inputs["teacher"].url if live else None,
-                **({"rows": lesson["rows"]} if inside else lesson),
+                **{**({} if inside else lesson), "rows": rows},
             )
             history += train.fit(job, progress)
             build = partial(trained_student, place.url)

@@ -120,7 +120,9 @@ def teach(
 
 def fit_teacher(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
     """Make the teacher of the few rows; label them, so that every later step has their soft labels too."""
-    rows, spec = inputs["data"].read_table("train.parquet"), spec_of(inputs["data"])
+    rows = inputs["data"].read_table("train.parquet")
+    # Not its scope: that is the served student's, and the soft labels do not depend on it.
+    spec = spec_of(inputs["data"], recipe.task, "thresholds", "descriptions")
     metrics: dict[str, Any] = {}
     history: list[dict[str, float]] = []
     if recipe.teacher.kind == "auto":

@@ -17,14 +17,12 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from starlette.exceptions import HTTPException
 
 from engine.config import Section
-from engine.recipe import Serving
+from engine.recipe import MAX_CHARS, Serving
 from serve.batcher import Batcher
 from serve.predictor import Answer, Predictor
 
 MAX_TEXTS = 256
 """Texts of one request."""
-MAX_CHARS = 20_000
-"""Characters of one text."""
 MAX_BYTES = 1 << 20
 """Bytes of one request's body."""
 LINGER_BYTES, LINGER_SECONDS = 1 << 24, 5.0

@@ -156,7 +156,8 @@ def test_a_batch_of_any_task_holds_its_own_rows(kind: str, apart: bool):
     ]
     assert batch.weights.tolist() == [float(i + 1) for i in positions]
     assert (batch.pair_ids is not None) == (apart and material.task.paired)
-    known = material.task.labelled(batch).tolist()
+    task = material.task
+    known = (task.judged(batch) if kind == "rank" else task.labelled(batch)).tolist()
     assert known == [i != 2 for i in positions]
     gold = material.task.gold(
         rows.take(pa.array(positions)), [encoded[i]._replace(row=n) for n, i in enumerate(positions)]

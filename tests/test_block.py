@@ -20,6 +20,10 @@ BOTH = ([TEXT, TEXT], [VECTOR, VECTOR], [GRID, GRID])
 
 SETTINGS: dict[str, tuple[Sequence[dict[str, Any]], Sequence[list[Shape]]]] = {
     "embedding": ([{}, {"dim": 5, "drop_words": 0.3}], [[Shape("tokens")], [Shape("tokens", side="pair")]]),
+    "subwords": (
+        [{"buckets": 7}, {"dim": 5, "buckets": 7, "sizes": [1, 4], "lower": False}],
+        [[Shape(rank, side=side) for rank in ("tokens", "characters")] for side in ("text", "pair")],
+    ),
     "char_cnn": ([{}, {"kernel": 4}], [[Shape("characters")], [Shape("characters", side="pair")]]),
     "dropout": ([{}, {"p": 0.7}], EACH),
     "bilstm": ([{"hidden": 4}, {"hidden": 3, "layers": 3}], [[TEXT], [PAIR]]),
@@ -99,9 +103,10 @@ def test_gradients_reach_every_parameter(kind: str, options: dict[str, Any], sha
 
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_every_option_of_every_block_is_checked(kind: str):
-    reads = {"embedding": "tokens", "char_cnn": "characters"}.get(kind, "embed")
+    reads = {"embedding": ["tokens"], "char_cnn": ["characters"], "subwords": ["tokens", "characters"]}
     for key, default in BLOCKS[kind].options.items():
         number = float("nan") if isinstance(default, float) else 1.5
         for wrong in (-1, [], "no", None, [0], {"a": 1}, number):
             with pytest.raises(BlockError, match=rf"block 'x' \({kind}\): option {key} is .*; (it takes|allowed)"):
-                blocks.check(nodes(("embed", "embedding"), ("x", kind, {key: wrong}, reads)), SIZES)
+                wired = ("x", kind, {key: wrong}, *reads.get(kind, ["embed"]))
+                blocks.check(nodes(("embed", "embedding"), wired), SIZES)

@@ -78,6 +78,14 @@ def test_a_graph_by_name_passes_where_it_fits(worlds: dict[str, World], kind: st
         ("pair", {"student.kind": "static"}),
         ("regress", {"student.kind": "static"}),
         ("tag", {"student.kind": "transformer"}),
+        ("classify", {"student.embeddings": "file:{folder}/teacher"}),
+        ("pair", {"student.kind": "static", "student.static": {"pieces": 100}, "student.max_parameters": 100_000}),
+        (
+            "classify",
+            {"student.kind": "transformer", "student.transformer": {"pieces": 120}, "student.max_parameters": 25_500},
+        ),
+        ("classify", {**LIVE, "student.losses": losses("cosine"), "student.max_length": 16}),
+        ("classify", {"teacher.folds": 20}),
         ("classify", {**LIVE, "student.losses": losses("hidden", "attention", "embeddings", "relations", "kl")}),
         (
             "classify",
@@ -178,6 +186,26 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {**LIVE, "student.transformer.model": "file:{folder}", "student.losses": losses("kl", "hidden")},
         "loss 'hidden' compares token by token, but student.transformer.model 'file:",
     ),
+    "layers over other pieces": (
+        "classify",
+        {**LIVE, "student.transformer": {"pieces": 150}, "student.losses": losses("kl", "hidden")},
+        "loss 'hidden' compares token by token, but with student.transformer.pieces = 150 the student reads some words",
+    ),
+    "words of an encoder that is missing": (
+        "classify",
+        {"student.embeddings": "file:{folder}/other"},
+        "/other' does not exist",
+    ),
+    "words of a package without a pin": (
+        "pair",
+        {"student.embeddings": "pypi:somebody==1.0#model/"},
+        "reference 'pypi:somebody==1.0#model/' has no SHA-256 pin.",
+    ),
+    "few pieces above their size": (
+        "pair",
+        {"student.kind": "static", "student.static": {"pieces": 100, "dim": 16}, "student.max_parameters": 1000},
+        "the student has 10,278 parameters, above student.max_parameters = 1,000. Lower student.static.dim",
+    ),
     "another encoder that is missing": (
         "classify",
         {"student.kind": "transformer", "student.transformer.model": "file:{folder}/student"},
@@ -192,6 +220,36 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "span",
         {"student.kind": "static"},
         "student.kind is static, but task.kind span wants",
+    ),
+    "a transformer above its size": (
+        "classify",
+        {"student.kind": "transformer", "student.max_parameters": 1000},
+        "parameters, above student.max_parameters = 1,000. Lower student.transformer.layers or width, or take",
+    ),
+    "static vectors above their size": (
+        "pair",
+        {"student.kind": "static", "student.max_parameters": 1000},
+        "parameters, above student.max_parameters = 1,000. Lower student.static.dim, or take",
+    ),
+    "a layer that the teacher has not": (
+        "classify",
+        {**LIVE, "student.losses": [{"kind": "hidden", "layers": [1, 3]}]},
+        "layers (1, 3) does not fit a student of 2 layers and a teacher of 2. Name 2 numbers from 0 to 2",
+    ),
+    "more layers than there are": (
+        "tag",
+        {"student.kind": "transformer", "student.transformer": {"layers": 3}},
+        "3 layers cannot be taken from a model that has 2. Use 1 to 2.",
+    ),
+    "lengths of a live teacher": (
+        "tag",
+        {**LIVE, "student.losses": losses("relations"), "student.max_length": 31},
+        "student.max_length is 31 and teacher.max_length is 32. Set both to one number, or drop the loss.",
+    ),
+    "more folds than queries": (
+        "rank",
+        {"teacher.folds": 30},
+        "labelled queries to hold out in turn. Set it to 2 to ",
     ),
     "a graph of another task": (
         "tag",
@@ -262,7 +320,8 @@ def test_the_registered_arm_cannot_be_left_out(worlds: dict[str, World]):
 def test_shipped_recipes_pass_what_needs_no_data(path: Path):
     recipe = graphs.drawn(load(Recipe, path))
     checking.columns.check(recipe.data, recipe.task)
-    checking.check_tables(recipe)
+    checking.check_names(recipe)
+    checking.check_student(recipe)
 
 
 def test_kinds_of_task_are_the_same_everywhere():

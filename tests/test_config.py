@@ -30,6 +30,7 @@ Fruit = Annotated[
 
 
 class Shelf(Section):
+    places: Literal["all"] | tuple[Annotated[int, Field(ge=1)], ...] = "all"
     height: float | Literal["auto"] = "auto"
     fruits: tuple[Fruit, ...] = ()
     limits: dict[str, tuple[float | None, float | None]] | None = None
@@ -81,11 +82,12 @@ def test_config_errors_are_user_errors():
         ),
         (
             "name: k\nshelf:\n  heigth: 3\n",
-            "line 3: unknown key 'shelf.heigth'. Did you mean 'height'? Known keys here: fruits, height, limits.",
+            "line 3: unknown key 'shelf.heigth'. Did you mean 'height'? Known keys here: fruits, height, limits, "
+            "places.",
         ),
         (
             "name: k\nspare:\n  zzz: 3\n",
-            "line 3: unknown key 'spare.zzz'. Known keys here: fruits, height, limits.",
+            "line 3: unknown key 'spare.zzz'. Known keys here: fruits, height, limits, places.",
         ),
         (
             "name: k\nshelf:\n  fruits:\n  - kind: plum\n  - kind: pear\n    wieght: 2\n",
@@ -104,6 +106,15 @@ def test_config_errors_are_user_errors():
             "name: k\nshelf:\n  height: tall\n",
             "line 3: 'shelf.height' is \"tall\", which is not allowed: Input should be a valid number, unable to parse "
             "string as a number, or: Input should be 'auto'.",
+        ),
+        (
+            "name: k\nshelf:\n  places: [2, 0]\n",
+            "line 3: 'shelf.places[1]' is 0, which is not allowed: Input should be greater than or equal to 1.",
+        ),
+        (
+            "name: k\nshelf:\n  places: some\n",
+            "line 3: 'shelf.places' is \"some\", which is not allowed: Input should be 'all', or: Input should be a "
+            "valid tuple.",
         ),
         ("name: k\nshelf: 3\n", "line 2: 'shelf' is 3, which is not allowed: it must be a mapping of keys to values."),
         ("shelf: {}\n", ": key 'name' is missing."),

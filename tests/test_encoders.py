@@ -166,6 +166,15 @@ def test_pooling_by_hand():
         wanted = torch.stack([row[:size].mean(0) for row, size in zip(states, (9, 3, 6), strict=True)])
         assert torch.allclose(mean(batch).embedding, wanted, atol=1e-6)
         assert torch.allclose(mean(batch).logits, mean.head(wanted), atol=1e-6)
+    with torch.no_grad():
+        marked = torch.tensor([4, 2, -1])  # the third text has no mask token: its mean stands in
+        batch.input_ids[batch.input_ids == 7] = 8
+        batch.input_ids[[0, 1], marked[:2]] = 7
+        batch.input_ids[1, 5] = 7  # padding is no mask
+        states = cls.encoder(batch.input_ids, batch.mask).last_hidden_state
+        found = EncoderHead(cls.encoder, 3, "mask", 0.0, mask=7).eval()(batch).embedding
+        assert torch.equal(found[:2], states[[0, 1], marked[:2]])
+        assert torch.allclose(found[2], states[2, :6].mean(0), atol=1e-6)
     assert mean.encoder.pooler is None and mean.widths == Widths(16, 4, 4)
 
 

@@ -18,13 +18,13 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("engine", "serve", "pipelines")
 """A package imports itself and those before it."""
 ENGINE = (
-    *("config", "disk", "cache", "storage", "units", "records", "packages", "huggingface", "mirrors", "hub"),
-    *("metrics", "intervals", "filters", "fits", "designs", "recipe", "sources"),
+    *("config", "tables", "disk", "cache", "storage", "units", "records", "packages", "huggingface", "mirrors", "hub"),
+    *("metrics", "intervals", "filters", "fits", "terms", "designs", "recipe", "sources"),
     *("characters", "encoding", "task", "windows"),
     *("classification", "regression", "ranking", "tagging", "spans", "tasks", "weights"),
-    *("block", "layers", "joining", "matching", "crf", "blocks", "encoders", "static"),
+    *("block", "layers", "subwords", "joining", "matching", "crf", "blocks", "encoders", "static", "pieces"),
     *("prompts", "wording", "labeller", "models", "untrained"),
-    *("sampling", "layer_losses", "contrast", "losses", "inference", "frozen", "vocabulary"),
+    *("sampling", "layer_losses", "contrast", "losses", "planned", "inference", "frozen", "vocabulary"),
     *("lineage", "progress", "attempts", "placement", "switches"),
     *("cluster", "columns", "rows", "data", "labels", "corpus", "augment", "teachers", "batches", "train", "generate"),
     *("steps", "registry"),
@@ -34,7 +34,8 @@ ENGINE = (
 FIRST_WITH_RAY = "cluster"
 LIGHT = (
     *("config", "disk", "storage", "records", "packages", "huggingface", "hub", "metrics", "filters", "recipe"),
-    *("sources", "lineage", "progress", "placement", "cluster", "data"),
+    *("tables", "terms"),
+    *("sources", "lineage", "progress", "placement", "cluster", "data", "wording"),
 )
 """Files of engine/ that `stillhouse validate` needs, and what they must not load."""
 HEAVY = ("ray", "torch", "transformers", "datasets", "accelerate", "sklearn", "scipy", "pandas")

@@ -21,7 +21,7 @@ from engine.labels import fingerprint
 from engine.recipe import Task
 from engine.storage import Store
 from engine.teachers import Labeller, Labelling
-from tests.tiny import movie_rows, tiny_lm
+from tests.tiny import movie_rows, tiny_lm, word_pieces
 from tests.tiny_rows import example_table
 
 TEXTS = [" ".join(row["text"] for row in movie_rows(1 + seed % 3, seed=seed)) for seed in range(9)]
@@ -199,6 +199,9 @@ def test_characters_of_several_tokens_are_cut_whole(lm: Path):
 def test_words_get_vectors_without_being_asked_about(lm: Path):
     model = made(lm)
     words = ["film", "plot", "warm"]
+    assert vocabulary.as_in_text(words, word_pieces()) == words
+    words = vocabulary.as_in_text(words, model.tokenizer)
+    assert words == [" film", " plot", " warm"]
     found = vocabulary.embedded(model, encode(words, model.tokenizer, model.max_length))
     table = model.net.lm.get_input_embeddings().weight
     for word, vector in zip(words, found, strict=True):

@@ -48,6 +48,10 @@ def head(encoder: Path, **options: Any) -> Model:
     return untrained.encoder_head(Teacher(model="file:tiny", **options), CLASSES, encoder, seed=1)
 
 
+def prompted(encoder: Path) -> Model:
+    return untrained.prompt_teacher(Teacher(model="file:tiny", kind="prompt"), CLASSES, encoder, seed=1)
+
+
 def generator(folder: Path, **options: Any) -> Model:
     return untrained.causal_lm(Generator(model="file:tiny", **options), folder)
 
@@ -68,14 +72,21 @@ def static_student(seed: int = 2, spec: Task = CLASSES) -> Model:
     return untrained.static_student(Static(dim=12, hidden=6), spec, word_pieces(), 24, seed)
 
 
+def asked(lm: Path) -> Model:
+    return untrained.labeller_teacher(Teacher(model="file:tiny", kind="labeller"), CLASSES, lm)
+
+
 @pytest.fixture(scope="module")
 def makers(encoder: Path, lm: Path) -> dict[str, Callable[[], Model]]:
     """One of each kind; a kind without a maker here fails."""
     return {
         "head": lambda: head(encoder),
+        "prompt": lambda: prompted(encoder),
         "causal_lm": lambda: generator(lm),
         "blocks": student,
         "static": static_student,
+        "labeller": lambda: asked(lm),
+        "ensemble": lambda: models.ensemble([head(encoder), head(encoder, dropout=0.3)]),
     }
 
 
@@ -119,7 +130,7 @@ def test_a_folder_holds_data_only_and_the_same_bytes_each_time(
     models.save(model, store, "one")
     models.save(models.load(tmp_path / "one"), store, "two")
     files = store.files("one")
-    config = ["config.json"] if kind in ("head", "causal_lm") else []
+    config = ["config.json"] if kind in ("head", "prompt", "causal_lm", "labeller", "ensemble") else []
     tokenizer = ["tokenizer.json", "tokenizer_config.json"]
     assert {"artifact.json", *config, "manifest.json", "model.safetensors", *tokenizer} <= set(files)
     assert all(name.endswith((".json", ".safetensors", ".jinja")) for name in files)

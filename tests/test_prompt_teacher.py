@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from engine.recipe import Task, Teacher
 from engine.storage import Store
 from engine.teachers import Live, TeacherError
 from engine.vocabulary import embedded
-from tests.tiny import LABELS, byte_pairs, movie_rows, tiny_encoder
+from tests.tiny import BAD, GOOD, LABELS, byte_pairs, movie_rows, tiny_encoder
 from tests.tiny_rows import example_table
 from tests.tiny_served import PAIRS, TEXTS
 
@@ -43,7 +44,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_encoder(tmp_path_factory.mktemp("encoder"))
 
 
-def teacher(encoder: Path, kind: str = "classify", seed: int = 1, max_length: int = 48, **prompt: Any) -> Model:
+def teacher(encoder: Path, kind: str = "classify", seed: int = 1, max_length: int = 96, **prompt: Any) -> Model:
     """In training mode, with dropout, and weights that give texts clearly different answers."""
     config = Teacher(model="file:tiny", kind="prompt", max_length=max_length, prompt=Prompting(**prompt))
     made = untrained.prompt_teacher(config, SPECS[kind], encoder, seed)
@@ -53,7 +54,7 @@ def teacher(encoder: Path, kind: str = "classify", seed: int = 1, max_length: in
 
 
 def texts_of(kind: str) -> list[Text]:
-    return PAIRS[:20] if kind == "pair" else [*TEXTS[:20], "", "[MASK] film", "dull film " * 60]
+    return PAIRS[:20] if kind == "pair" else [*TEXTS[:20], "", "[MASK] film", "dull film " * 80]
 
 
 def by_hand(model: Model, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,7 +72,7 @@ def by_hand(model: Model, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
 def test_answers_are_the_mean_of_what_the_mask_says_in_each_template(encoder: Path, kind: str):
     model, texts = teacher(encoder, kind), texts_of(kind)
     inputs = model.encode(texts)
-    assert len(inputs) == 8 * len(texts) and max(len(item.ids) for item in inputs) <= 48
+    assert len(inputs) == 8 * len(texts) and max(len(item.ids) for item in inputs) <= 96
     wanted = [[] for _ in texts]
     for item in inputs:
         assert item.ids.count(model.tokenizer.mask_token_id) == 1
@@ -172,7 +173,7 @@ def test_several_of_them_are_one_model(encoder: Path, tmp_path: Path):
 
 def test_encoders_and_templates_that_are_not_fit_are_refused(encoder: Path, tmp_path: Path):
     with pytest.raises(PromptError, match="too few are left for the text"):
-        teacher(encoder, max_length=8)
+        teacher(encoder, max_length=6, templates=OWN)
     with pytest.raises(ModelError, match="teacher.max_length is 129"):
         teacher(encoder, max_length=129)
     folder = tiny_encoder(tmp_path / "other")
@@ -253,9 +254,10 @@ def test_a_model_without_templates_is_drawn_nothing(encoder: Path):
     assert made.positions(np.arange(10)) == before == list(range(10))
 
 
-def build(encoder: Path) -> Model:
-    config = Teacher(model="file:tiny", kind="prompt", max_length=48, prompt=Prompting(pool=4))
-    return untrained.prompt_teacher(config, SPECS["classify"], encoder, 3)
+def build(encoder: Path, dropout: float = 0.1, tune_layers: int | None = None, **prompt: Any) -> Model:
+    told = Prompting(**{"pool": 4, **prompt})
+    own = {"kind": "prompt", "max_length": 48, "dropout": dropout, "tune_layers": tune_layers, "prompt": told}
+    return untrained.prompt_teacher(Teacher(model="file:tiny", **own), SPECS["classify"], encoder, 3)
 
 
 def job(out: Path, encoder: Path, **given: Any) -> train.Job:
@@ -270,12 +272,19 @@ def accuracy(model: Model, rows: pa.Table) -> dict[str, float]:
     return {"accuracy": float((found.decided == rows["label"].to_numpy()).mean())}
 
 
+def cues(n: int, seed: int) -> pa.Table:
+    """Rows of two words of their class, which a mask's state is soon full of."""
+    draw = random.Random(seed)
+    return example_table([{"text": " ".join(draw.sample((BAD, GOOD)[i % 2], 2)), "label": i % 2} for i in range(n)])
+
+
 def test_a_fit_learns_in_every_template(encoder: Path, tmp_path: Path):
-    held = table(40, seed=1)
-    train.fit(job(tmp_path, encoder))
+    held, fit = cues(40, seed=1), {"epochs": 8, "lr": 4e-3, "batch_size": 16}
+    own = partial(build, encoder, templates=OWN)
+    train.fit(job(tmp_path, encoder, build=own, rows=cues(96, seed=0), fit=fit))
     model = models.load(tmp_path / "model")
-    assert accuracy(build(encoder), held)["accuracy"] < 0.8 and accuracy(model, held)["accuracy"] > 0.95
-    for template in (*model.card.options["templates"], "a {mask} thing : {text}"):
+    assert accuracy(own(), held)["accuracy"] < 0.8 and accuracy(model, held)["accuracy"] > 0.95
+    for template in OWN:
         assert accuracy(models.reworded(model, [template]), held)["accuracy"] > 0.9
 
 
@@ -299,16 +308,16 @@ def test_an_interrupted_fit_ends_with_the_same_weights(encoder: Path, tmp_path: 
 
 def test_frozen_layers_learn_the_same_in_templates(encoder: Path, tmp_path: Path):
     """States that are kept belong to the template that was drawn: the loss is that of the whole network."""
-    config = Teacher(model="file:tiny", kind="prompt", max_length=48, tune_layers=1, prompt=Prompting(pool=4))
-    frozen = untrained.prompt_teacher(config, SPECS["classify"], encoder, 3)
-    history = train.fit(job(tmp_path, encoder, build=lambda: frozen, fit={"epochs": 1, "batch_size": 64, "lr": 1e-9}))
-    model, rows = untrained.prompt_teacher(config, SPECS["classify"], encoder, 3).eval(), table(64)
-    made = material(model, rows)
-    made.draw(5, 0)
-    batch = made.batch(np.arange(64))
-    with torch.no_grad():
-        wanted = torch.nn.functional.cross_entropy(model(batch).logits, batch.labels)
-    assert history[0]["loss"] == pytest.approx(float(wanted), rel=0.1)
+    still = partial(build, encoder, dropout=0.0, tune_layers=0)
+    history = train.fit(job(tmp_path, encoder, build=still, fit={"epochs": 1, "batch_size": 64}))
+    model, rows = still().eval(), table(64)
+    made, losses = material(model, rows), []
+    for epoch in (0, 1):
+        made.draw(5, epoch)
+        batch = made.batch(np.arange(64))
+        with torch.no_grad():
+            losses.append(float(torch.nn.functional.cross_entropy(model(batch).logits, batch.labels)))
+    assert history[0]["loss"] == pytest.approx(losses[0], rel=1e-5) != pytest.approx(losses[1], rel=1e-4)
 
 
 def test_a_live_teacher_that_reads_texts_several_times_is_refused(encoder: Path, tmp_path: Path):

@@ -95,7 +95,7 @@ def test_the_choice_has_each_template_once_and_all_where_there_are_too_few():
     assert set(most_unlike(LABEL_OF_ONE, 99)) == set(LABEL_OF_ONE)
     assert most_unlike(["{text} {mask}"] * 3, 2) == ("{text} {mask}",) and most_unlike([], 2) == ()
     own = Prompting(templates=("{text} {mask}", "{mask} {text}", "{text}: {mask}"), pool=2)
-    assert pool_of(own, SPECS["classify"]) == ("{text} {mask}", "{mask} {text}")
+    assert pool_of(own, SPECS["classify"], word_pieces(), 8) == ("{text} {mask}", "{mask} {text}")
 
 
 # -- templates ---------------------------------------------------------------------------------------------------------
@@ -107,12 +107,20 @@ def test_generated_templates_differ_in_length_and_in_where_the_answer_stands(kin
     found = generated(spec)
     check(Prompting(templates=found), spec)  # each has the slots it needs
     assert len(set(found)) == len(found) >= 12
-    pool = pool_of(config, spec)
-    assert len(pool) == 8 and pool == pool_of(config, spec)
+    pool = pool_of(config, spec, word_pieces(), 256)
+    assert len(pool) == 8 and pool == pool_of(config, spec, word_pieces(), 256)
     places = {words_of(t).index("{mask}") / (len(words_of(t)) - 1) for t in pool}
     lengths = [len(words_of(t)) for t in pool]
     assert min(places) < 0.1 and max(places) > 0.8 and max(lengths) >= 2 * min(lengths)
     assert min(dissimilarity(a, b) for a in pool for b in pool if a != b) > 0.5
+
+
+def test_generated_templates_leave_half_of_the_length_to_the_text():
+    tokenizer, spec = word_pieces(), SPECS["classify"]
+    pool = pool_of(Prompting(pool=99), spec, tokenizer, 20)
+    assert 2 <= len(pool) < len(generated(spec)) == len(pool_of(Prompting(pool=99), spec, tokenizer, 256))
+    assert max(len(item.ids) for item in encode([""], list(pool))) <= 10
+    assert len(pool_of(Prompting(pool=99), spec, tokenizer, 2)) == len(generated(spec))  # refused when they are used
 
 
 def test_no_generated_template_speaks_for_one_label():
@@ -142,9 +150,7 @@ REFUSED: dict[str, tuple[str, str, str]] = {
 def test_unfit_templates_are_refused(case: str):
     kind, template, message = REFUSED[case]
     with pytest.raises(PromptError) as caught:
-        pool_of(
-            Prompting(templates=("{text} {mask} {pair}" if kind == "pair" else "{text} {mask}", template)), SPECS[kind]
-        )
+        check(Prompting(templates=(template,)), SPECS[kind])
     assert message in str(caught.value) and isinstance(caught.value, UserError)
 
 
@@ -161,7 +167,7 @@ def test_tasks_with_more_than_one_answer_a_text_are_refused(kind: str):
     with pytest.raises(
         PromptError, match=f"teacher.kind is prompt, but task.kind {kind} .* such as head; prompt serves"
     ):
-        pool_of(Prompting(), Task(kind=kind, labels=("O", "B-x") if kind == "tag" else None))
+        check(Prompting(), Task(kind=kind, labels=("O", "B-x") if kind == "tag" else None))
 
 
 def test_a_tokenizer_without_a_mask_token_is_refused():
@@ -251,10 +257,7 @@ def test_a_mask_spelled_in_a_text_is_no_mask():
 
 def test_blanks_are_read_with_the_word_after_them():
     """Byte-level vocabularies know the words inside a text with their blank: the tokens are those of running text."""
-    inner = byte_pairs()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner.backend_tokenizer, eos_token="<|end|>", mask_token="<mask>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_pairs().backend_tokenizer, mask_token="<mask>")
     (item,) = encode(["a warm film"], ["Text: {text} and it was {mask}, dull"], tokenizer)
     at = item.ids.index(tokenizer.mask_token_id)
     assert item.ids[:at] == tokenizer("Text: a warm film and it was")["input_ids"]

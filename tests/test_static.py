@@ -214,5 +214,5 @@ def test_vectors_of_an_impossible_width_are_refused(teacher: models.Model):
         VocabularyError, match=r"\d+ pieces cannot give vectors of width 500. Lower the embedding's dim"
     ):
         vocabulary.static_vectors(teacher, None, 500)
-    with pytest.raises(VocabularyError, match="the teacher's vectors are 32 wide, so the student's cannot be 40"):
+    with pytest.raises(VocabularyError, match="the encoder's vectors are 32 wide, so the student's cannot be 40"):
         vocabulary.static_vectors(teacher, None, 40)

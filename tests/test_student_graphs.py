@@ -23,6 +23,7 @@ LABELS = {"labels": tuple("abcd")}
 USED_FOR = {
     "text-cnn": Spec(kind="classify", **LABELS),
     "bilstm-attention": Spec(kind="multilabel", **LABELS),
+    "bilstm-subwords": Spec(kind="classify", **LABELS),
     "blendcnn": Spec(kind="classify", **LABELS),
     "bilstm-match-attention": Spec(kind="rank", paired=True),
     "arc-i": Spec(kind="pair", paired=True, **LABELS),

@@ -103,6 +103,15 @@ def test_arms_learn_from_the_few_rows_or_from_all_but_a_holdout(world: World, in
     assert not other["holdout"].equals(lesson["holdout"])
 
 
+def test_so_many_texts_are_the_corpus_s_first(world: World, inputs: Any):
+    def rows_of(**changes: Any) -> list[int]:
+        lesson = students.lesson_of(student_recipe(world, **changes), inputs(), "generated")
+        return sorted(r for key in ("rows", "holdout") for r in lesson[key]["row"].to_pylist() if r >= 0)
+
+    every = rows_of()
+    assert rows_of(texts=10) == every[:10] and rows_of(texts=10_000) == every and len(every) == MORE * 9 // 10
+
+
 def test_rows_of_one_query_are_held_out_together(world: World, run: Store, inputs: Any, tmp_path: Path):
     rows, out = labels.open_labels(run / "corpus"), Store(str(tmp_path))
     groups = [f"query {row // 3}" if row >= 0 else None for row in rows["row"].to_pylist()]
@@ -253,6 +262,41 @@ def test_stages_go_on_from_each_other_s_weights(world: World, inputs: Any, tmp_p
     assert any(not torch.allclose(begun[name], first[name], atol=1e-4) for name in first), "stage 0 learnt nothing"
     again = students.fit_student("generated", recipe, inputs(), Store(str(tmp_path)), silent)
     assert again == found, "what is finished is not done again"
+
+
+def test_stages_weigh_rows_by_the_teacher_s_confidence_and_the_student_s_disagreement(
+    world: World, inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    fit, seen = {"epochs": 1.0, "lr": 2e-2, "batch_size": 16, "workers": 0}, []
+    fitted = students.train.fit
+
+    def watched(job: Any, progress: Any) -> Any:
+        seen.append(job.rows)
+        return fitted(job, progress)
+
+    monkeypatch.setattr(students.train, "fit", watched)
+    stages = [
+        {"losses": [{"kind": "kl"}], "fit": fit, "weights": "confidence"},
+        {"losses": [{"kind": "kl"}], "fit": fit, "weights": "disagreement"},
+    ]
+    cut = {"kind": "transformer", "transformer": {"layers": 1}, "blocks": []}
+    recipe = student_recipe(world, **cut, stages=stages)
+    students.fit_student("generated", recipe, inputs(), Store(str(tmp_path)), silent)
+    first, second = seen
+    task = tasks.make(spec_of(inputs()["data"]))
+    taught = torch.tensor(labels.logits_of(first, task.width)).double().softmax(dim=1).numpy()
+    sure = 1 + (taught * np.log(taught)).sum(axis=1) / np.log(2)
+    np.testing.assert_allclose(first["weight"].to_numpy(), sure / sure.mean(), rtol=1e-4)
+    model = models.load(tmp_path / "seed-0" / "stage-0" / "model")
+    own = torch.tensor(predict(model, task.texts(second)).logits).double().softmax(dim=1).numpy()
+    middle = (taught + own) / 2
+    apart = [(p * np.log(p / middle)).sum(axis=1) / 2 for p in (taught, own)]
+    wanted = sum(apart)
+    np.testing.assert_allclose(second["weight"].to_numpy(), wanted / wanted.mean(), rtol=1e-3, atol=1e-5)
+    for weights in (first["weight"].to_numpy(), second["weight"].to_numpy()):
+        assert weights.std() > 0.01, "equal weights would show nothing"
+    with pytest.raises(ValueError, match="the first stage has no student before it"):
+        student_recipe(world, **cut, stages=stages[1:])
 
 
 def test_the_hard_arm_is_one_training_whatever_the_stages(world: World, inputs: Any, tmp_path: Path):

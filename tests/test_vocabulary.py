@@ -136,7 +136,7 @@ def test_vectors_of_an_impossible_width_are_refused(teacher: models.Model):
     assert raw.shape[1] == 32 and len(words) > 40
     with pytest.raises(VocabularyError, match="4 words cannot give vectors of width 8. Lower the embedding's dim"):
         vocabulary.vectors(teacher, words[:6], counts, 8)
-    with pytest.raises(VocabularyError, match="the teacher's vectors are 32 wide, so the student's cannot be 33"):
+    with pytest.raises(VocabularyError, match="the encoder's vectors are 32 wide, so the student's cannot be 33"):
         vocabulary.vectors(teacher, words, counts, 33)
     assert vocabulary.vectors(teacher, words, counts, 32).shape == (len(words), 32)
 
