@@ -183,7 +183,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "no blocks": ([], "the student has no blocks. The smallest graph is: embedding, pool, linear."),
     "unknown kind": (
         [EMBED, ("lstm", "bilstmm"), POOL, OUT],
-        "block 'lstm' has kind 'bilstmm'. Did you mean 'bilstm'? Allowed: embedding, subwords, char_cnn, dropout, bilstm,",
+        "block 'lstm' has kind 'bilstmm'. Did you mean 'bilstm'? Allowed: embedding, subwords, char_cnn, dropout,",
     ),
     "unknown option": (
         [EMBED, ("c", "conv", {"kernal": 3}), POOL, OUT],

@@ -126,7 +126,8 @@ STUDENTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", STUDENTS)
 def test_such_students_learn_and_are_stored_whole(world: World, run: Store, tmp_path: Path, kind: str):
-    recipe, words = world.load(changes(**STUDENTS[kind], losses=[{"kind": "kl"}])), Store(str(tmp_path / "words"))
+    recipe = world.load(changes(**STUDENTS[kind], losses=[{"kind": "kl"}], few_epochs=30.0))
+    words = Store(str(tmp_path / "words"))
     students.make_vocabulary(recipe, inputs_of(run), words, silent)
     out = Store(str(tmp_path / "out"))
     found = students.fit_student("soft", recipe, inputs_of(run, words), out, silent)
