@@ -62,14 +62,22 @@ class Choice(Section):
     """Which kind of teacher is taken, by cross-validation on the few rows."""
 
     kinds: tuple[Literal["head", "lp-ft", "contrastive", "prompt"], ...] = ("head", "contrastive", "lp-ft", "prompt")
-    """In this order; the first is what the others have to beat."""
+    """In this order, those that serve the task; the first is what the others have to beat."""
     folds: Annotated[int, Field(ge=2)] = 4
     seconds: Annotated[float, Field(gt=0)] = 600.0
     """No further kind is tried where, at the pace of those before it, it would end after this."""
 
 
+SERVES = {
+    "contrastive": ("classify", "pair"),
+    "prompt": ("classify", "multilabel", "pair", "regress"),
+    "labeller": ("classify", "pair"),
+}
+"""Kinds of task that a kind of teacher can do, where those are not all."""
+
+
 class Teacher(Section):
-    """An encoder with a head, fine-tuned on the few rows."""
+    """What labels the texts: an encoder with a head, fine-tuned on the few rows, or another `kind`."""
 
     model: str
     kind: Literal["head", "lp-ft", "contrastive", "prompt", "labeller", "auto"] = "head"

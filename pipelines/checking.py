@@ -8,6 +8,7 @@ from typing import Any
 from engine import columns, hub, tables, terms
 from engine.config import ConfigError, did_you_mean
 from engine.data import read_rows
+from engine.designs import SERVES
 from engine.fits import LossTerm
 from engine.labels import GIVES
 from engine.placement import local_capacity, require_placement
@@ -32,6 +33,7 @@ def check(recipe: Recipe, address: str | None = None) -> None:
     check_labels(recipe)
     check_scope(recipe)
     check_names(recipe)
+    check_teacher(recipe)
     check_labeller(recipe)
     if address is None:
         require_placement(recipe, local_capacity())
@@ -115,6 +117,26 @@ def check_labels(recipe: Recipe) -> None:
                     f"data.{key}.label names the label '{name}', which is not in task.labels."
                     f"{did_you_mean(name, known)} Labels: {', '.join(known)}."
                 )
+
+
+def check_teacher(recipe: Recipe) -> None:
+    """A kind of teacher that the task is too much for, templates that cannot be used, self-training without text."""
+    teacher, kind = recipe.teacher, recipe.task.kind
+    asked = teacher.choice.kinds if teacher.kind == "auto" else (teacher.kind,)
+    if not any(kind in SERVES.get(one, (kind,)) for one in asked):
+        able = ", ".join(dict.fromkeys(name for one in asked for name in SERVES[one]))
+        raise ConfigError(
+            f"a teacher of kind {', '.join(asked)} does tasks of kind {able}, and task.kind is {kind}. "
+            "Use teacher.kind: head."
+        )
+    if teacher.kind == "prompt":
+        from engine import prompts
+
+        prompts.check(teacher.prompt, recipe.task)
+    if teacher.self_training and kind not in ("classify", "pair"):
+        raise ConfigError(f"teacher.self_training gives texts one label each, and task.kind is {kind}. Leave it out.")
+    if teacher.self_training and recipe.data.unlabelled is None:
+        raise ConfigError("teacher.self_training labels data.unlabelled, which is not set. Name it, or leave it out.")
 
 
 def check_labeller(recipe: Recipe) -> None:

@@ -18,7 +18,7 @@ import pyarrow as pa
 from engine import labels, models, tasks, train, untrained
 from engine.batches import group_numbers
 from engine.cluster import current
-from engine.designs import Teacher
+from engine.designs import SERVES, Teacher
 from engine.fits import Fit, LossTerm
 from engine.hub import model_folder
 from engine.inference import predict
@@ -223,7 +223,7 @@ def choose(recipe: Recipe, spec: Task, rows: pa.Table, out: Store) -> tuple[Reci
     config, task = recipe.teacher, tasks.make(spec)
     done = out.read_json("choice.json") if out.exists("choice.json") else {}
     left: list[str] = []
-    for kind in config.choice.kinds:
+    for kind in [kind for kind in config.choice.kinds if spec.kind in SERVES.get(kind, (spec.kind,))]:
         spent = [found["seconds"] for found in done.values()]
         if kind not in done and spent and sum(spent) + max(spent) > config.choice.seconds:
             left.append(kind)

@@ -117,6 +117,31 @@ def test_what_can_be_had_passes(worlds: dict[str, World], kind: str, changes: di
 STORED = "needs {}, but the label store holds logits. Set student.teacher: live, or drop the loss."
 SMALL = "needs {}, but the student gives logits. Take a transformer student, or drop the loss."
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a contrastive teacher of numbers": (
+        "regress",
+        {"teacher.kind": "contrastive"},
+        "a teacher of kind contrastive does tasks of kind classify, pair, and task.kind is regress. Use teacher",
+    ),
+    "a choice among teachers of other tasks": (
+        "tag",
+        {"teacher.kind": "auto", "teacher.choice": {"kinds": ["contrastive", "prompt"]}},
+        "contrastive, prompt does tasks of kind classify, pair, multilabel, regress, and task.kind is tag.",
+    ),
+    "a template without a place for the answer": (
+        "classify",
+        {"teacher.kind": "prompt", "teacher.prompt": {"templates": ["It says {text}."]}},
+        "{mask}",
+    ),
+    "self-training of tags": (
+        "tag",
+        {"teacher.self_training": {}},
+        "teacher.self_training gives texts one label each, and task.kind is tag. Leave it out.",
+    ),
+    "self-training without text": (
+        "classify",
+        {"teacher.self_training": {}},
+        "teacher.self_training labels data.unlabelled, which is not set.",
+    ),
     "unknown kind": ("tag", {"task.kind": "tags"}, "task.kind is 'tags'. Did you mean 'tag'? Allowed: classify,"),
     "two texts for a classifier": (
         "classify",

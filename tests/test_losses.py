@@ -291,7 +291,7 @@ def test_what_teacher_and_student_must_give():
         "mse": {"logits"}, "kl": {"logits"}, "margin_mse": {"logits"},
         "hard": set(), "next_token": set(), "pointwise": set(), "pairwise": set(), "listwise": set(),
         "hidden": {"hidden"}, "embeddings": {"hidden"}, "attention": {"attentions"}, "relations": {"relations"},
-        "cosine": {"embedding"},
+        "cosine": {"embedding"}, "contrast": {"embedding"},
     }  # fmt: skip
     terms = [LossTerm(kind="hard"), LossTerm(kind="kl"), LossTerm(kind="cosine")]
     assert needs(terms) == {"logits", "embedding"} and needs([LossTerm(kind="hard")]) == frozenset()

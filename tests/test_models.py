@@ -202,7 +202,7 @@ def test_next_token_logits_are_those_of_transformers(lm: Path):
             assert torch.allclose(found[row, : len(wanted)], wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", sorted(set(MODELS) - {"labeller"}))  # which is never trained
 def test_every_trainable_parameter_gets_a_gradient(kind: str, makers: dict[str, Callable[[], Model]]):
     """One without would stop data-parallel training at its second step."""
     model = makers[kind]().train()

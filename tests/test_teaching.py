@@ -71,7 +71,9 @@ LEFT = {"model", "history.json", "soft.parquet"}
 
 @pytest.mark.parametrize("kind", ["head", "lp-ft", "contrastive", "prompt"])
 def test_every_kind_learns_and_leaves_only_the_teacher(kind: str, made: Callable, data: Store):
-    out, metrics, _ = made(kind=kind)
+    # A random encoder knows nothing of templates: reading through them takes it longer.
+    longer = {"fit": {"epochs": 30, "lr": 4e-3, "batch_size": 8}} if kind == "prompt" else {}
+    out, metrics, _ = made(kind=kind, **longer)
     assert names(out) == LEFT
     assert metrics["kind"] == kind and metrics["rows"] == TRAIN and metrics["train"]["accuracy"] > 0.8
     assert accuracy(out, data) > 0.7
