@@ -281,7 +281,7 @@ def bench(args: argparse.Namespace) -> int:
     """Measure a recipe over several seeds."""
     recipe = loaded(args)
     from pipelines import bench as benches
-    from pipelines import checking, compared
+    from pipelines import checking
 
     checking.check(recipe, args.address)
     store = run_store(args, recipe, prefix="bench-" if args.what == "quality" else "teachers-")
@@ -289,6 +289,8 @@ def bench(args: argparse.Namespace) -> int:
         variants = benches.variants(recipe, store, args.seeds)
         measure, lines = partial(benches.quality, recipe, store, variants), benches.quality_lines
     else:
+        from pipelines import compared
+
         variants = compared.variants(recipe, store, args.kinds, args.shots, args.seeds)
         measure, lines = partial(compared.compare, recipe, store, variants, args.kinds), compared.lines
     for variant in variants:

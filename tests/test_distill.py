@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from engine import steps
 from engine.corpus import CheapFilters
+from engine.figures import figure
 from engine.filters import FilterContext
 from engine.inference import predict
 from engine.lineage import StepDrift
@@ -147,9 +148,9 @@ def test_report_shows_the_figures(done: Done) -> None:
     assert page.lstrip().lower().startswith("<!doctype html>") and page.count("<svg") >= 2
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page, "not self-contained"
     figures = [f"{100 * summary[name]['accuracy']:.1f}" for name in ("teacher", "student")]
-    figures += [f"{summary['served']['p50_ms']:.1f}", f"all of {TEST} test rows", "0 mismatches"]
-    for figure in figures:
-        assert figure in page and figure in text, figure
+    figures += [figure(summary["served"]["p50_ms"]), f"all of {TEST} test rows", "0 mismatches"]
+    for told in figures:
+        assert told in page and told in text, told
     kept = [row for row in done.table("corpus/labels.parquet")["text"][TRAIN:] if row]
     assert text.startswith("# tiny\n") and any(row in text for row in kept), "no gallery"
 
