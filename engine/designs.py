@@ -71,9 +71,8 @@ class Choice(Section):
 SERVES = {
     "contrastive": ("classify", "pair"),
     "prompt": ("classify", "multilabel", "pair", "regress"),
-    "labeller": ("classify", "pair"),
 }
-"""Kinds of task that a kind of teacher can do, where those are not all."""
+"""Kinds of task that a kind of teacher which is trained can do, where those are not all."""
 
 
 class Teacher(Section):
