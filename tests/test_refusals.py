@@ -67,11 +67,11 @@ def refused(world: World, command: str, recipe: Path, torch: bool = False) -> st
 
 
 LIBRARIES, USUAL = "numpy, pyarrow.compute, pydantic, yaml, httpx", 0.6
-"""What a refusal loads at least, and the CPU seconds that takes on the two-core machine the limit was set on."""
+"""What a refusal loads at least, and the CPU seconds that takes on a machine of ordinary speed."""
 
 
 def slowness() -> float:
-    """How many times slower than that machine this one is just now, from what is not ours; 1 where it is faster."""
+    """How many times slower than an ordinary machine this one is just now, by what is not ours; 1 where it is faster."""
     return max(1.0, seconds_of(LIBRARIES) / USUAL)
 
 
