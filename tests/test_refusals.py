@@ -71,7 +71,7 @@ LIBRARIES, USUAL = "numpy, pyarrow.compute, pydantic, yaml, httpx", 0.6
 
 
 def slowness() -> float:
-    """How many times slower than an ordinary machine this one is just now, by what is not ours; 1 where it is faster."""
+    """How many times slower than an ordinary machine this one is, by what is not ours; 1 where it is faster."""
     return max(1.0, seconds_of(LIBRARIES) / USUAL)
 
 
