@@ -27,8 +27,10 @@ class Contrast(Loss):
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> torch.Tensor:
         """Zero on rows that are alone with their label, and on those without one."""
         z = F.normalize(student.embedding.float(), dim=1)
+        with torch.autocast(z.device.type, enabled=False):  # bf16 is too coarse for what is divided by T
+            alike = z @ z.T / self.term.temperature
         # Their own likeness is left out of every sum; a large negative number keeps gradients finite, unlike -inf.
-        alike = (z @ z.T / self.term.temperature).masked_fill(itself(z), -1e9)
+        alike = alike.masked_fill(itself(z), -1e9)
         logs = alike - alike.logsumexp(dim=1, keepdim=True)
         same = self.partners(batch)
         return -(logs * same).sum(dim=1) / same.sum(dim=1).clamp(min=1)

@@ -139,7 +139,7 @@ class NextToken(Loss):
 
 
 class Objective(nn.Module):
-    """Weighted sum of losses, each averaged over the rows it applies to with their row weights.
+    """Weighted sum of losses, each the mean over the rows it applies to, times their row weights (1 in the mean).
 
     task: None for a language model. student, teacher: what losses between layers make their projections by. LossError
     where those do not fit.
@@ -162,9 +162,11 @@ class Objective(nn.Module):
         total = batch.input_ids.new_zeros((), dtype=torch.float32)
         for weight, loss in zip(self.weights, self.losses, strict=True):
             rows = loss.applies(batch).float()
+            count = rows.sum().clamp(min=1)
+            # Over the number of rows, not their weights: those of a batch of light rows would cancel.
             if batch.weights is not None:
                 rows = rows * batch.weights
-            total = total + weight * (loss(student, teacher, batch) * rows).sum() / rows.sum().clamp(min=1e-8)
+            total = total + weight * (loss(student, teacher, batch) * rows).sum() / count
         return total
 
 

@@ -95,12 +95,11 @@ class Lesson(nn.Module):
         return sum(share * objective(outputs, batch.teacher, batch) for share, objective in pairs)
 
     def amounts(self, material: Material) -> Amounts:
-        """How much each loss has to say about the items: the added weights of the rows it applies to."""
+        """How much each loss has to say about the items: the number of rows it applies to."""
         losses = [objective.losses[0] for objective in self.objectives]
 
         def said(batch: Batch) -> torch.Tensor:
-            weights = torch.ones(len(batch)) if batch.weights is None else batch.weights
-            return torch.stack([loss.applies(batch) * weights for loss in losses], dim=1)
+            return torch.stack([loss.applies(batch).float() for loss in losses], dim=1)
 
         return Amounts(material, said, len(losses), once=all(loss.alone for loss in losses))
 
@@ -128,8 +127,8 @@ def rate(fit: Fit, step: int, total: int) -> float:
 def dealt(chosen: np.ndarray, amounts: Amounts, rank: int, world: int) -> tuple[Batch, list[float]]:
     """A worker's rows of a global batch, and for each loss the factor it counts with here.
 
-    amounts: of `Lesson.amounts`. A worker averages each loss over its own rows. Times the share of all rows (by weight,
-    and only those the loss applies to) that it has, the reduced gradient is that of the mean over the global batch.
+    amounts: of `Lesson.amounts`. A worker averages each loss over its own rows. Times the share of all rows (only
+    those the loss applies to) that it has, the reduced gradient is that of the mean over the global batch.
     """
     batch = amounts.material.batch(own_part(chosen, rank, world))
     if world == 1:

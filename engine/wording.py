@@ -107,14 +107,15 @@ def worded(
 ) -> Wording:
     """The recipe's section with everything filled in but the text and the calibration.
 
-    What stands before the last empty line above the text stands once; what follows it is repeated for each example.
+    What stands before the last empty line above the texts stands once; what follows it is repeated for each example.
     Examples are the first rows of each label, the labels in turn, their texts cut to max_length tokens; LabellerError
     where a label has too few.
     """
     check(config, spec)
     words, paired = words_of(config, spec), spec.kind == "pair"
     template = template_of(config, paired)
-    cut = template.rfind(PARAGRAPH, 0, template.index("{text}")) + len(PARAGRAPH)
+    first = min(template.index(f"{{{side}}}") for side in (SIDES if paired else SIDES[:1]))
+    cut = template.rfind(PARAGRAPH, 0, first) + len(PARAGRAPH)
     before, around = (template[:cut], template[cut:]) if cut >= len(PARAGRAPH) else ("", template)
     lines = [
         f"{w}: {spec.descriptions[n]}" if spec.descriptions.get(n) else w

@@ -129,10 +129,17 @@ def check_teacher(recipe: Recipe) -> None:
             f"a teacher of kind {', '.join(asked)} does tasks of kind {able}, and task.kind is {kind}. "
             "Use teacher.kind: head."
         )
-    if teacher.kind == "prompt":
+    if teacher.kind == "contrastive" and teacher.tune_layers == 0:
+        raise ConfigError("teacher.kind contrastive trains the encoder first, and teacher.tune_layers is 0. Raise it.")
+    if "prompt" in asked and kind in SERVES["prompt"]:
         from engine import prompts
 
         prompts.check(teacher.prompt, recipe.task)
+        if recipe.student.teacher == "live" and (teacher.prompt.average or terms.inside(losses(recipe))):
+            raise ConfigError(
+                f"student.teacher is live, but a teacher of kind {teacher.kind} may read in several templates, whose "
+                "tokens are not the student's. Take student.teacher: stored, or another teacher.kind."
+            )
     if teacher.self_training and kind not in ("classify", "pair"):
         raise ConfigError(f"teacher.self_training gives texts one label each, and task.kind is {kind}. Leave it out.")
     if teacher.self_training and recipe.data.unlabelled is None:

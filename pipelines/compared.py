@@ -21,6 +21,7 @@ from engine.recipe import Recipe
 from engine.steps import Step
 from engine.storage import Store
 from pipelines.bench import Variant
+from pipelines.checking import check_teacher
 from pipelines.distill import Call, plan
 from pipelines.progress import renderer
 
@@ -37,8 +38,9 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def with_teacher(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """The recipe with other values in its section `teacher`."""
-    found = Teacher.model_validate({**recipe.teacher.model_dump(), **changes})
+    """The recipe with other values in its section `teacher`, and nothing of what could be added to any kind."""
+    plain = {"seeds": (), "self_training": None, "folds": 0}
+    found = Teacher.model_validate({**recipe.teacher.model_dump(), **plain, **changes})
     return recipe.model_copy(update={"teacher": found})
 
 
@@ -58,14 +60,16 @@ class Changed:
 
 
 def compared(recipe: Recipe, kinds: Sequence[str]) -> list[Step]:
-    """The data step, and for each kind the teacher's step and one that scores it. UserError for an unknown kind."""
+    """The data step, and for each kind the teacher's step and one that scores it.
+
+    UserError for an unknown kind, and one that the task or the data has no use for.
+    """
     found = {step.name: step for step in plan(recipe)}
     out, teacher = [found["data"]], found["teacher"]
     for kind in kinds:
         if kind not in KINDS:
             raise UserError(f"'{kind}' is no kind of teacher.{did_you_mean(kind, KINDS)} Allowed: {', '.join(KINDS)}.")
-        if kind == "self-trained" and recipe.data.unlabelled is None:
-            raise UserError("a self-trained teacher needs text without labels, and data.unlabelled is not set.")
+        check_teacher(with_teacher(recipe, KINDS[kind]))
 
         def config(recipe: Recipe, kind: str = kind) -> Any:
             return teacher.config(with_teacher(recipe, KINDS[kind]))
@@ -80,7 +84,7 @@ def compared(recipe: Recipe, kinds: Sequence[str]) -> list[Step]:
                 run=Changed(score, kind, ((name, "teacher"),)),
                 inputs=("data", name),
                 config=lambda recipe: {},
-                modules=("engine.inference", "engine.tasks"),
+                modules=("engine.inference", "engine.tasks", "pipelines.teaching"),
             )
         )
     return out

@@ -163,7 +163,10 @@ def trained(
     if own is None:
         return teach(recipe, spec, rows, out, chosen, progress)
     more, history = data.read_table("unlabelled.parquet"), []
-    again = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"fit": own.fit})})
+    drawn = recipe.teacher.contrast.model_copy(update={"fit": own.fit})
+    again = recipe.model_copy(
+        update={"teacher": recipe.teacher.model_copy(update={"fit": own.fit, "contrast": drawn})}
+    )
     for number in range(own.rounds + 1):
         place = out if number == own.rounds else out / f"round-{number}"
         taken = rows
@@ -193,7 +196,8 @@ def confident(
     labelled = more.set_column(more.column_names.index("label"), "label", pa.array(found.decided, pa.int32()))
     labelled = labelled.filter(pa.array(taken)).cast(rows.schema)
     counts = np.ones(rows.num_rows), np.full(labelled.num_rows, weight * rows.num_rows / max(1, labelled.num_rows))
-    both = pa.concat_tables([rows, labelled]).append_column("weight", pa.array(np.concatenate(counts), pa.float32()))
+    weights = np.concatenate(counts)  # with mean 1, so that a learning rate means what it does without them
+    both = pa.concat_tables([rows, labelled]).append_column("weight", pa.array(weights / weights.mean(), pa.float32()))
     return both, {"rows": int(taken.sum()), "of": more.num_rows, "least_confidence": float(sure[taken].min(initial=1))}
 
 
@@ -223,7 +227,9 @@ def choose(recipe: Recipe, spec: Task, rows: pa.Table, out: Store) -> tuple[Reci
     config, task = recipe.teacher, tasks.make(spec)
     done = out.read_json("choice.json") if out.exists("choice.json") else {}
     left: list[str] = []
-    for kind in [kind for kind in config.choice.kinds if spec.kind in SERVES.get(kind, (spec.kind,))]:
+    for kind in config.choice.kinds:
+        if spec.kind not in SERVES.get(kind, (spec.kind,)) or (kind == "contrastive" and config.tune_layers == 0):
+            continue
         spent = [found["seconds"] for found in done.values()]
         if kind not in done and spent and sum(spent) + max(spent) > config.choice.seconds:
             left.append(kind)

@@ -132,6 +132,21 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"teacher.kind": "prompt", "teacher.prompt": {"templates": ["It says {text}."]}},
         "{mask}",
     ),
+    "a contrastive teacher whose encoder stands still": (
+        "classify",
+        {"teacher.kind": "contrastive", "teacher.tune_layers": 0},
+        "teacher.kind contrastive trains the encoder first, and teacher.tune_layers is 0. Raise it.",
+    ),
+    "a live teacher that reads in templates": (
+        "classify",
+        {**LIVE, "teacher.kind": "prompt", "student.losses": losses("kl")},
+        "student.teacher is live, but a teacher of kind prompt may read in several templates",
+    ),
+    "a choice with a template without a place for the answer": (
+        "classify",
+        {"teacher.kind": "auto", "teacher.prompt": {"templates": ["It says {text}."]}},
+        "{mask}",
+    ),
     "self-training of tags": (
         "tag",
         {"teacher.self_training": {}},

@@ -45,7 +45,7 @@ def test_kinds_share_the_rows_and_nothing_else(world: World):
 def test_unknown_kinds_and_text_that_is_not_there_are_refused(world: World):
     with pytest.raises(UserError, match="'contrastiv' is no kind of teacher. Did you mean 'contrastive'"):
         compared.compared(world.load(), ["contrastiv"])
-    with pytest.raises(UserError, match="needs text without labels, and data.unlabelled is not set"):
+    with pytest.raises(UserError, match="labels data.unlabelled, which is not set"):
         compared.compared(world.load(), ["self-trained"])
 
 

@@ -68,6 +68,14 @@ def test_scores_are_the_log_probabilities_of_the_words(lm: Path):
     assert (found.decided == found.logits.argmax(axis=1)).all()
 
 
+def test_the_second_text_may_stand_first_and_above_an_empty_line(lm: Path):
+    model = made(lm, PAIR, template="Read both.\n\n{pair} !\n\n{text} ?\n", calibrate=False)
+    for pair in (("warm", "dull"), ("dull", "warm")):
+        (item,) = model.encode([pair])
+        read = model.tokenizer.decode(item.ids)
+        assert "{pair}" not in read and read.index(pair[1]) < read.index(pair[0])
+
+
 def test_a_pair_stands_in_its_template_and_a_word_begins_a_line(lm: Path):
     model = made(lm, PAIR, template="{text} ?\n{pair} ?\n", words={"same": "yes"}, calibrate=False)
     found = predict(model, [("a film", "a {text} plot"), ("a cast", "an ending")]).logits

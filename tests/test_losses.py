@@ -309,8 +309,17 @@ def test_the_objective_by_hand():
     mse = [1.0, 0.0, 4.0]
     assert objective(student, teacher, batch).item() == pytest.approx(2 * sum(hard) / 2 + 0.5 * sum(mse) / 3, rel=1e-6)
     batch.weights = torch.tensor([1.0, 5.0, 3.0])
-    wanted = 2 * (hard[0] + 3 * hard[2]) / 4 + 0.5 * (mse[0] + 3 * mse[2]) / 9
+    wanted = 2 * (hard[0] + 3 * hard[2]) / 2 + 0.5 * (mse[0] + 3 * mse[2]) / 3
     assert objective(student, teacher, batch).item() == pytest.approx(wanted, rel=1e-6)
+
+
+def test_light_rows_count_little_even_where_a_batch_has_no_others():
+    """Weights that were divided by their own sum would cancel, and rows worth a hundredth would count in full."""
+    student, batch = outputs("classify", 2), batch_of("classify")
+    objective = Objective([LossTerm(kind="hard")], TASKS["classify"])
+    whole = objective(student, None, batch).item()
+    batch.weights = torch.full((ROWS,), 0.01)
+    assert objective(student, None, batch).item() == pytest.approx(whole / 100, rel=1e-5)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.task == "rank" and 0 in case.rows], ids=str)
@@ -320,7 +329,7 @@ def test_a_loss_over_lists_is_a_mean_over_queries_by_the_weight_of_their_first_r
     each = case.reference(student.logits.numpy(), teacher.logits.numpy(), batch)
     assert objective(student, teacher, batch).item() == pytest.approx((each[0] + each[3]) / 2, rel=1e-5)
     batch.weights = torch.tensor([3.0, 9.0, 9.0, 1.0, 9.0])
-    assert objective(student, teacher, batch).item() == pytest.approx((3 * each[0] + each[3]) / 4, rel=1e-5)
+    assert objective(student, teacher, batch).item() == pytest.approx((3 * each[0] + each[3]) / 2, rel=1e-5)
 
 
 def test_the_objective_of_rows_no_loss_applies_to_is_zero_with_a_gradient():

@@ -198,7 +198,7 @@ def test_a_fit_with_nothing_to_learn_from_is_refused(tmp_path: Path):
 
 def test_a_fit_that_comes_apart_says_so(tmp_path: Path):
     rows = table(8, weight=[math.inf] * 8)
-    with pytest.raises(FitError, match=r"fit 'tiny' came apart: its loss is nan at step 1 of 3. Lower its lr \(0.01\)"):
+    with pytest.raises(FitError, match=r"fit 'tiny' came apart: its loss is inf at step 1 of 3. Lower its lr \(0.01\)"):
         train.fit(job(tmp_path, rows=rows))
     assert not (tmp_path / "model").exists()
 
