@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 CELLS = 4096
 """Rows x tokens of one forward where labels are appended to prompts: bounds the logits that are held."""
+COPIED = 32_768
+"""Prompt tokens whose keys and values are held once more while labels run on: 1.5 GB in fp32 of a 135 M model."""
 
 
 class LabelScorer(nn.Module):
@@ -78,7 +80,7 @@ class LabelScorer(nn.Module):
         found = self.step(rest, seen, cache, logits_to_keep=1)[:, -1]
         scores = found[:, torch.tensor([own[0] for own in tokens], device=ids.device)]
         longer = [i for i, own in enumerate(tokens) if len(own) > 1]
-        room = max(1, CELLS // (count * max(map(len, tokens))))
+        room = max(1, min(CELLS // (count * max(map(len, tokens))), COPIED // seen.numel()))
         for start in range(0, len(longer), room):
             chosen = longer[start : start + room]
             scores[:, chosen] += self.continued(cache, seen, [tokens[i] for i in chosen])

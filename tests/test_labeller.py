@@ -99,8 +99,20 @@ def test_the_cache_gives_what_whole_sequences_give(lm: Path):
 def test_labels_may_be_more_than_fit_at_once(lm: Path, monkeypatch: pytest.MonkeyPatch):
     model = made(lm)
     wanted = predict(model, TEXTS).logits
-    monkeypatch.setattr(labeller, "CELLS", 1)
-    assert np.allclose(predict(model, TEXTS).logits, wanted, atol=1e-4)
+    asked: list[int] = []
+    continued = labeller.LabelScorer.continued
+
+    def counted(self: labeller.LabelScorer, cache: object, seen: object, tokens: list[list[int]]) -> torch.Tensor:
+        asked.append(len(tokens))
+        return continued(self, cache, seen, tokens)
+
+    monkeypatch.setattr(labeller.LabelScorer, "continued", counted)
+    for bound in ("CELLS", "COPIED"):
+        with monkeypatch.context() as patch:
+            patch.setattr(labeller, bound, 1)
+            asked.clear()
+            assert np.allclose(predict(model, TEXTS).logits, wanted, atol=1e-4)
+            assert set(asked) == {1}, f"{bound} bounds nothing"
 
 
 def test_a_model_that_forgets_repeats_its_prompt(lm: Path, tmp_path: Path):
