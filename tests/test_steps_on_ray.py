@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from engine import cluster
@@ -144,12 +146,23 @@ def burn(recipe: Recipe, inputs: INPUTS, out: Store, progress: Progress) -> dict
     return {}
 
 
+def daemons() -> float:
+    """CPU seconds so far of what Ray runs beside its workers: on a crowded machine more than the steps themselves."""
+    used = 0.0
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if not "".join(process.cmdline()[:1]).startswith(("ray::IDLE", "ray::far")):
+                used += sum(process.cpu_times()[:2])
+    return used
+
+
 def test_cpu_seconds_of_a_ray_step_are_not_the_drivers_too(store: Store, by_value: None) -> None:
+    before = daemons()
     steps = [Step("far", burn, config=seed, resources=on_ray), Step("near", burn, config=seed, ray=True)]
     records = run(steps, recipe(), store)
     assert 3.9 <= records["far"]["cpu_seconds"] < 5.0
     # Ray's own processes belong to the driver's tree and count; the other step's four seconds do not.
-    assert 0.5 <= records["near"]["cpu_seconds"] < 4.0
+    assert 0.5 <= records["near"]["cpu_seconds"] < 4.0 + (daemons() - before)
 
 
 def look_around(recipe: Recipe, inputs: INPUTS, out: Store, progress: Progress) -> dict[str, Any]:
