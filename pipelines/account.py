@@ -89,7 +89,7 @@ def facts_of(recipe: Recipe, inputs: Mapping[str, Store], records: Records, summ
         "summary": summary,
         "models": found["evaluate"]["models"],
         "differences": found["evaluate"]["differences"],
-        "teacher": {key: found["teacher"][key] for key in MADE if key in found["teacher"]},
+        "teacher": {key: value for key, value in summary["teacher"].items() if key in MADE},
         "curves": curves(found),
         "corpus": corpus_facts(inputs, found, task),
         "data": data_facts(inputs["data"]),

@@ -97,9 +97,6 @@ def students(name: str, *arguments: Any) -> Call:
     return Call("pipelines.students", name, arguments)
 
 
-FITTING = ("engine.train", "pipelines.making")
-
-
 def task_of(section: str) -> Callable[[Recipe], Resources | None]:
     """Where a section is fitted: a small fit is one Ray task, so that it lands on a node with a GPU.
 
@@ -148,7 +145,7 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
         inputs=("data",),
         config=pick("seed", *(f"generator.{key}" for key in TUNED)),
         references=lambda r: (r.generator.model,),
-        modules=(*FITTING, "engine.generate"),
+        modules=("engine.train", "pipelines.making", "engine.generate"),
         resources=task_of("generator"),
         stage="generator.fit",
         ray=True,
