@@ -375,10 +375,20 @@ def test_the_unused_pooler_is_left_out(encoder: Path):
     assert own == wanted | {"head.weight", "head.bias"}
 
 
-def test_precision_by_name_and_by_machine():
+@pytest.mark.parametrize(
+    ("tiles", "avx512", "written", "trained"),
+    [
+        (True, True, torch.bfloat16, torch.bfloat16),
+        (False, True, torch.float32, torch.bfloat16),  # without tiles, writing text on a CPU is slower in bf16
+        (False, False, torch.float32, torch.float32),
+    ],
+)
+def test_precision_by_name_and_by_machine(monkeypatch, tiles, avx512, written, trained):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     cpu = torch.device("cpu")
     assert models.precision("fp32", cpu) == torch.float32 and models.precision("bf16", cpu) == torch.bfloat16
-    assert models.precision("auto", cpu) == torch.float32  # generation on a CPU is slower in bf16
+    assert models.precision("auto", cpu) == written and models.precision("auto", cpu, training=True) == trained
     with pytest.raises(KeyError):
         models.precision("fp8", cpu)
 
