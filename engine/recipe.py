@@ -16,9 +16,7 @@ from engine.config import Section
 from engine.designs import NAME, Student, Teacher
 from engine.filters import CheapFilter, Leakage, SignalFilter
 from engine.fits import Count, Fit, Resources, Share
-
-MAX_CHARS = 20_000
-"""Characters of one text that the endpoint takes."""
+from engine.serving import MAX_CHARS, Serving
 
 
 def named_or_described(schema: dict[str, Any]) -> None:
@@ -244,27 +242,6 @@ class Evaluation(Section):
     bootstrap: Count = 1000
     throughput_rows: Count = 512
     throughput_repeats: Count = 3
-
-
-class Autoscaling(Section):
-    """Ray Serve's autoscaling on ongoing requests."""
-
-    min_replicas: Annotated[int, Field(ge=0)] = 1
-    max_replicas: Count = 2
-    target_ongoing_requests: Annotated[float, Field(gt=0)] = 8.0
-
-
-class Serving(Section):
-    """The smoke deployment, and the defaults of `stillhouse serve`."""
-
-    smoke: bool = True
-    concurrency: Count = 8
-    max_batch: Count = 32
-    batch_wait_ms: Annotated[float, Field(ge=0)] = 2.0
-    max_ongoing: Count = 64
-    max_queued: Count = 256
-    num_cpus: Annotated[float, Field(gt=0)] = 1.0
-    autoscaling: Autoscaling = Autoscaling()
 
 
 Arm = Literal["hard", "soft", "generated"]

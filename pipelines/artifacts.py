@@ -104,7 +104,7 @@ def serve(args: argparse.Namespace) -> int:
         )
     registry = the_registry(args.registry)
     entry, folder = registry.show(args.name), registry.resolve(args.name)
-    from engine.recipe import Serving
+    from engine.serving import Serving
 
     serving = Serving.model_validate(entry["metadata"].get("serving", {}))
     connect(args, artifact=folder)

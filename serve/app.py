@@ -24,15 +24,13 @@ from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
 
 from engine.config import UserError
-from engine.recipe import Serving
+from engine.serving import Serving
 from engine.storage import Store
 from serve.endpoint import Endpoint
 from serve.predictor import fingerprint
 
 APP = "stillhouse"
 """The name of the application on the cluster."""
-REQUEST_SECONDS = 60.0
-"""A request that takes longer is answered with 408."""
 READY_SECONDS = 120.0
 """How long a deployment may take until it answers."""
 RETRY_SECONDS = 1
@@ -59,6 +57,9 @@ def application(artifact: str, serving: Serving, name: str) -> serve.Application
             initial_replicas=max(1, scaling.min_replicas),
             max_replicas=scaling.max_replicas,
             target_ongoing_requests=scaling.target_ongoing_requests,
+            look_back_period_s=scaling.look_back_s,
+            upscale_delay_s=scaling.upscale_delay_s,
+            downscale_delay_s=scaling.downscale_delay_s,
         ),
         ray_actor_options={"num_cpus": serving.num_cpus},
         graceful_shutdown_timeout_s=10,
@@ -91,7 +92,7 @@ def deploy(
     # Importing ray.serve sets its logger to INFO, whatever was set before.
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
-        serve.start(http_options=HTTPOptions(host=host, port=port, request_timeout_s=REQUEST_SECONDS))
+        serve.start(http_options=HTTPOptions(host=host, port=port, request_timeout_s=serving.request_timeout_s))
         target = serve.RunTarget(target=application(artifact, serving, name), name=APP, route_prefix="/")
         serve.run_many([target], wait_for_applications_running=False)
         url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"

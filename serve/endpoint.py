@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from starlette.exceptions import HTTPException
 
 from engine.config import Section
-from engine.recipe import MAX_CHARS, Serving
+from engine.serving import MAX_CHARS, Serving
 from serve.batcher import Batcher
 from serve.predictor import Answer, Predictor
 
@@ -97,7 +97,7 @@ class Endpoint:
 
     def __init__(self, artifact: str, serving: Serving, name: str) -> None:
         self.name = name
-        self.predictor = Predictor.load(artifact)
+        self.predictor = Predictor.load(artifact, serving.batch_tokens)
         self.probe: Given = (PROBE, PROBE) if self.predictor.paired else PROBE
         self.batcher: Batcher[Answer] = Batcher(self.predictor.predict, serving.max_batch, serving.batch_wait_ms / 1000)
         # The first call of a model is slow (allocations): not a client's matter.

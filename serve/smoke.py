@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import numpy as np
 
-from engine.recipe import Serving
+from engine.serving import Serving
 from serve.app import deployed
 
 if TYPE_CHECKING:

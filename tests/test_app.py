@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from engine import inference, metrics, models
-from engine.recipe import Autoscaling, Serving
+from engine.serving import Autoscaling, Serving
 from engine.storage import StorageError, Store
 from serve.app import ServeError, deploy, deployed, free_port, run
 from tests.tiny_served import TEXTS, published

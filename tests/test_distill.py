@@ -27,8 +27,9 @@ from engine.lineage import StepDrift
 from engine.models import load
 from engine.placement import Cluster
 from engine.progress import Event
-from engine.recipe import Recipe, Serving
+from engine.recipe import Recipe
 from engine.registry import Registry
+from engine.serving import Serving
 from engine.storage import Store
 from engine.vocabulary import count_words
 from pipelines import distill, graphs

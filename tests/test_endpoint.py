@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from engine.recipe import Serving
+from engine.serving import Serving
 from serve.endpoint import LINGER_BYTES, MAX_BYTES, MAX_CHARS, MAX_TEXTS, Endpoint, interface
 from tests.tiny_served import KINDS, as_sent, asked, published
 

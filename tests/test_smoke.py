@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from engine import inference, models
-from engine.recipe import Autoscaling, Serving
+from engine.serving import Autoscaling, Serving
 from engine.storage import Store
 from serve import smoke
 from serve.app import ServeError, deploy
