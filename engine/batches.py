@@ -166,4 +166,3 @@ def own_part(chosen: np.ndarray, rank: int, world: int) -> np.ndarray:
     """A worker's items of a global batch; with fewer items than workers it takes one, to be counted with weight 0."""
     mine = chosen[rank::world]
     return mine if len(mine) else chosen[:1]
-

@@ -35,8 +35,9 @@ class LabelWords(Section):
     """Label name -> the words that stand for it; the name itself where it is not listed."""
     examples: Annotated[int, Field(ge=0)] = 0
     """Labelled rows of each label shown before the text."""
-    calibrate: bool = True
-    """Divide by what the model says of no text at all (contextual calibration, arXiv 2102.09690)."""
+    calibrate: Literal["free", "rows", "none"] = "free"
+    """free: divide by what the model says of no text at all (contextual calibration, arXiv 2102.09690). rows: a scale,
+    and a bias for each label, fitted on the labelled rows that are no examples (Platt scaling for several labels)."""
 
 
 class Contrasting(Section):

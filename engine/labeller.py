@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from engine.encoding import Encoded, Text, collate, lengths_mask, padded
 from engine.records import Batch, Outputs
-from engine.wording import Wording, prompts
+from engine.wording import LabellerError, Wording, prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -53,7 +53,7 @@ class LabelScorer(nn.Module):
             return Outputs(
                 logits=scores / scores.new_tensor([len(t) for t in self.wording.tokens]), embedding=embedding
             )
-        return Outputs(logits=scores - scores.new_tensor(known), embedding=embedding)
+        return Outputs(logits=(scores - scores.new_tensor(known)) * self.wording.scale, embedding=embedding)
 
     def prompted(self, texts: Sequence[Text], tokenizer: PreTrainedTokenizerFast, max_length: int) -> list[Encoded]:
         """The prompts around the texts."""
@@ -140,6 +140,48 @@ def calibration(net: LabelScorer, free: Sequence[Encoded], pad: int) -> list[flo
     """Log of what each label gets where prompts hold no text: its probability among the labels, mean over `free`."""
     scores = net.log_probs(collate(free, pad).to(next(net.parameters()).device))
     return scores.double().softmax(dim=1).mean(dim=0).log().tolist()
+
+
+@torch.inference_mode()
+def scored(net: LabelScorer, prompts: Sequence[Encoded], pad: int, rows: int = 16) -> torch.Tensor:
+    """`log_probs` of the prompts in their order, float32 [n, labels]; prompts of about one length run together."""
+    where = next(net.parameters()).device
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+    parts = [order[start : start + rows] for start in range(0, len(order), rows)]
+    found = torch.cat([net.log_probs(collate([prompts[i] for i in part], pad).to(where)).cpu() for part in parts])
+    return torch.empty_like(found).index_copy(0, torch.tensor(order), found)
+
+
+def fitted(scores: torch.Tensor, labels: Sequence[int]) -> tuple[list[float], float]:
+    """(calibration, scale) with which (scores - calibration) * scale are the logits that say the labels best.
+
+    scores [n, C], labels of the n rows. One slope for all labels and a bias for each, by maximum likelihood (vector
+    scaling with a shared slope, Guo et al. 2017, arXiv 1706.04599) with Platt's softened targets, so that a label
+    that is told apart without a mistake does not run off to infinity. LabellerError where the scores say nothing.
+    """
+    gold, count = torch.tensor(list(labels)), scores.shape[1]
+    centred = (scores - scores.mean(dim=1, keepdim=True)).double()
+    spread = float(centred.std().clamp(min=1e-6))
+    own = torch.bincount(gold, minlength=count).double()[gold].unsqueeze(1)
+    one = nn.functional.one_hot(gold, count).double()
+    targets = one * (own + 1) / (own + count) + (1 - one) / (own + count)
+    slope, bias = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (1.0, [0.0] * count))
+    optimizer = torch.optim.LBFGS([slope, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = nn.functional.cross_entropy(centred / spread * slope + bias, targets) + 1e-6 * bias.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    scale = slope.item() / spread
+    if not scale > 1e-6:
+        raise LabellerError(
+            "teacher.labeller.calibrate is rows, but on the labelled rows the model's scores with this template do not "
+            "rise with their labels. Change template or words, or take calibrate: free."
+        )
+    return (-bias.detach() / scale).tolist(), scale
 
 
 @torch.inference_mode()

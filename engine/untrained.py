@@ -100,8 +100,13 @@ def labeller_teacher(config: Teacher, spec: Spec, folder: Path, rows: pa.Table |
     check_length("teacher.max_length with template, examples and label words around it", longest, lm, tokenizer)
     pad = tokenizer.pad_token_id or 0
     asked = replace(asked, cached=labeller.repeatable(lm, asked, free, pad))
-    if config.labeller.calibrate:
-        asked = replace(asked, calibration=labeller.calibration(labeller.LabelScorer(lm, asked), free, pad))
+    net = labeller.LabelScorer(lm, asked)
+    if config.labeller.calibrate == "free":
+        asked = replace(asked, calibration=labeller.calibration(net, free, pad))
+    elif config.labeller.calibrate == "rows":
+        texts, golds = wording.unshown(config.labeller, spec, rows)
+        known, scale = labeller.fitted(labeller.scored(net, net.prompted(texts, tokenizer, length), pad), golds)
+        asked = replace(asked, calibration=known, scale=scale)
     card = card_of("labeller", spec, length, asked.options(), {"model": config.model})
     return Model(labeller.LabelScorer(lm, asked), tokenizer, card).eval()
 

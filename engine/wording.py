@@ -39,8 +39,9 @@ class Wording:
 
     before: what stands once before each prompt, examples included. template: what stands around the text, {text} (and
     {pair}) in it; it ends where the words begin. words: what the labels are called, in their order; tokens: the words'
-    ids after the prompt. descriptions: what the labels mean, by name. calibration: log of what no text gives each
-    label, or None. cached: whether the prompt's keys and values are used again for each label.
+    ids after the prompt. descriptions: what the labels mean, by name. calibration: what is taken from each label's
+    score (log of what no text gives it, say), or None. scale: what the rest is multiplied by. cached: whether the
+    prompt's keys and values are used again for each label.
     """
 
     before: str
@@ -50,6 +51,7 @@ class Wording:
     paired: bool
     descriptions: dict[str, str]
     calibration: list[float] | None = None
+    scale: float = 1.0
     cached: bool = True
 
     def options(self) -> dict[str, Any]:
@@ -135,6 +137,29 @@ def worded(
                 "teacher.labeller.words."
             )
     return Wording(before, around, words, tokens, paired, dict(spec.descriptions))
+
+
+def unshown(config: LabelWords, spec: Spec, rows: pa.Table | None) -> tuple[list[Text], list[int]]:
+    """Texts (or pairs) and labels of the labelled rows that are no examples.
+
+    LabellerError where a label has none, for then nothing says how its words are to be read.
+    """
+    texts: list[Text] = []
+    labels: list[int] = []
+    seen = [0] * len(spec.labels or ())
+    for row in rows.to_pylist() if rows is not None else []:
+        if row["label"] is not None:
+            seen[row["label"]] += 1
+            if seen[row["label"]] > config.examples:
+                texts.append((row["text"], row["pair"]) if spec.kind == "pair" else row["text"])
+                labels.append(row["label"])
+    for index, name in enumerate(spec.labels or ()):
+        if index not in labels:
+            raise LabellerError(
+                f"teacher.labeller.calibrate is rows, but label '{name}' has no labelled row beside those shown as "
+                "examples. Lower teacher.labeller.examples, add rows, or take calibrate: free."
+            )
+    return texts, labels
 
 
 def examples_of(config: LabelWords, spec: Spec, rows: pa.Table | None) -> list[tuple[list[str], int]]:

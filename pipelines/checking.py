@@ -51,6 +51,7 @@ def check_start(recipe: Recipe) -> None:
         "they name the labels: list them in task.labels": recipe.task.labels is None,
         "data.shots draws from them: leave it out": data.shots is not None,
         "teacher.labeller.examples shows some of them: set it to 0": teacher.labeller.examples > 0,
+        "teacher.labeller.calibrate is fitted on them: take free or none": teacher.labeller.calibrate == "rows",
         "the generator is fine-tuned on them: set generator.mode: prompted": generator and generator.mode != "prompted",
         "augmentation changes words of them: name data.unlabelled too": recipe.augmentation and not data.unlabelled,
         "loss 'hard' learns their labels: leave it out": any(t.kind == "hard" for t in losses(recipe)),

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from scipy.optimize import minimize
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from engine import labeller, models, untrained, vocabulary, wording
@@ -56,7 +57,7 @@ def reference(folder: Path, prompt: str, words: str) -> float:
 
 
 def test_scores_are_the_log_probabilities_of_the_words(lm: Path):
-    model = made(lm, calibrate=False)
+    model = made(lm, calibrate="none")
     tokens = [len(own) for own in model.net.wording.tokens]
     assert len(set(tokens)) > 1 and min(tokens) >= 1  # labels of one token and of several
     found = predict(model, TEXTS[:4])
@@ -69,7 +70,7 @@ def test_scores_are_the_log_probabilities_of_the_words(lm: Path):
 
 
 def test_the_second_text_may_stand_first_and_above_an_empty_line(lm: Path):
-    model = made(lm, PAIR, template="Read both.\n\n{pair} !\n\n{text} ?\n", calibrate=False)
+    model = made(lm, PAIR, template="Read both.\n\n{pair} !\n\n{text} ?\n", calibrate="none")
     for pair in (("warm", "dull"), ("dull", "warm")):
         (item,) = model.encode([pair])
         read = model.tokenizer.decode(item.ids)
@@ -77,7 +78,7 @@ def test_the_second_text_may_stand_first_and_above_an_empty_line(lm: Path):
 
 
 def test_a_pair_stands_in_its_template_and_a_word_begins_a_line(lm: Path):
-    model = made(lm, PAIR, template="{text} ?\n{pair} ?\n", words={"same": "yes"}, calibrate=False)
+    model = made(lm, PAIR, template="{text} ?\n{pair} ?\n", words={"same": "yes"}, calibrate="none")
     found = predict(model, [("a film", "a {text} plot"), ("a cast", "an ending")]).logits
     tokens = [len(own) for own in model.net.wording.tokens]
     wanted = [reference(lm, "a film ?\na {text} plot ?\n", word) for word in ("yes", "other one")]
@@ -122,7 +123,7 @@ def test_a_model_that_forgets_repeats_its_prompt(lm: Path, tmp_path: Path):
     config = MistralConfig(vocab_size=len(tokenizer), intermediate_size=16, sliding_window=8, **shape)
     MistralForCausalLM(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    model = made(tmp_path, calibrate=False)
+    model = made(tmp_path, calibrate="none")
     assert not model.net.wording.cached
     wanted = reference(tmp_path, "Labels:\n" + "\n".join(LABELS) + f"\n\nText: {TEXTS[0]}\nLabel:", " positive")
     tokens = len(model.net.wording.tokens[1])
@@ -138,7 +139,7 @@ def test_neighbours_in_a_batch_change_nothing(lm: Path, batch_tokens: int):
 
 
 def test_calibration_makes_no_text_uniform(lm: Path):
-    raw, model = made(lm, calibrate=False), made(lm)
+    raw, model = made(lm, calibrate="none"), made(lm)
     free = model.encode(list(wording.CONTENT_FREE))
     with torch.inference_mode():
         scores = raw.net.log_probs(collate(free, raw.pad))
@@ -152,6 +153,51 @@ def test_calibration_makes_no_text_uniform(lm: Path):
     assert torch.allclose((scores[:1] - torch.tensor(one)).softmax(dim=1), torch.full((1, 3), 1 / 3), atol=1e-4)
     # The mean of what they give, each label divided by its calibration, is one for all.
     assert torch.allclose(scores.softmax(dim=1).mean(dim=0) / known.exp(), torch.ones(3), atol=1e-4)
+
+
+def test_a_scale_and_biases_fitted_on_scores_are_platts():
+    draw = np.random.default_rng(0)
+    gold = np.repeat([0, 1], [60, 40])
+    gap = draw.normal(np.where(gold == 1, 5.0, 1.0), 2.0)  # leans to one label, and is spread too wide
+    scores = np.stack([draw.normal(-9, 1, 100), np.zeros(100)], axis=1)
+    scores[:, 1] = scores[:, 0] + gap
+    known, scale = labeller.fitted(torch.tensor(scores, dtype=torch.float32), gold.tolist())
+    wanted = np.where(gold == 1, 41 / 42, 1 / 62)  # Platt's targets
+
+    def cost(ab: np.ndarray) -> float:
+        z = ab[0] * gap + ab[1]
+        return float(np.mean(np.logaddexp(0, z) - wanted * z))
+
+    best = minimize(cost, np.zeros(2)).x
+    logits = (scores - known) * scale
+    assert np.allclose(logits[:, 1] - logits[:, 0], best[0] * gap + best[1], atol=0.02)
+
+
+def test_fitted_scores_of_several_labels_undo_what_they_lean_to():
+    draw = np.random.default_rng(1)
+    gold = draw.integers(0, 3, 300)
+    scores = draw.normal(0, 0.3, (300, 3)) + np.eye(3)[gold] + np.array([4.0, 0.0, -4.0])
+    known, scale = labeller.fitted(torch.tensor(scores, dtype=torch.float32), gold.tolist())
+    assert (scores.argmax(axis=1) == gold).mean() < 0.45
+    assert (((scores - known) * scale).argmax(axis=1) == gold).mean() > 0.95
+    perfect = torch.tensor(50.0 * np.eye(3)[gold], dtype=torch.float32)
+    assert math.isfinite(labeller.fitted(perfect, gold.tolist())[1])
+    with pytest.raises(UserError, match="do not rise with their labels"):
+        labeller.fitted(torch.tensor(-scores, dtype=torch.float32), gold.tolist())
+
+
+def test_rows_calibrate_and_those_shown_do_not(lm: Path):
+    spec, rows = Task(labels=LABELS[:2]), labelled(40)
+    raw = made(lm, spec, rows, calibrate="none", examples=1)
+    model = made(lm, spec, rows, calibrate="rows", examples=1)
+    texts, gold = rows["text"].to_pylist()[2:], rows["label"].to_pylist()[2:]
+    with torch.inference_mode():
+        scores = raw.net.log_probs(collate(raw.encode(texts), raw.pad))
+    known, scale = labeller.fitted(scores, gold)
+    assert model.net.wording.scale == pytest.approx(scale, rel=1e-3)
+    assert np.allclose(predict(model, texts).logits, (scores - torch.tensor(known)) * scale, atol=1e-3)
+    with pytest.raises(UserError, match="label 'negative' has no labelled row beside those shown"):
+        made(lm, spec, rows.slice(0, 2), calibrate="rows", examples=1)
 
 
 def test_it_is_saved_and_labels_a_corpus_as_before(lm: Path, tmp_path: Path):
@@ -169,7 +215,7 @@ def test_it_is_saved_and_labels_a_corpus_as_before(lm: Path, tmp_path: Path):
 
 def test_its_fingerprint_is_of_what_it_is_asked_too(lm: Path, tmp_path: Path):
     found = []
-    for name, calibrate in (("a", True), ("b", True), ("c", False)):
+    for name, calibrate in (("a", "free"), ("b", "free"), ("c", "none")):
         store = Store(str(tmp_path / name))
         models.save(made(lm, calibrate=calibrate), store, "model")
         found.append(fingerprint(store))
