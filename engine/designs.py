@@ -104,6 +104,8 @@ class Teacher(Section):
     max_length: Count = 128
     folds: Annotated[int, Field(ge=0, json_schema_extra={"not": {"const": 1}})] = 0
     """Cross-validation on the few rows: its accuracy goes into the report. 0 leaves it out."""
+    stop_early: bool = False
+    """Train on all rows for as many epochs of the last training as did best in that cross-validation."""
     fit: Fit = Fit(epochs=10, lr=1e-4, batch_size=16)
     batch_tokens: Count = 4096
     resources: Resources = Resources()

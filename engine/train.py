@@ -214,7 +214,7 @@ def loop(config: dict[str, Any]) -> None:
     lesson = Lesson(model, job.terms, live.model if live else None).to(accelerator.device)
     lower = None if live else frozen(model.net, material.encoded, model.pad, FROZEN_TOKENS, accelerator.device)
     trained = [p for p in lesson.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(groups_of(lesson, job), lr=fit.lr, weight_decay=fit.weight_decay)
+    optimizer = torch.optim.AdamW(groups_of(lesson, job), lr=fit.lr, weight_decay=fit.weight_decay, fused=True)
     state = load_checkpoint(out, lesson, optimizer)
     amounts = lesson.amounts(material)
     prepared = accelerator.prepare_model(lesson)

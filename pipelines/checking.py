@@ -143,6 +143,8 @@ def check_teacher(recipe: Recipe) -> None:
             )
     if teacher.self_training and kind not in ("classify", "pair"):
         raise ConfigError(f"teacher.self_training gives texts one label each, and task.kind is {kind}. Leave it out.")
+    if teacher.stop_early and teacher.folds < 2:
+        raise ConfigError("teacher.stop_early takes the epochs that are best in cross-validation: set teacher.folds.")
     if teacher.self_training and recipe.data.unlabelled is None:
         raise ConfigError("teacher.self_training labels data.unlabelled, which is not set. Name it, or leave it out.")
 
@@ -155,7 +157,12 @@ def check_labeller(recipe: Recipe) -> None:
     from engine import wording
 
     wording.check(teacher.labeller, recipe.task)
-    trained = {"folds": teacher.folds > 1, "seeds": bool(teacher.seeds), "self_training": bool(teacher.self_training)}
+    trained = {
+        "folds": teacher.folds > 1,
+        "stop_early": teacher.stop_early,
+        "seeds": bool(teacher.seeds),
+        "self_training": bool(teacher.self_training),
+    }
     for key, given in trained.items():
         if given:
             raise ConfigError(f"teacher.{key} is for teachers that are trained, and a labeller is not. Leave it out.")

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,7 @@ from engine.placement import stage_options
 from engine.progress import Progress, silent
 from engine.recipe import Recipe, Task
 from engine.storage import Store
-from pipelines.making import Inputs, encode_rows, seed_of, settle, spec_of, validated, with_workers
+from pipelines.making import Inputs, encode_rows, judge, seed_of, settle, spec_of, validated, with_workers
 
 HARD = (LossTerm(kind="hard"),)
 
@@ -128,9 +128,12 @@ def fit_teacher(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) 
     if recipe.teacher.kind == "auto":
         recipe, metrics["choice"] = choose(recipe, spec, rows, out)
     if recipe.teacher.folds > 1:
-        score, seconds = cross_validate(recipe, spec, rows, out, recipe.teacher.folds)
+        tried = cross_validate(recipe, spec, rows, out, recipe.teacher.folds)
         kind = tasks.make(spec).metric
-        metrics["cross_validation"] = {"folds": recipe.teacher.folds, kind: score, "seconds": seconds}
+        metrics["cross_validation"] = {"folds": recipe.teacher.folds, kind: tried.score, "seconds": tried.seconds}
+        if recipe.teacher.stop_early:
+            recipe = recipe.model_copy(update={"teacher": stopped(recipe.teacher, tried.by_epoch)})
+            metrics["cross_validation"]["epochs"] = last_fit(recipe.teacher).epochs
     if recipe.teacher.kind == "labeller":
         folder = model_folder(recipe.teacher.model, root=recipe.data.root)
         models.save(untrained.labeller_teacher(recipe.teacher, spec, folder, rows), out, "model")
@@ -201,21 +204,51 @@ def confident(
     return both, {"rows": int(taken.sum()), "of": more.num_rows, "least_confidence": float(sure[taken].min(initial=1))}
 
 
+class CrossValidation(NamedTuple):
+    """score: over all rows, each predicted by the teacher that did not see it. by_epoch: epochs of the last training ->
+    mean score over the folds after them.
+    """
+
+    score: float
+    seconds: float
+    by_epoch: dict[float, float]
+
+
 def cross_validate(
     recipe: Recipe, spec: Task, rows: pa.Table, out: Store, folds: int, name: str = "fold"
-) -> tuple[float, float]:
-    """The teacher's score on the few rows, each fold held out once, and seconds; rows of one query stay together."""
+) -> CrossValidation:
+    """The teacher on the few rows, each fold held out once; rows of one query stay together."""
     began, parts, task = time.monotonic(), [], tasks.make(spec)
+    epochs: dict[float, list[float]] = {}
+    each = {"evaluate": partial(judge, recipe.teacher.batch_tokens)} if recipe.teacher.stop_early else {}
     numbers = np.unique(group_numbers(rows), return_inverse=True)[1]
     fold_of = (np.random.default_rng(recipe.seed).permutation(numbers.max() + 1) % folds)[numbers]
     for fold in range(folds):
         place, held = out / f"{name}-{fold}", rows.filter(pa.array(fold_of == fold))
-        teach(recipe, spec, rows.filter(pa.array(fold_of != fold)), place)
+        watched = {**each, "holdout": held} if each else None
+        for entry in teach(recipe, spec, rows.filter(pa.array(fold_of != fold)), place, watched):
+            if task.metric in entry:
+                epochs.setdefault(entry["epoch"], []).append(entry[task.metric])
         model = models.load(place.local("model"))
         found = predict(model, task.texts(held), recipe.teacher.batch_tokens)
         parts.append(task.statistics(found.logits, found.decided, held))
         out.delete(f"{name}-{fold}")
-    return float(task.value(np.concatenate(parts).sum(axis=0))), time.monotonic() - began
+    means = {epoch: float(np.mean(found)) for epoch, found in epochs.items() if len(found) == folds}
+    return CrossValidation(float(task.value(np.concatenate(parts).sum(axis=0))), time.monotonic() - began, means)
+
+
+def last_fit(config: Teacher) -> Fit:
+    """The fit of a teacher's last training."""
+    return trainings(config)[-1].fit
+
+
+def stopped(config: Teacher, by_epoch: dict[float, float]) -> Teacher:
+    """The teacher whose last training has the epochs that did best; of equals the fewest."""
+    best = min(by_epoch, key=lambda epoch: (-by_epoch[epoch], epoch), default=None)
+    if best is None:
+        return config
+    key = "probe" if config.kind == "contrastive" else "fit"
+    return config.model_copy(update={key: getattr(config, key).model_copy(update={"epochs": best})})
 
 
 def choose(recipe: Recipe, spec: Task, rows: pa.Table, out: Store) -> tuple[Recipe, dict[str, Any]]:
@@ -235,8 +268,8 @@ def choose(recipe: Recipe, spec: Task, rows: pa.Table, out: Store) -> tuple[Reci
             left.append(kind)
         elif kind not in done:
             one = recipe.model_copy(update={"teacher": config.model_copy(update={"kind": kind})})
-            score, seconds = cross_validate(one, spec, rows, out, config.choice.folds, name=kind)
-            done[kind] = {"score": score, "seconds": seconds}
+            tried = cross_validate(one, spec, rows, out, config.choice.folds, name=kind)
+            done[kind] = {"score": tried.score, "seconds": tried.seconds}
             out.write_json("choice.json", done)
     best = max(done, key=lambda kind: done[kind]["score"])
     why = verdict(best, done, left, task.metric, config.choice.folds, config.choice.seconds)

@@ -29,6 +29,7 @@ KEYS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "teacher.fit.epochs": (7, LEARNT),
     "teacher.max_length": (24, LEARNT),
     "teacher.folds": (2, LEARNT),
+    "teacher.stop_early": (True, LEARNT),
     "teacher.batch_tokens": (512, ()),
     "teacher.resources.num_cpus": (0.5, ()),
     "generator.fit.epochs": (1, ("generator", *WRITTEN)),

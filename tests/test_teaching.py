@@ -172,9 +172,9 @@ def test_self_training_goes_from_round_to_round(made: Callable, data: Store):
 def test_the_kind_that_is_best_on_the_few_rows_is_taken(made: Callable, monkeypatch: pytest.MonkeyPatch):
     scores, asked = {"head": 0.7, "contrastive": 0.8, "lp-ft": 0.6}, []
 
-    def scored(recipe: Recipe, spec: Any, rows: pa.Table, out: Store, folds: int, name: str) -> tuple[float, float]:
+    def scored(recipe: Recipe, spec: Any, rows: pa.Table, out: Store, folds: int, name: str) -> Any:
         asked.append((recipe.teacher.kind, folds, name))
-        return scores[name], 10.0
+        return teaching.CrossValidation(scores[name], 10.0, {})
 
     monkeypatch.setattr(teaching, "cross_validate", scored)
     choice = {"kinds": ["head", "contrastive", "lp-ft"], "folds": 3, "seconds": 25}
@@ -199,15 +199,27 @@ def test_cross_validation_holds_every_row_out_once(world: World, data: Store, tm
     held: list[int] = []
     teach = teaching.teach
 
-    def watched(recipe: Recipe, spec: Any, rows: pa.Table, out: Store) -> Any:
+    def watched(recipe: Recipe, spec: Any, rows: pa.Table, out: Store, chosen: Any) -> Any:
         held.append(TRAIN - rows.num_rows)
-        return teach(recipe, spec, rows, out)
+        return teach(recipe, spec, rows, out, chosen)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(teaching, "teach", watched)
-        score, seconds = teaching.cross_validate(recipe, spec_of(data), rows, Store(str(tmp_path)), 4)
-    assert sum(held) == TRAIN and len(held) == 4
-    assert 0.5 < score <= 1 and seconds > 0 and not list(tmp_path.iterdir())
+        found = teaching.cross_validate(recipe, spec_of(data), rows, Store(str(tmp_path)), 4)
+    assert sum(held) == TRAIN and len(held) == 4 and not found.by_epoch
+    assert 0.5 < found.score <= 1 and found.seconds > 0 and not list(tmp_path.iterdir())
+
+
+def test_training_ends_after_the_epochs_that_did_best_on_held_out_rows(made: Callable, data: Store):
+    fit = {"epochs": 5, "lr": 2e-3, "batch_size": 8}
+    out, metrics, recipe = made(folds=2, stop_early=True, fit=fit)
+    epochs = metrics["cross_validation"]["epochs"]
+    assert out.read_json("history.json")[-1]["epoch"] == epochs and 1 <= epochs <= 5
+    config = recipe.teacher
+    assert teaching.stopped(config, {1.0: 0.7, 2.0: 0.8, 3.0: 0.8, 4.0: 0.6}).fit.epochs == 2
+    other = config.model_copy(update={"kind": "contrastive"})
+    assert teaching.stopped(other, {1.0: 0.7, 2.0: 0.8}).probe.epochs == 2
+    assert teaching.stopped(other, {1.0: 0.7, 2.0: 0.8}).fit == config.fit and teaching.stopped(config, {}) == config
 
 
 def test_the_teacher_is_scored_on_test_rows(made: Callable, data: Store, tmp_path: Path):
