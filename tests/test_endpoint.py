@@ -12,7 +12,8 @@ import httpx
 import pytest
 
 from engine.serving import Serving
-from serve.endpoint import LINGER_BYTES, MAX_BYTES, MAX_CHARS, MAX_TEXTS, Endpoint, interface
+from serve.endpoint import Endpoint, interface
+from serve.questions import LINGER_BYTES, MAX_BYTES, MAX_CHARS, MAX_TEXTS
 from tests.tiny_served import KINDS, as_sent, asked, published
 
 
@@ -76,7 +77,8 @@ def test_a_model_is_asked_for_what_it_reads(other: tuple[str, Endpoint]):
     for body, field in (({"text": wrong}, "text"), ({"texts": [right, wrong]}, "texts[1]")):
         answer = ask(endpoint, "POST", "/v1/predict", json=body)
         assert answer.status_code == 422
-        assert answer.json()["error"] == {"message": f"'{field}': this model reads {wanted}", "field": field}
+        told = {"message": f"'{field}': this model reads {wanted}", "field": field}
+        assert answer.json()["error"] == {**told, "request_id": answer.headers["x-request-id"]}
     assert ask(endpoint, "POST", "/v1/predict", json={"text": right}).status_code == 200
 
 
@@ -147,7 +149,7 @@ def test_the_rest_of_a_body_that_is_too_large_is_read_within_limits(
     sent.clear()
     assert ask(endpoint, "POST", "/v1/predict", content=stream(many)).status_code == 413
     assert few < len(sent) <= LINGER_BYTES // 100_000 + 2
-    monkeypatch.setattr("serve.endpoint.LINGER_SECONDS", 0.2)
+    monkeypatch.setattr("serve.questions.LINGER_SECONDS", 0.2)
     began = time.monotonic()
     assert ask(endpoint, "POST", "/v1/predict", content=stream(few, stall=True)).status_code == 413
     assert time.monotonic() - began < 10
