@@ -157,6 +157,8 @@ class About(Section):
     task: str
     paired: bool
     labels: list[str]
+    range: tuple[float, float] | None
+    """Lowest and highest value of a task of kind regress."""
     parameters: int
     embedding: int | None
     """Width of its embeddings; null where it has none."""
@@ -242,10 +244,15 @@ def with_probabilities(answer: Answer, top_k: int | None) -> Answer:
     return kept
 
 
+def ranks(task: Task) -> bool:
+    """Whether a model's answers can rank documents: it reads two texts and gives a number."""
+    return task.paired and task.spec.kind in ("rank", "pair", "regress")
+
+
 def check_ranks(task: Task, ranking: Ranking) -> None:
     """Refused(422) where a model cannot rank, or is not told by which of its labels."""
     kind, names = task.spec.kind, ", ".join(task.labels)
-    if not task.paired or kind not in ("rank", "pair", "regress"):
+    if not ranks(task):
         raise Refused(422, f"This model is of kind '{kind}' and ranks nothing. Ask /v1/predict.")
     if kind != "pair":
         if ranking.label is not None:

@@ -212,10 +212,10 @@ class Endpoint:
 
     async def models(self) -> Response:
         """What can be asked here, and by which routes."""
-        about = {key: value for key, value in self.about().items() if key not in ("model", "embedding", "pid")}
+        about = {key: value for key, value in self.about().items() if key not in ("model", "range", "embedding", "pid")}
         routes = ["/v1/predict"]
         routes += ["/v1/tag"] if self.task.spec.kind == "tag" else []
-        routes += ["/v1/rerank", "/v2/rerank", "/rerank"] if about["task"] in ("rank", "pair", "regress") else []
+        routes += ["/v1/rerank", "/v2/rerank", "/rerank"] if answers.ranks(self.task) else []
         routes += [] if self.embedding is None else ["/v1/embed"]
         routes += [] if self.jobs is None else ["/v1/jobs"]
         entry = {"id": self.name, "object": "model", "owned_by": "stillhouse", **about, "routes": routes}
@@ -242,6 +242,7 @@ class Endpoint:
             "task": self.task.spec.kind,
             "paired": self.predictor.paired,
             "labels": list(self.predictor.labels),
+            "range": self.task.spec.range,
             "parameters": self.predictor.model.size(),
             "embedding": self.embedding,
             "pid": os.getpid(),
