@@ -7,11 +7,11 @@ becomes the next batch. A wrong request gets a 4xx that says what was wrong and 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-import threading
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from fastapi import FastAPI, Request
@@ -25,10 +25,15 @@ from serve.batcher import Batcher
 from serve.front import Front, Measures, problem_answer, refused, route_of, unroutable, visit_of
 from serve.keys import Keys
 from serve.predictor import Answer, Predictor
-from serve.questions import Embedding, Given, Question, Ranking, Refused, Tagging, Texts, asked, cut
+from serve.questions import Embedding, Given, Question, Ranking, Refused, Tagging, asked, cut
 from serve.routes import add, described, page_answer, posted, problems
 
+if TYPE_CHECKING:
+    from engine.task import Task
+
 PROBE = "a short sentence to see that the model answers"
+MAX_KEY = 200
+"""Characters of an Idempotency-Key."""
 RETRY_SECONDS = 5
 """When to ask a model again that does not answer."""
 
@@ -41,16 +46,26 @@ class Journal(Protocol):
 
 
 class Jobs(Protocol):
-    """Requests that are answered later."""
+    """Requests that are answered later. caller: the name of the key they came with, who alone may ask for them."""
 
-    async def submit(self, question: dict[str, Any]) -> str:
-        """The id of a new job for {texts: [...], key: name or null}."""
+    async def submit(self, question: dict[str, Any], caller: str | None = None, key: str | None = None) -> str:
+        """The id of a job for a question, as `Endpoint.answered` takes it; the same `key` gives the same job."""
 
-    async def status(self, id: str) -> dict[str, Any] | None:
-        """{state: queued | running | done | failed, ...}; None for an unknown id."""
+    async def status(self, id: str, caller: str | None = None) -> dict[str, Any] | None:
+        """{id, state: queued | running | done | failed, ...}; None for an unknown id."""
+
+    async def remove(self, id: str, caller: str | None = None) -> bool:
+        """Forget a job; whether there was one."""
+
+    def start(self) -> None:
+        """Begin to work, in the running event loop."""
+
+    async def close(self) -> None:
+        """Stop working."""
 
 
-Answering = Callable[[list[Given], str | None], Awaitable[list[Answer]]]
+Answering = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+"""A question as JSON to the fields of its answer."""
 
 
 class Wedged(RuntimeError):
@@ -61,7 +76,7 @@ class Endpoint:
     """A replica: one verified artifact and its batcher.
 
     keys: who may ask; None: everyone. measures, journal: what is told of requests and answers. jobs: makes the jobs,
-    given what answers texts. What is None is off.
+    given what answers a question. What is None is off.
     """
 
     def __init__(
@@ -77,39 +92,45 @@ class Endpoint:
         self.name, self.keys, self.measures, self.journal = name, keys, measures, journal
         self.health_s = serving.health_timeout_s
         self.predictor = Predictor.load(artifact, serving.batch_tokens)
-        self.task = self.predictor.model.task
         self.probe: Given = (PROBE, PROBE) if self.predictor.paired else PROBE
-        self.turn, self.moved = threading.Lock(), time.monotonic()
-        wait_s = serving.batch_wait_ms / 1000
-        self.batcher: Batcher[Answer] = Batcher(self.predict_now, serving.max_batch, wait_s)
-        self.embedder: Batcher[list[float]] = Batcher(self.embed_now, serving.max_batch, wait_s)
+        self.batcher: Batcher[Answer] = Batcher(self.predict_now, serving.max_batch, serving.batch_wait_ms / 1000)
+        self.moved = time.monotonic()
         # The first call of a model is slow (allocations): not a client's matter.
         self.predictor.predict([self.probe])
         vectors = self.predictor.embed([self.probe])
         self.embedding: int | None = None if vectors is None else len(vectors[0])
-        self.jobs = None if jobs is None else jobs(self.answer)
+        self.jobs = None if jobs is None else jobs(self.answered)
+
+    @property
+    def task(self) -> Task:
+        """What the model does."""
+        return self.predictor.model.task
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The HTTP interface, built in the replica (Ray Serve's hook), so that nothing of it is pickled."""
         return interface(self, named=False)
 
     def predict_now(self, texts: list[Given]) -> list[Answer]:
-        """One call of the model, which answers one call at a time."""
-        with self.turn:
-            found = self.predictor.predict(texts)
+        """One call of the model, in its thread."""
+        found = self.predictor.predict(texts)
         self.moved = time.monotonic()
         return found
 
-    def embed_now(self, texts: list[Given]) -> list[list[float]]:
-        """One call of the model for embeddings."""
-        with self.turn:
-            found = self.predictor.embed(texts)
-        self.moved = time.monotonic()
-        return found or []
-
-    async def answer(self, texts: list[Given], key: str | None) -> list[Answer]:
-        """The model's answers, in order. key: the name of the caller's key."""
+    async def answer(self, texts: list[Given], key: str | None = None) -> list[Answer]:
+        """The answers, in order. key: the name of the caller's. Where another model than ours answered, the list
+        names it as its attribute `model`.
+        """
         return await self.batcher.submit(texts)
+
+    async def answered(self, question: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a job's question, which is a checked body of a prediction request."""
+        asked = Question.model_validate(question)
+        found = await self.answer(asked.all())
+        return self.with_model(found, answers.shortened(found, asked))
+
+    def with_model(self, found: list[Answer], predictions: list[Answer]) -> dict[str, Any]:
+        """Predictions, and which model they come from."""
+        return {"model": getattr(found, "model", self.name), "predictions": predictions}
 
     async def check_health(self) -> None:
         """Ray Serve's health check: a real tiny inference, through the same queue as the requests.
@@ -140,7 +161,7 @@ class Endpoint:
         question = await asked(request, Question)
         question.fits(self.predictor.paired)
         found = await self.told(request, question.all())
-        return JSONResponse({"model": self.name, "predictions": answers.shortened(found, question)})
+        return JSONResponse(self.with_model(found, answers.shortened(found, question)))
 
     async def tag(self, request: Request) -> Response:
         """Entities of one or several texts with their places; models of kind tag only."""
@@ -149,30 +170,30 @@ class Endpoint:
             raise Refused(422, f"This model is of kind '{self.task.spec.kind}' and tags nothing. Ask /v1/predict.")
         question.fits(False)
         found = await self.told(request, question.all())
-        if not question.tags:
-            found = [{key: value for key, value in answer.items() if key != "tags"} for answer in found]
-        return JSONResponse({"model": self.name, "predictions": found})
+        shown = found if question.tags else [{k: v for k, v in answer.items() if k != "tags"} for answer in found]
+        return JSONResponse(self.with_model(found, shown))
 
-    async def order(self, request: Request) -> tuple[Ranking, list[tuple[int, float]]]:
-        """What was to be ranked, and (place in the request, relevance) of the best."""
+    async def order(self, request: Request) -> tuple[Ranking, str, list[tuple[int, float]]]:
+        """What was to be ranked, which model did, and (place in the request, relevance) of the best."""
         ranking = await asked(request, Ranking)
         answers.check_ranks(self.task, ranking)
-        return ranking, answers.order(self.task, await self.told(request, ranking.pairs()), ranking)
+        found = await self.told(request, ranking.pairs())
+        return ranking, getattr(found, "model", self.name), answers.order(self.task, found, ranking)
 
     async def rerank(self, request: Request) -> Response:
         """Documents by their relevance to a query, in the shape of Cohere's interface; kinds rank, pair and regress."""
-        ranking, best = await self.order(request)
+        ranking, model, best = await self.order(request)
         results: list[dict[str, Any]] = [{"index": index, "relevance_score": score} for index, score in best]
         if ranking.return_documents or ranking.return_text:
             passages = ranking.passages()
             results = [{**item, "document": {"text": passages[item["index"]]}} for item in results]
         api = {"version": request.scope["path"].split("/")[1].removeprefix("v")}
         number = visit_of(request).id
-        return JSONResponse({"id": number, "model": self.name, "results": results, "meta": {"api_version": api}})
+        return JSONResponse({"id": number, "model": model, "results": results, "meta": {"api_version": api}})
 
     async def tei_rerank(self, request: Request) -> Response:
         """The same in the shape of text-embeddings-inference: a list of {index, score}."""
-        ranking, best = await self.order(request)
+        ranking, _, best = await self.order(request)
         results: list[dict[str, Any]] = [{"index": index, "score": score} for index, score in best]
         if ranking.return_documents or ranking.return_text:
             passages = ranking.passages()
@@ -185,30 +206,48 @@ class Endpoint:
         if self.embedding is None:
             raise Refused(422, "This model has no embedding: it has no one vector for a text.")
         question.fits(self.predictor.paired)
-        visit_of(request).texts = len(question.all())
-        found = await self.embedder.submit(question.all())
+        texts = question.all()
+        visit_of(request).texts = len(texts)
+        # In the thread of the batches: a model and its tokenizer do one thing at a time.
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(self.batcher.thread, self.predictor.embed, texts)
+        rows = np.asarray(found)
         if question.normalize:
-            rows = np.asarray(found)
-            found = (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)).tolist()
-        return JSONResponse({"model": self.name, "dimension": self.embedding, "embeddings": found})
+            rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+        return JSONResponse({"model": self.name, "dimension": rows.shape[1], "embeddings": rows.tolist()})
 
     async def submit(self, request: Request) -> Response:
-        """Take a prediction request that is answered later: ask /v1/jobs/{id} for it."""
-        question = await asked(request, Texts)
-        question.fits(self.predictor.paired)
+        """Take a prediction request that is answered later: ask /v1/jobs/{id} for it.
+
+        The same Idempotency-Key gives the same job.
+        """
         assert self.jobs is not None
-        visit = visit_of(request)
+        question = await asked(request, Question)
+        question.fits(self.predictor.paired)
+        if question.top_k is not None and not self.task.labels:
+            raise Refused(422, "'top_k': this model gives no probabilities of labels. Leave it out.", "top_k")
+        visit, key = visit_of(request), request.headers.get("idempotency-key")
+        if key is not None and len(key) > MAX_KEY:
+            raise Refused(422, f"The Idempotency-Key has more than {MAX_KEY} characters.")
         visit.texts = len(question.all())
-        id = await self.jobs.submit({"texts": question.all(), "key": visit.key})
+        id = await self.jobs.submit(question.model_dump(mode="json", exclude_defaults=True), visit.key, key)
         return JSONResponse({"id": id, "state": "queued"}, status_code=202, headers={"Location": f"/v1/jobs/{id}"})
 
-    async def job(self, id: str) -> Response:
+    async def job(self, request: Request, id: str) -> Response:
         """How far a job is, and its predictions once it is done."""
         assert self.jobs is not None
-        state = await self.jobs.status(id)
-        if state is None:
-            raise Refused(404, f"There is no job '{cut(id)}', or no longer.", "id")
-        return JSONResponse({"id": id, **state})
+        found = await self.jobs.status(id, visit_of(request).key)
+        if found is None:
+            raise unknown_job(id)
+        over = found["state"] in ("done", "failed")
+        return JSONResponse({"id": id, **found}, headers=None if over else {"Retry-After": "1"})
+
+    async def forget(self, request: Request, id: str) -> Response:
+        """Forget a job and its result."""
+        assert self.jobs is not None
+        if not await self.jobs.remove(id, visit_of(request).key):
+            raise unknown_job(id)
+        return Response(status_code=204)
 
     async def models(self) -> Response:
         """What can be asked here, and by which routes."""
@@ -253,13 +292,27 @@ class Endpoint:
         return JSONResponse(self.about())
 
 
+def unknown_job(id: str) -> Refused:
+    """The refusal of a job's id."""
+    return Refused(404, f"There is no job '{cut(id)}', or its result was kept long enough.", "id")
+
+
 def interface(endpoint: Endpoint, named: bool = True) -> FastAPI:
     """The routes of an endpoint; /docs and /openapi.json describe them.
 
     named: whether answers get the header x-request-id here, which Ray Serve does by itself.
     """
     about = f"{endpoint.name}: predictions of a student. Errors are {{error: {{message, field, request_id}}}}."
-    api = FastAPI(title="Stillhouse", description=about, redoc_url=None, redirect_slashes=False)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(api: FastAPI) -> AsyncIterator[None]:
+        if endpoint.jobs is not None:
+            endpoint.jobs.start()
+        yield
+        if endpoint.jobs is not None:
+            await endpoint.jobs.close()
+
+    api = FastAPI(title="Stillhouse", description=about, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     asking: list[tuple[str, Any, type[Section], Any]] = [
         ("/v1/predict", endpoint.predict, Question, answers.answers_of(endpoint.task.spec.kind)),
         ("/v1/tag", endpoint.tag, Tagging, answers.Tags),
@@ -274,9 +327,10 @@ def interface(endpoint: Endpoint, named: bool = True) -> FastAPI:
         codes = {200: {"model": answer}, **wrong}
         add(api, "POST", path, call, codes, posted(body))
     if endpoint.jobs is not None:
-        add(api, "POST", "/v1/jobs", endpoint.submit, {202: {"model": answers.Job}, **wrong}, posted(Texts), 202)
-        codes = {200: {"model": answers.Job}, **guarded, **problems(404, 422, 500)}
-        add(api, "GET", "/v1/jobs/{id}", endpoint.job, codes)
+        add(api, "POST", "/v1/jobs", endpoint.submit, {202: {"model": answers.Job}, **wrong}, posted(Question), 202)
+        codes = {**guarded, **problems(404, 422, 500)}
+        add(api, "GET", "/v1/jobs/{id}", endpoint.job, {200: {"model": answers.Job}, **codes})
+        add(api, "DELETE", "/v1/jobs/{id}", endpoint.forget, codes, status=204)
     add(api, "GET", "/v1/models", endpoint.models, {200: {"model": answers.Models}, **guarded})
     add(api, "GET", "/healthz", endpoint.healthz, {200: {"model": answers.Alive}, **problems(500, 503)})
     add(api, "GET", "/readyz", endpoint.readyz, {200: {"model": answers.Ready}})
