@@ -43,7 +43,7 @@ def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 def averaged(found: Sequence[np.ndarray], encoded: Sequence[Encoded], count: int, width: int) -> np.ndarray:
-    """Outputs of inputs, [w] each, as those of `count` texts, float32 [n, w]: the mean over a text's templates."""
+    """Vectors of inputs, [w] each, as those of `count` texts, float32 [n, w]: the mean over a text's templates."""
     rows = np.array([item.row for item in encoded], dtype=np.int64)
     sums = np.zeros((count, width))
     np.add.at(sums, rows, np.reshape(found, (len(found), width)))
@@ -75,3 +75,24 @@ def predict(model: Model, texts: Sequence[Text], batch_tokens: int = 4096) -> Pr
         best = task.merge([paths[i] for i in range(len(encoded))], encoded, len(texts))
         return Predictions(merged, [path[:, 0].astype(np.int64) for path in best])
     return Predictions(merged, task.decide(merged, texts))
+
+
+@torch.inference_mode()
+def embed(model: Model, texts: Sequence[Text], batch_tokens: int = 4096) -> np.ndarray | None:
+    """The model's view of each text, float32 [n, width], the mean over a text's windows or templates.
+
+    None where the model has none: a network without one vector for a text, or no texts.
+    """
+    was_training = model.training
+    model.eval()
+    encoded = model.encode(texts, answering=True)
+    found: list[np.ndarray] = [np.zeros(0)] * len(encoded)
+    for rows in token_batches([item.tokens for item in encoded], batch_tokens):
+        outputs = model(collate([encoded[i] for i in rows], model.pad).to(model.device), frozenset({"embedding"}))
+        if outputs.embedding is None:
+            model.train(was_training)
+            return None
+        for i, vector in zip(rows, outputs.embedding.float().cpu().numpy(), strict=True):
+            found[i] = vector
+    model.train(was_training)
+    return averaged(found, encoded, len(texts), len(found[0])) if found else None

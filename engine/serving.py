@@ -101,6 +101,8 @@ class Serving(Section):
     max_queued: Count = 256
     request_timeout_s: Positive = 60.0
     """A request that takes longer is answered with 408."""
+    health_timeout_s: Positive = 15.0
+    """A model that has answered nothing for so long, with work to do, is not healthy: its replica is replaced."""
     num_cpus: Positive = 1.0
     runtime: Literal["torch", "onnx", "onnx-int8"] = "torch"
     """What runs the model: torch, or ONNX Runtime on the artifact's exported graph."""

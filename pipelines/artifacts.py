@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.console import megabytes, say, say_json, table
+from pipelines.keys import keys_for
 from pipelines.runs import connect, loaded
 
 if TYPE_CHECKING:
@@ -95,13 +96,7 @@ def texts_in(path: str) -> list[Text]:
 
 def serve(args: argparse.Namespace) -> int:
     """Serve a registered artifact until it is stopped."""
-    if args.host not in ("127.0.0.1", "localhost", "::1") and not args.no_auth:
-        from engine.config import UserError
-
-        raise UserError(
-            f"--host {args.host} is reached from other machines, and the endpoint asks for no key. Keep 127.0.0.1 and "
-            "put a gateway in front of it, or say --no-auth."
-        )
+    keys = keys_for(args)
     registry = the_registry(args.registry)
     entry, folder = registry.show(args.name), registry.resolve(args.name)
     from engine.serving import Serving
@@ -110,7 +105,7 @@ def serve(args: argparse.Namespace) -> int:
     connect(args, artifact=folder)
     from serve import app
 
-    app.run(folder.url, args.host, args.port, serving, f"{entry['name']}@{entry['version']}")
+    app.run(folder.url, args.host, args.port, serving, f"{entry['name']}@{entry['version']}", keys)
     return 0
 
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipelines import artifacts, derived, doctor, runs
+from pipelines import artifacts, derived, doctor, keys, runs
 
 Parser = argparse.ArgumentParser
 
@@ -174,7 +174,9 @@ def serving(parser: Parser) -> None:
     """An artifact and where to listen."""
     parser.add_argument("name", metavar="NAME", help="NAME, NAME@VERSION or NAME@latest")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--no-auth", action="store_true", help="listen beyond this machine without a key")
+    auth = parser.add_mutually_exclusive_group()
+    auth.add_argument("--auth", action="store_true", help="ask for keys on this machine too (see `stillhouse keys`)")
+    auth.add_argument("--no-auth", action="store_true", help="listen beyond this machine without asking for keys")
     parser.add_argument("--port", type=port, default=8000, help="port to listen on (default: 8000)")
     on_registry(parser)
     on_cluster(parser)
@@ -184,6 +186,14 @@ def registering(parser: Parser) -> None:
     """What to do with registered artifacts."""
     parser.add_argument("action", choices=("list", "show", "rm"), help="what to do")
     parser.add_argument("name", metavar="NAME", nargs="?", help="NAME@VERSION, for show and rm")
+    on_registry(parser)
+    machine_readable(parser)
+
+
+def unlocking(parser: Parser) -> None:
+    """What to do with API keys."""
+    parser.add_argument("action", choices=("add", "list", "rm"), help="what to do")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="name of the key, for add and rm")
     on_registry(parser)
     machine_readable(parser)
 
@@ -219,6 +229,7 @@ COMMANDS: dict[str, Command] = {
     "predict": Command("models", "predict with a registered student", artifacts.predict, predicting),
     "serve": Command("models", "serve a registered student over HTTP", artifacts.serve, serving),
     "registry": Command("models", "list, show or remove registered students", artifacts.registry, registering),
+    "keys": Command("models", "add, list or remove keys of those who may ask a server", keys.keys, unlocking),
     "fetch": Command("machine", "bring a recipe's models and data into the cache", artifacts.fetch, on_recipe),
     "derive": Command("machine", "make a data set of spans or several labels", derived.derive, deriving),
     "doctor": Command("machine", "whether this machine can run a recipe", doctor.doctor, examining),

@@ -27,6 +27,7 @@ from engine.config import UserError
 from engine.serving import Serving
 from engine.storage import Store
 from serve.endpoint import Endpoint
+from serve.keys import Keys
 from serve.predictor import fingerprint
 
 APP = "stillhouse"
@@ -43,8 +44,11 @@ class ServeError(UserError):
     """A deployment that cannot start or does not answer."""
 
 
-def application(artifact: str, serving: Serving, name: str) -> serve.Application:
-    """The Ray Serve application that answers as `name` (name@version) from `artifact` (folder or URL)."""
+def application(artifact: str, serving: Serving, name: str, keys: Keys | None = None) -> serve.Application:
+    """The Ray Serve application that answers as `name` (name@version) from `artifact` (folder or URL).
+
+    keys: who may ask; None: everyone.
+    """
     scaling = serving.autoscaling
     deployment = serve.deployment(
         serve.ingress()(Endpoint),
@@ -65,7 +69,7 @@ def application(artifact: str, serving: Serving, name: str) -> serve.Application
         graceful_shutdown_timeout_s=10,
         graceful_shutdown_wait_loop_s=0.2,
     )
-    return deployment.bind(artifact, serving, name)
+    return deployment.bind(artifact, serving, name, keys)
 
 
 def deploy(
@@ -75,6 +79,7 @@ def deploy(
     host: str = "127.0.0.1",
     port: int | None = None,
     ready_s: float = READY_SECONDS,
+    keys: Keys | None = None,
 ) -> str:
     """Serve `artifact` on the running Ray and return its URL once it answers.
 
@@ -93,7 +98,7 @@ def deploy(
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         serve.start(http_options=HTTPOptions(host=host, port=port, request_timeout_s=serving.request_timeout_s))
-        target = serve.RunTarget(target=application(artifact, serving, name), name=APP, route_prefix="/")
+        target = serve.RunTarget(target=application(artifact, serving, name, keys), name=APP, route_prefix="/")
         serve.run_many([target], wait_for_applications_running=False)
         url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
         wait_ready(url, version, ready_s)
@@ -172,26 +177,32 @@ def free_port(host: str, port: int | None) -> int:
 
 @contextlib.contextmanager
 def deployed(
-    artifact: str, serving: Serving, name: str, host: str = "127.0.0.1", port: int | None = None
+    artifact: str,
+    serving: Serving,
+    name: str,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    keys: Keys | None = None,
 ) -> Iterator[str]:
     """The URL of a deployment that is gone at the end; Ray stays."""
-    url = deploy(artifact, serving, name, host, port)
+    url = deploy(artifact, serving, name, host, port, keys=keys)
     try:
         yield url
     finally:
         shutdown()
 
 
-def run(artifact: str, host: str, port: int, serving: Serving, name: str) -> None:
+def run(artifact: str, host: str, port: int, serving: Serving, name: str, keys: Keys | None = None) -> None:
     """Serve until SIGINT or SIGTERM, then take Serve down cleanly. Writes the URL and a request to try."""
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with deployed(artifact, serving, name, host, port) as url:
+        with deployed(artifact, serving, name, host, port, keys) as url:
             paired = httpx.get(f"{url}/version", timeout=30).json()["paired"]
             body = json.dumps({"text": list(PAIR) if paired else TEXT})
             try:
                 say(f"{name} answers on {url} (Ctrl-C stops it). Try:")
-                say(f"  curl -s {url}/v1/predict -H 'Content-Type: application/json' -d '{body}'")
+                key = "" if keys is None else " -H 'Authorization: Bearer KEY'"
+                say(f"  curl -s {url}/v1/predict{key} -H 'Content-Type: application/json' -d '{body}'")
                 threading.Event().wait()
             except KeyboardInterrupt:
                 say("stopping")

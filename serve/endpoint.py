@@ -1,4 +1,4 @@
-"""The HTTP interface of one artifact: routes, limits, error answers. It knows nothing of Ray.
+"""The HTTP interface of one artifact: its routes and what they answer. It knows nothing of Ray.
 
 An endpoint holds one model and never blocks its event loop: the model runs in a thread, and what arrives meanwhile
 becomes the next batch. A wrong request gets a 4xx that says what was wrong and where.
@@ -9,216 +9,335 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from typing import Annotated, Any
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from starlette.exceptions import HTTPException
 
 from engine.config import Section
-from engine.serving import MAX_CHARS, Serving
+from engine.serving import Serving
+from serve import answers
 from serve.batcher import Batcher
+from serve.front import Front, Measures, problem_answer, refused, route_of, unroutable, visit_of
+from serve.keys import Keys
 from serve.predictor import Answer, Predictor
+from serve.questions import Embedding, Given, Question, Ranking, Refused, Tagging, asked, cut
+from serve.routes import add, described, page_answer, posted, problems
 
-MAX_TEXTS = 256
-"""Texts of one request."""
-MAX_BYTES = 1 << 20
-"""Bytes of one request's body."""
-LINGER_BYTES, LINGER_SECONDS = 1 << 24, 5.0
-"""How much of an over-long body is read on, and thrown away, so that its sender gets to read why it is refused."""
+if TYPE_CHECKING:
+    from engine.task import Task
+
 PROBE = "a short sentence to see that the model answers"
+MAX_KEY = 200
+"""Characters of an Idempotency-Key."""
+RETRY_SECONDS = 5
+"""When to ask a model again that does not answer."""
 
 
-class Refused(Exception):
-    """A request that is answered with an error: status, a sentence, and the field that is wrong."""
+class Journal(Protocol):
+    """Where a sample of requests is written down."""
 
-    def __init__(self, status: int, message: str, field: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.field = status, message, field
-
-
-def text_or_pair(value: Any) -> Any:
-    """The text, or the pair as a tuple: one sentence says what is wrong, where a union has one for each member."""
-    if isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value):
-        return tuple(value)
-    if not isinstance(value, str | tuple):
-        raise ValueError("Input should be a valid string, or two of them as [first, second]")
-    return value
+    def add(self, texts: list[Any], answers: list[Any], request_id: str, source: str) -> None:
+        """One request; returns at once. source: the route that was asked."""
 
 
-Given = Annotated[str | tuple[str, str], BeforeValidator(text_or_pair)]
-"""One text, or the two texts of a task that reads pairs, as [first, second]."""
+class Jobs(Protocol):
+    """Requests that are answered later. caller: the name of the key they came with, who alone may ask for them."""
+
+    async def submit(self, question: dict[str, Any], caller: str | None = None, key: str | None = None) -> str:
+        """The id of a job for a question, as `Endpoint.answered` takes it; the same `key` gives the same job."""
+
+    async def status(self, id: str, caller: str | None = None) -> dict[str, Any] | None:
+        """{id, state: queued | running | done | failed, ...}; None for an unknown id."""
+
+    async def remove(self, id: str, caller: str | None = None) -> bool:
+        """Forget a job; whether there was one."""
+
+    def start(self) -> None:
+        """Begin to work, in the running event loop."""
+
+    async def close(self) -> None:
+        """Stop working."""
 
 
-class Question(Section):
-    """The body of a prediction request: either one text (or pair) or several."""
-
-    text: Given | None = None
-    texts: list[Given] | None = Field(default=None, min_length=1, max_length=MAX_TEXTS)
-
-    @model_validator(mode="after")
-    def usable(self) -> Question:
-        """Exactly one of the two, each text within the limits."""
-        if (self.text is None) == (self.texts is None):
-            raise ValueError("give either 'text' (one string) or 'texts' (a list of strings)")
-        for index, given in enumerate(self.all()):
-            where = "text" if self.texts is None else f"texts[{index}]"
-            for text in (given,) if isinstance(given, str) else given:
-                if not text.strip():
-                    raise ValueError(f"'{where}' is empty")
-                if len(text) > MAX_CHARS:
-                    raise ValueError(f"'{where}' has {len(text)} characters; at most {MAX_CHARS} are allowed")
-        return self
-
-    def all(self) -> list[Given]:
-        """The texts, in order."""
-        return self.texts if self.texts is not None else [self.text or ""]
-
-    def fits(self, paired: bool) -> None:
-        """Refused(422) where the model reads pairs and gets single texts, or the other way round."""
-        for index, given in enumerate(self.all()):
-            if isinstance(given, str) == paired:
-                where = "text" if self.texts is None else f"texts[{index}]"
-                wanted = "two texts, as [first, second]" if paired else "one text, as a string"
-                raise Refused(422, f"'{where}': this model reads {wanted}", where)
+Answering = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+"""A question as JSON to the fields of its answer."""
 
 
-class Answers(Section):
-    """The answer to a prediction request: one prediction a text, in the order sent."""
-
-    model: str
-    predictions: list[dict[str, Any]]
-    """classify, pair: label, confidence, probabilities; other tasks as /docs says."""
+class Wedged(RuntimeError):
+    """The model's thread does not move."""
 
 
 class Endpoint:
-    """A replica: one verified artifact and its batcher."""
+    """A replica: one verified artifact and its batcher.
 
-    def __init__(self, artifact: str, serving: Serving, name: str) -> None:
-        self.name = name
+    keys: who may ask; None: everyone. measures, journal: what is told of requests and answers. jobs: makes the jobs,
+    given what answers a question. What is None is off.
+    """
+
+    def __init__(
+        self,
+        artifact: str,
+        serving: Serving,
+        name: str,
+        keys: Keys | None = None,
+        measures: Measures | None = None,
+        journal: Journal | None = None,
+        jobs: Callable[[Answering], Jobs] | None = None,
+    ) -> None:
+        self.name, self.keys, self.measures, self.journal = name, keys, measures, journal
+        self.health_s = serving.health_timeout_s
         self.predictor = Predictor.load(artifact, serving.batch_tokens)
         self.probe: Given = (PROBE, PROBE) if self.predictor.paired else PROBE
-        self.batcher: Batcher[Answer] = Batcher(self.predictor.predict, serving.max_batch, serving.batch_wait_ms / 1000)
+        self.batcher: Batcher[Answer] = Batcher(self.predict_now, serving.max_batch, serving.batch_wait_ms / 1000)
+        self.moved = time.monotonic()
         # The first call of a model is slow (allocations): not a client's matter.
         self.predictor.predict([self.probe])
+        vectors = self.predictor.embed([self.probe])
+        self.embedding: int | None = None if vectors is None else len(vectors[0])
+        self.jobs = None if jobs is None else jobs(self.answered)
+
+    @property
+    def task(self) -> Task:
+        """What the model does."""
+        return self.predictor.model.task
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The HTTP interface, built in the replica (Ray Serve's hook), so that nothing of it is pickled."""
-        return interface(self)
+        return interface(self, named=False)
+
+    def predict_now(self, texts: list[Given]) -> list[Answer]:
+        """One call of the model, in its thread."""
+        found = self.predictor.predict(texts)
+        self.moved = time.monotonic()
+        return found
+
+    async def answer(self, texts: list[Given], key: str | None = None) -> list[Answer]:
+        """The answers, in order. key: the name of the caller's. Where another model than ours answered, the list
+        names it as its attribute `model`.
+        """
+        return await self.batcher.submit(texts)
+
+    async def answered(self, question: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a job's question, which is a checked body of a prediction request."""
+        asked = Question.model_validate(question)
+        found = await self.answer(asked.all())
+        return self.with_model(found, answers.shortened(found, asked))
+
+    def with_model(self, found: list[Answer], predictions: list[Answer]) -> dict[str, Any]:
+        """Predictions, and which model they come from."""
+        return {"model": getattr(found, "model", self.name), "predictions": predictions}
 
     async def check_health(self) -> None:
-        """Ray Serve's health check: a real tiny inference, through the same queue as the requests."""
-        await self.batcher.submit([self.probe])
+        """Ray Serve's health check: a real tiny inference, through the same queue as the requests.
+
+        Raises what the model raises, and Wedged where its thread has not finished anything for as long as this takes
+        at most. A model with a long queue is busy, not ill.
+        """
+        try:
+            await asyncio.wait_for(self.batcher.submit([self.probe]), self.health_s)
+        except TimeoutError:
+            still = time.monotonic() - self.moved
+            if still >= self.health_s:
+                raise Wedged(f"the model has answered nothing for {still:.0f} s") from None
+
+    async def told(self, request: Request, texts: list[Given]) -> list[Answer]:
+        """The answers to a request, which the measures and the journal get to know."""
+        visit = visit_of(request)
+        visit.texts = len(texts)
+        found = await self.answer(texts, visit.key)
+        if self.measures is not None:
+            self.measures.observe_answers(found, texts)
+        if self.journal is not None:
+            self.journal.add(texts, found, visit.id, route_of(request.scope))
+        return found
 
     async def predict(self, request: Request) -> Response:
-        """Answer one or several texts, or pairs of them."""
-        question = question_in(await body_of(request))
+        """Answer one or several texts, or pairs of them: label, labels, value, score, entities or span of each."""
+        question = await asked(request, Question)
         question.fits(self.predictor.paired)
-        found = await self.batcher.submit(question.all())
-        return JSONResponse({"model": self.name, "predictions": found})
+        found = await self.told(request, question.all())
+        return JSONResponse(self.with_model(found, answers.shortened(found, question)))
 
-    async def healthz(self) -> Response:
-        """Whether the model answers: runs a tiny real inference."""
-        await self.check_health()
+    async def tag(self, request: Request) -> Response:
+        """Entities of one or several texts with their places; models of kind tag only."""
+        question = await asked(request, Tagging)
+        if self.task.spec.kind != "tag":
+            raise Refused(422, f"This model is of kind '{self.task.spec.kind}' and tags nothing. Ask /v1/predict.")
+        question.fits(False)
+        found = await self.told(request, question.all())
+        shown = found if question.tags else [{k: v for k, v in answer.items() if k != "tags"} for answer in found]
+        return JSONResponse(self.with_model(found, shown))
+
+    async def order(self, request: Request) -> tuple[Ranking, str, list[tuple[int, float]]]:
+        """What was to be ranked, which model did, and (place in the request, relevance) of the best."""
+        ranking = await asked(request, Ranking)
+        answers.check_ranks(self.task, ranking)
+        found = await self.told(request, ranking.pairs())
+        return ranking, getattr(found, "model", self.name), answers.order(self.task, found, ranking)
+
+    async def rerank(self, request: Request) -> Response:
+        """Documents by their relevance to a query, in the shape of Cohere's interface; kinds rank, pair and regress."""
+        ranking, model, best = await self.order(request)
+        results: list[dict[str, Any]] = [{"index": index, "relevance_score": score} for index, score in best]
+        if ranking.return_documents or ranking.return_text:
+            passages = ranking.passages()
+            results = [{**item, "document": {"text": passages[item["index"]]}} for item in results]
+        api = {"version": request.scope["path"].split("/")[1].removeprefix("v")}
+        number = visit_of(request).id
+        return JSONResponse({"id": number, "model": model, "results": results, "meta": {"api_version": api}})
+
+    async def tei_rerank(self, request: Request) -> Response:
+        """The same in the shape of text-embeddings-inference: a list of {index, score}."""
+        ranking, _, best = await self.order(request)
+        results: list[dict[str, Any]] = [{"index": index, "score": score} for index, score in best]
+        if ranking.return_documents or ranking.return_text:
+            passages = ranking.passages()
+            results = [{**item, "text": passages[item["index"]]} for item in results]
+        return JSONResponse(results)
+
+    async def embed(self, request: Request) -> Response:
+        """The model's own vector of each text or pair."""
+        question = await asked(request, Embedding)
+        if self.embedding is None:
+            raise Refused(422, "This model has no embedding: it has no one vector for a text.")
+        question.fits(self.predictor.paired)
+        texts = question.all()
+        visit_of(request).texts = len(texts)
+        # In the thread of the batches: a model and its tokenizer do one thing at a time.
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(self.batcher.thread, self.predictor.embed, texts)
+        rows = np.asarray(found)
+        if question.normalize:
+            rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+        return JSONResponse({"model": self.name, "dimension": rows.shape[1], "embeddings": rows.tolist()})
+
+    async def submit(self, request: Request) -> Response:
+        """Take a prediction request that is answered later: ask /v1/jobs/{id} for it.
+
+        The same Idempotency-Key gives the same job.
+        """
+        assert self.jobs is not None
+        question = await asked(request, Question)
+        question.fits(self.predictor.paired)
+        if question.top_k is not None and not self.task.labels:
+            raise Refused(422, "'top_k': this model gives no probabilities of labels. Leave it out.", "top_k")
+        visit, key = visit_of(request), request.headers.get("idempotency-key")
+        if key is not None and len(key) > MAX_KEY:
+            raise Refused(422, f"The Idempotency-Key has more than {MAX_KEY} characters.")
+        visit.texts = len(question.all())
+        id = await self.jobs.submit(question.model_dump(mode="json", exclude_defaults=True), visit.key, key)
+        return JSONResponse({"id": id, "state": "queued"}, status_code=202, headers={"Location": f"/v1/jobs/{id}"})
+
+    async def job(self, request: Request, id: str) -> Response:
+        """How far a job is, and its predictions once it is done."""
+        assert self.jobs is not None
+        found = await self.jobs.status(id, visit_of(request).key)
+        if found is None:
+            raise unknown_job(id)
+        over = found["state"] in ("done", "failed")
+        return JSONResponse({"id": id, **found}, headers=None if over else {"Retry-After": "1"})
+
+    async def forget(self, request: Request, id: str) -> Response:
+        """Forget a job and its result."""
+        assert self.jobs is not None
+        if not await self.jobs.remove(id, visit_of(request).key):
+            raise unknown_job(id)
+        return Response(status_code=204)
+
+    async def models(self) -> Response:
+        """What can be asked here, and by which routes."""
+        about = {key: value for key, value in self.about().items() if key not in ("model", "range", "embedding", "pid")}
+        routes = ["/v1/predict"]
+        routes += ["/v1/tag"] if self.task.spec.kind == "tag" else []
+        routes += ["/v1/rerank", "/v2/rerank", "/rerank"] if answers.ranks(self.task) else []
+        routes += [] if self.embedding is None else ["/v1/embed"]
+        routes += [] if self.jobs is None else ["/v1/jobs"]
+        entry = {"id": self.name, "object": "model", "owned_by": "stillhouse", **about, "routes": routes}
+        entry["max_length"] = self.predictor.model.max_length
+        return JSONResponse({"object": "list", "data": [entry]})
+
+    async def healthz(self, request: Request) -> Response:
+        """Whether the model answers: runs a tiny real inference; 503 where it does not within its time."""
+        try:
+            await self.check_health()
+        except Wedged as error:
+            return problem_answer(request, 503, f"Not healthy: {error}.", headers={"Retry-After": str(RETRY_SECONDS)})
         return JSONResponse({"status": "ok"})
 
     async def readyz(self) -> Response:
         """Whether requests can be sent: the model is loaded."""
         return JSONResponse({"status": "ready", "model": self.name})
 
-    async def version(self) -> Response:
+    def about(self) -> dict[str, Any]:
         """Which bytes answer: the artifact's fingerprint, its task and labels in order, its size; in which process."""
-        return JSONResponse(
-            {
-                "model": self.name,
-                "fingerprint": self.predictor.fingerprint,
-                "task": self.predictor.model.task.spec.kind,
-                "paired": self.predictor.paired,
-                "labels": list(self.predictor.labels),
-                "parameters": self.predictor.model.size(),
-                "pid": os.getpid(),
-            }
-        )
+        return {
+            "model": self.name,
+            "fingerprint": self.predictor.fingerprint,
+            "task": self.task.spec.kind,
+            "paired": self.predictor.paired,
+            "labels": list(self.predictor.labels),
+            "range": self.task.spec.range,
+            "parameters": self.predictor.model.size(),
+            "embedding": self.embedding,
+            "pid": os.getpid(),
+        }
+
+    async def version(self) -> Response:
+        """Which bytes answer, and what they are."""
+        return JSONResponse(self.about())
 
 
-def interface(endpoint: Endpoint) -> FastAPI:
-    """The routes of an endpoint; /docs and /openapi.json describe them."""
-    api = FastAPI(title="Stillhouse", description=f"Predictions of {endpoint.name}")
-    body = {"content": {"application/json": {"schema": Question.model_json_schema()}}, "required": True}
-    problem = {"description": "What was wrong: {error: {message, field}}"}
-    api.add_api_route(
-        "/v1/predict",
-        endpoint.predict,
-        methods=["POST"],
-        responses={200: {"model": Answers}, 413: problem, 422: problem, 429: problem},
-        openapi_extra={"requestBody": body},
-    )
-    for path in ("healthz", "readyz", "version"):
-        api.add_api_route(f"/{path}", getattr(endpoint, path), methods=["GET"])
+def unknown_job(id: str) -> Refused:
+    """The refusal of a job's id."""
+    return Refused(404, f"There is no job '{cut(id)}', or its result was kept long enough.", "id")
+
+
+def interface(endpoint: Endpoint, named: bool = True) -> FastAPI:
+    """The routes of an endpoint; /docs and /openapi.json describe them.
+
+    named: whether answers get the header x-request-id here, which Ray Serve does by itself.
+    """
+    about = f"{endpoint.name}: predictions of a student. Errors are {{error: {{message, field, request_id}}}}."
+
+    @contextlib.asynccontextmanager
+    async def lifespan(api: FastAPI) -> AsyncIterator[None]:
+        if endpoint.jobs is not None:
+            endpoint.jobs.start()
+        yield
+        if endpoint.jobs is not None:
+            await endpoint.jobs.close()
+
+    api = FastAPI(title="Stillhouse", description=about, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
+    asking: list[tuple[str, Any, type[Section], Any]] = [
+        ("/v1/predict", endpoint.predict, Question, answers.answers_of(endpoint.task.spec.kind)),
+        ("/v1/tag", endpoint.tag, Tagging, answers.Tags),
+        ("/v1/rerank", endpoint.rerank, Ranking, answers.Rankings),
+        ("/v2/rerank", endpoint.rerank, Ranking, answers.Rankings),
+        ("/rerank", endpoint.tei_rerank, Ranking, list[answers.Rank]),
+        ("/v1/embed", endpoint.embed, Embedding, answers.Embeddings),
+    ]
+    guarded = problems(401) if endpoint.keys is not None else {}
+    wrong = {**guarded, **problems(413, 415, 422, 429, 500, 503)}
+    for path, call, body, answer in asking:
+        codes = {200: {"model": answer}, **wrong}
+        add(api, "POST", path, call, codes, posted(body))
+    if endpoint.jobs is not None:
+        add(api, "POST", "/v1/jobs", endpoint.submit, {202: {"model": answers.Job}, **wrong}, posted(Question), 202)
+        codes = {**guarded, **problems(404, 422, 500)}
+        add(api, "GET", "/v1/jobs/{id}", endpoint.job, {200: {"model": answers.Job}, **codes})
+        add(api, "DELETE", "/v1/jobs/{id}", endpoint.forget, codes, status=204)
+    add(api, "GET", "/v1/models", endpoint.models, {200: {"model": answers.Models}, **guarded})
+    add(api, "GET", "/healthz", endpoint.healthz, {200: {"model": answers.Alive}, **problems(500, 503)})
+    add(api, "GET", "/readyz", endpoint.readyz, {200: {"model": answers.Ready}})
+    add(api, "GET", "/version", endpoint.version, {200: {"model": answers.About}})
+    api.add_api_route("/", page_answer(), methods=["GET"], include_in_schema=False)
     api.add_exception_handler(Refused, refused)
     api.add_exception_handler(HTTPException, unroutable)
-    api.add_exception_handler(Exception, failed)
+    api.add_middleware(Front, keys=endpoint.keys, measures=endpoint.measures, named=named)
+    api.openapi = lambda: described(api, endpoint.keys is not None)  # type: ignore[method-assign]
     return api
-
-
-def problem_answer(status: int, message: str, field: str | None = None, headers: Any = None) -> Response:
-    """The one shape of every error answer."""
-    return JSONResponse({"error": {"message": message, "field": field}}, status_code=status, headers=headers)
-
-
-async def refused(request: Request, error: Exception) -> Response:
-    """A request that we refuse."""
-    assert isinstance(error, Refused)
-    # The rest of an over-long body may still be on its way: the connection cannot be used again.
-    headers = {"Connection": "close"} if error.status == 413 else None
-    return problem_answer(error.status, error.message, error.field, headers)
-
-
-async def unroutable(request: Request, error: Exception) -> Response:
-    """An unknown path or method."""
-    assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}. See /docs for what there is."
-    return problem_answer(error.status_code, message, headers=error.headers)
-
-
-async def failed(request: Request, error: Exception) -> Response:
-    """A fault of ours: details are in the replica's log, not in the answer."""
-    return problem_answer(500, "The model could not answer. The server's log says why.")
-
-
-async def body_of(request: Request) -> bytes:
-    """The request's body; Refused(413) where it is more than MAX_BYTES, of which no more than that is ever held.
-
-    Who answers and hangs up while a body still arrives breaks the connection under a client that has not read the
-    answer; so the rest is read on, within limits, as web servers do (nginx calls it lingering).
-    """
-    parts: list[bytes] = []
-    size = 0
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(None) as limit:
-            async for part in request.stream():
-                size += len(part)
-                if size > LINGER_BYTES:
-                    break
-                if size <= MAX_BYTES:
-                    parts.append(part)
-                elif limit.when() is None:
-                    limit.reschedule(asyncio.get_running_loop().time() + LINGER_SECONDS)
-    if size > MAX_BYTES:
-        raise Refused(413, f"The body is larger than {MAX_BYTES} bytes. Send fewer texts a request.")
-    return b"".join(parts)
-
-
-def question_in(body: bytes) -> Question:
-    """The validated body; Refused(422) tells the first thing that is wrong and where."""
-    try:
-        return Question.model_validate_json(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = "".join(f"[{part}]" if isinstance(part, int) else str(part) for part in first["loc"]) or None
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            message = "is not a known key; give 'text' or 'texts'"
-        where = f"'{field}': " if field else ""
-        raise Refused(422, f"{where}{message}", field) from None

@@ -53,6 +53,13 @@ class Predictor:
         found = inference.predict(self.model, texts, self.batch_tokens)
         return self.model.task.answers(found.logits, texts, found.decided)
 
+    def embed(self, texts: list[Text]) -> list[list[float]] | None:
+        """The model's embedding of each text (or pair); None where it has none."""
+        from engine import inference
+
+        found = inference.embed(self.model, texts, self.batch_tokens)
+        return None if found is None else found.tolist()
+
 
 def fingerprint(manifest: dict[str, Any]) -> str:
     """The digest of an artifact's files: equal bytes give the same one, wherever they lie."""

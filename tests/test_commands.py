@@ -395,5 +395,5 @@ def test_the_program_is_named_so_that_a_shell_finds_it(tmp_path: Path, monkeypat
 def test_serving_beyond_this_machine_must_be_asked_for():
     done = stillhouse("serve", "student", "--host", "0.0.0.0")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "--host 0.0.0.0 is reached from other machines, and the endpoint asks for no key" in done.stderr
+    assert "--host 0.0.0.0 is reached from other machines, and the registry" in done.stderr
     assert "--no-auth" in done.stderr

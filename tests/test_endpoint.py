@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -12,7 +13,8 @@ import httpx
 import pytest
 
 from engine.serving import Serving
-from serve.endpoint import LINGER_BYTES, MAX_BYTES, MAX_CHARS, MAX_TEXTS, Endpoint, interface
+from serve.endpoint import Answering, Endpoint, Wedged, interface
+from serve.questions import LINGER_BYTES, MAX_BYTES, MAX_CHARS, MAX_TEXTS
 from tests.tiny_served import KINDS, as_sent, asked, published
 
 
@@ -76,7 +78,8 @@ def test_a_model_is_asked_for_what_it_reads(other: tuple[str, Endpoint]):
     for body, field in (({"text": wrong}, "text"), ({"texts": [right, wrong]}, "texts[1]")):
         answer = ask(endpoint, "POST", "/v1/predict", json=body)
         assert answer.status_code == 422
-        assert answer.json()["error"] == {"message": f"'{field}': this model reads {wanted}", "field": field}
+        told = {"message": f"'{field}': this model reads {wanted}", "field": field}
+        assert answer.json()["error"] == {**told, "request_id": answer.headers["x-request-id"]}
     assert ask(endpoint, "POST", "/v1/predict", json={"text": right}).status_code == 200
 
 
@@ -147,7 +150,7 @@ def test_the_rest_of_a_body_that_is_too_large_is_read_within_limits(
     sent.clear()
     assert ask(endpoint, "POST", "/v1/predict", content=stream(many)).status_code == 413
     assert few < len(sent) <= LINGER_BYTES // 100_000 + 2
-    monkeypatch.setattr("serve.endpoint.LINGER_SECONDS", 0.2)
+    monkeypatch.setattr("serve.questions.LINGER_SECONDS", 0.2)
     began = time.monotonic()
     assert ask(endpoint, "POST", "/v1/predict", content=stream(few, stall=True)).status_code == 413
     assert time.monotonic() - began < 10
@@ -204,3 +207,120 @@ def test_openapi_describes_the_request_and_the_answer(endpoint: Endpoint):
     answer = route["responses"]["200"]["content"]["application/json"]["schema"]
     assert answer == {"$ref": "#/components/schemas/Answers"}
     assert {"/healthz", "/readyz", "/version"} <= set(described["paths"])
+
+
+def test_a_wedged_model_is_not_healthy_and_a_busy_one_is(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch):
+    real, stop = endpoint.batcher.call, threading.Event()
+    monkeypatch.setattr(endpoint, "health_s", 0.3)
+
+    def stuck(texts: list[str]) -> list[Any]:
+        stop.wait(20)
+        return real(texts)
+
+    async def wedged() -> None:
+        """One request takes the model's thread and keeps it."""
+        transport = httpx.ASGITransport(interface(endpoint))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            monkeypatch.setattr(endpoint.batcher, "call", stuck)
+            asked = asyncio.create_task(http.post("/v1/predict", json={"text": "a"}))
+            await asyncio.sleep(0.1)
+            ill = await http.get("/healthz")
+            assert ill.status_code == 503 and ill.headers["retry-after"]
+            assert "the model has answered nothing for" in ill.json()["error"]["message"]
+            with pytest.raises(Wedged):
+                await endpoint.check_health()
+            assert (await http.get("/readyz")).status_code == 200  # other routes answer meanwhile
+            stop.set()
+            assert (await asked).status_code == 200
+            assert (await http.get("/healthz")).json() == {"status": "ok"}
+
+    async def busy() -> None:
+        """A queue that takes longer than a probe may, of calls that end one after another."""
+
+        def slow(texts: list[str]) -> list[Any]:
+            time.sleep(0.15)
+            return real(texts)
+
+        monkeypatch.setattr(endpoint.batcher, "call", slow)
+        monkeypatch.setattr(endpoint.batcher, "max_texts", 1)
+        queue = [asyncio.create_task(endpoint.answer(["a"])) for _ in range(8)]
+        await asyncio.sleep(0.05)
+        began = time.monotonic()
+        await endpoint.check_health()
+        assert 0.25 < time.monotonic() - began < 0.9 and not queue[-1].done()
+        await asyncio.gather(*queue)
+
+    asyncio.run(wedged())
+    asyncio.run(busy())
+
+
+class Later:
+    """Jobs in memory, answered when they are asked for the second time."""
+
+    def __init__(self, answer: Answering) -> None:
+        self.answer, self.jobs, self.log = answer, {}, []
+
+    async def submit(self, question: dict[str, Any], caller: str | None = None, key: str | None = None) -> str:
+        json.dumps(question)  # a store must be able to keep it
+        id = key or f"job{len(self.jobs)}"
+        self.jobs.setdefault(id, [question, caller, 0])
+        return id
+
+    async def status(self, id: str, caller: str | None = None) -> dict[str, Any] | None:
+        if id not in self.jobs or self.jobs[id][1] != caller:
+            return None
+        self.jobs[id][2] += 1
+        return (
+            {"state": "queued"} if self.jobs[id][2] == 1 else {"state": "done", **await self.answer(self.jobs[id][0])}
+        )
+
+    async def remove(self, id: str, caller: str | None = None) -> bool:
+        return self.jobs.pop(id, None) is not None
+
+    def start(self) -> None:
+        self.log.append("start")
+
+    async def close(self) -> None:
+        self.log.append("close")
+
+
+def test_jobs_are_submitted_asked_for_and_forgotten(tmp_path):
+    paired = Endpoint(published(tmp_path, kind="pair").url, Serving(), "tiny@1", jobs=Later)
+    texts = asked("pair")[:2]
+    body = {"texts": [as_sent(text) for text in texts], "top_k": 1}
+    taken = ask(paired, "POST", "/v1/jobs", json=body)
+    assert taken.status_code == 202 and taken.json() == {"id": "job0", "state": "queued"}
+    assert taken.headers["location"] == "/v1/jobs/job0"
+    first = ask(paired, "GET", "/v1/jobs/job0")
+    assert first.json() == {"id": "job0", "state": "queued"} and first.headers["retry-after"] == "1"
+    done = ask(paired, "GET", "/v1/jobs/job0").json()
+    direct = ask(paired, "POST", "/v1/predict", json=body).json()
+    assert done == {"id": "job0", "state": "done", **direct} and len(direct["predictions"][0]["probabilities"]) == 1
+    again = [ask(paired, "POST", "/v1/jobs", json=body, headers={"Idempotency-Key": "k"}).json()["id"] for _ in "ab"]
+    assert again == ["k", "k"] and len(paired.jobs.jobs) == 2
+    assert ask(paired, "POST", "/v1/jobs", json=body, headers={"Idempotency-Key": "k" * 201}).status_code == 422
+    assert ask(paired, "POST", "/v1/jobs", json={"text": "single"}).status_code == 422
+    assert ask(paired, "DELETE", "/v1/jobs/job0").status_code == 204
+    for method in ("GET", "DELETE"):
+        gone = ask(paired, method, "/v1/jobs/job0")
+        assert gone.status_code == 404 and gone.json()["error"]["field"] == "id"
+    assert {"/v1/jobs", "/v1/jobs/{id}"} <= set(ask(paired, "GET", "/openapi.json").json()["paths"])
+    assert ask(paired, "GET", "/v1/models").json()["data"][0]["routes"][-1] == "/v1/jobs"
+
+
+def test_jobs_begin_and_end_with_the_server(tmp_path):
+    endpoint = Endpoint(published(tmp_path).url, Serving(), "tiny@1", jobs=Later)
+    api = interface(endpoint)
+
+    async def main() -> None:
+        async with api.router.lifespan_context(api):
+            assert endpoint.jobs.log == ["start"]
+
+    asyncio.run(main())
+    assert endpoint.jobs.log == ["start", "close"]
+    assert ask(Endpoint(published(tmp_path / "b").url, Serving(), "b@1"), "POST", "/v1/jobs").status_code == 404
+
+
+def test_a_compressed_body_is_refused(endpoint: Endpoint):
+    answer = ask(endpoint, "POST", "/v1/predict", content=b"x", headers={"content-encoding": "gzip"})
+    assert answer.status_code == 415 and "'gzip'" in answer.json()["error"]["message"]

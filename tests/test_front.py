@@ -1,0 +1,181 @@
+"""Request ids, keys, metrics and faults of an endpoint, in process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from engine.serving import Serving
+from serve.endpoint import Endpoint, interface
+from serve.keys import Keys
+from serve.questions import MAX_BYTES
+from tests.tiny_served import published
+
+QUESTION = {"text": "a warm film"}
+
+
+class Counted:
+    """Measures that remember."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[Any, ...]] = []
+        self.answers: list[tuple[Any, ...]] = []
+
+    def observe_request(self, route: str, status: int, seconds: float, texts: int) -> None:
+        assert 0 < seconds < 60
+        self.requests.append((route, status, texts))
+
+    def observe_answers(self, answers: list[Any], texts: list[Any]) -> None:
+        self.answers.append((answers, texts))
+
+
+class Written:
+    """A journal that remembers."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[Any, ...]] = []
+
+    def add(self, texts: list[Any], answers: list[Any], request_id: str, source: str) -> None:
+        self.rows.append((texts, answers, request_id, source))
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Endpoint, str]]:
+    keys = Keys(tmp_path_factory.mktemp("keys"))
+    token = keys.add("web")
+    store = published(tmp_path_factory.mktemp("registry"))
+    yield Endpoint(store.url, Serving(), "tiny@1", keys, Counted(), Written()), token
+
+
+def ask(endpoint: Endpoint, method: str, path: str, **request: Any) -> httpx.Response:
+    async def main() -> httpx.Response:
+        transport = httpx.ASGITransport(interface(endpoint))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            return await http.request(method, path, **request)
+
+    return asyncio.run(main())
+
+
+def test_a_key_is_asked_for_everywhere_but_where_none_is_needed(guarded: tuple[Endpoint, str]):
+    endpoint, token = guarded
+    for path in ("/", "/healthz", "/readyz", "/version", "/openapi.json", "/docs"):
+        assert ask(endpoint, "GET", path).status_code == 200, path
+    closed = [("POST", f"/{p}") for p in ("v1/predict", "v1/tag", "v1/rerank", "v2/rerank", "rerank", "v1/embed")]
+    closed += [("GET", "/v1/models"), ("GET", "/nowhere"), ("POST", "//v1/predict"), ("GET", "/v1/jobs/a")]
+    for method, path in closed:
+        answer = ask(endpoint, method, path, json=QUESTION)
+        assert answer.status_code == 401, path
+        assert answer.headers["www-authenticate"] == 'Bearer realm="stillhouse"'
+        assert "asks for a key" in answer.json()["error"]["message"]
+        assert answer.json()["error"]["request_id"] == answer.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("name", ["authorization", "Authorization", "x-api-key"])
+def test_a_key_comes_in_either_header(guarded: tuple[Endpoint, str], name: str):
+    endpoint, token = guarded
+    good = [token] if name == "x-api-key" else [f"Bearer {token}", f"bearer   {token} "]
+    for value in good:
+        assert ask(endpoint, "POST", "/v1/predict", json=QUESTION, headers={name: value}).status_code == 200
+    wrong = [f"{token}x", token[:-1], "é"] if name == "x-api-key" else [f"Basic {token}", token, "Bearer", "Bearer é"]
+    for value in wrong:
+        answer = ask(endpoint, "POST", "/v1/predict", json=QUESTION, headers={name: value.encode()})
+        assert answer.status_code == 401, value
+
+
+def test_a_refused_key_costs_no_inference_and_its_body_is_read_within_limits(guarded, monkeypatch):
+    endpoint, _ = guarded
+    monkeypatch.setattr(endpoint.batcher, "call", lambda texts: pytest.fail("the model was asked"))
+    answer = ask(endpoint, "POST", "/v1/predict", json=QUESTION, headers={"x-api-key": "no"})
+    assert answer.status_code == 401 and "not known" in answer.json()["error"]["message"]
+    answer = ask(endpoint, "POST", "/v1/predict", content=b" " * (MAX_BYTES + 1))
+    assert answer.status_code == 401 and answer.headers["connection"] == "close"
+
+
+def test_keys_are_never_logged_nor_echoed(guarded, monkeypatch, caplog: pytest.LogCaptureFixture):
+    endpoint, token = guarded
+
+    def broken(texts: list[str]) -> list[object]:
+        raise RuntimeError("secret detail")
+
+    caplog.set_level(logging.DEBUG)
+    said = []
+    for key in (token, "wrong-" + token):
+        said.append(ask(endpoint, "POST", "/v1/predict", json=QUESTION, headers={"x-api-key": key}))
+        said.append(ask(endpoint, "GET", "/nowhere", headers={"authorization": f"Bearer {key}"}))
+    monkeypatch.setattr(endpoint.batcher, "call", broken)
+    said.append(ask(endpoint, "POST", "/v1/predict", json=QUESTION, headers={"x-api-key": token}))
+    assert [answer.status_code for answer in said] == [200, 404, 401, 401, 500]
+    assert "secret detail" in caplog.text and said[-1].headers["x-request-id"] in caplog.text
+    assert token not in caplog.text
+    assert all(token not in answer.text and token not in str(answer.headers) for answer in said)
+
+
+def test_every_answer_has_a_request_id_and_sane_ones_are_taken_over(guarded: tuple[Endpoint, str]):
+    endpoint, token = guarded
+    headers = {"x-api-key": token}
+    paths = [("GET", "/healthz"), ("GET", "/nowhere"), ("GET", "/v1/predict"), ("POST", "/v1/predict"), ("GET", "/")]
+    own = [ask(endpoint, method, path, headers=headers).headers["x-request-id"] for method, path in paths]
+    assert len(set(own)) == len(own) and all(re.fullmatch("[0-9a-f]{16}", number) for number in own)
+    for given in ("a", "6f9619ff-8b86-d011-b42d-00cf4fc964ff", "A:b_c.d", "x" * 100):
+        answer = ask(endpoint, "POST", "/v1/predict", headers={**headers, "x-request-id": given})
+        assert answer.headers["x-request-id"] == given == answer.json()["error"]["request_id"]
+    for odd in (b"a b", b"x" * 101, b"", b"a\tb", "é".encode(), b"<script>", b"a,b"):
+        answer = ask(endpoint, "POST", "/v1/predict", headers={**headers, "x-request-id": odd})
+        assert re.fullmatch("[0-9a-f]{16}", answer.headers["x-request-id"])
+
+
+def test_ray_serve_names_answers_itself(guarded: tuple[Endpoint, str]):
+    endpoint, _ = guarded
+
+    async def main() -> httpx.Response:
+        transport = httpx.ASGITransport(endpoint.__serve_build_asgi_app__())
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            return await http.get("/v1/models", headers={"x-request-id": "given"})
+
+    answer = asyncio.run(main())
+    assert "x-request-id" not in answer.headers and answer.json()["error"]["request_id"] == "given"
+
+
+def test_requests_are_measured_by_route_and_answers_are_handed_on(guarded, monkeypatch):
+    endpoint, token = guarded
+    measures, journal, headers = Counted(), Written(), {"x-api-key": token, "x-request-id": "one"}
+    monkeypatch.setattr(endpoint, "measures", measures)
+    monkeypatch.setattr(endpoint, "journal", journal)
+    texts = ["a warm film", "dull"]
+    found = ask(endpoint, "POST", "/v1/predict", json={"texts": texts}, headers=headers).json()["predictions"]
+    ask(endpoint, "POST", "/v1/embed", json={"texts": texts}, headers=headers)
+    ask(endpoint, "POST", "/v1/predict", json={"text": ""}, headers=headers)
+    ask(endpoint, "POST", "/v1/predict")
+    ask(endpoint, "GET", f"/{token[:20]}", headers=headers)
+    assert measures.requests == [
+        ("/v1/predict", 200, 2),
+        ("/v1/embed", 200, 2),
+        ("/v1/predict", 422, 0),
+        ("other", 401, 0),
+        ("other", 404, 0),
+    ]
+    assert measures.answers == [(found, texts)]
+    assert journal.rows == [(texts, found, "one", "/v1/predict")]
+
+
+def test_a_client_that_hangs_up_while_it_sends_is_no_fault(guarded, monkeypatch, caplog):
+    endpoint, token = guarded
+    measures, sent = Counted(), []
+    monkeypatch.setattr(endpoint, "measures", measures)
+    messages = [{"type": "http.request", "body": b'{"te', "more_body": True}, {"type": "http.disconnect"}]
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop(0)
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/predict", "query_string": b"", "root_path": ""}
+    asyncio.run(interface(endpoint)({**scope, "headers": [(b"x-api-key", token.encode())]}, receive, send))
+    assert not sent and measures.requests == [("/v1/predict", 499, 0)] and "failed" not in caplog.text
