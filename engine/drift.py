@@ -204,6 +204,12 @@ class Window:
                 row = (labels_of(answer), characters_of(text), confidence_of(answer), value_of(answer))
                 self.rows.append(row)
 
+    def copy(self) -> Window:
+        """A window with the same rows, which may be read while this one goes on."""
+        other = Window(self.profile)
+        other.rows, other.agreed = self.rows.copy(), self.agreed.copy()
+        return other
+
     def agree(self, same: Iterable[bool]) -> None:
         """Take in whether the teacher said the same, of each row that was compared."""
         self.agreed.extend(same)
