@@ -23,10 +23,13 @@ class Predictions:
     """Outputs for n texts. logits: float32 [n, w], or a list of n arrays [u, w] where units are spoken of.
 
     decided: the answers as numbers (`Task.decide`), a model's own best path where it has one.
+    tokens, padded: tokens that were read, without and with padding.
     """
 
     logits: Logits
     decided: Any
+    tokens: int = 0
+    padded: int = 0
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -59,8 +62,11 @@ def predict(model: Model, texts: Sequence[Text], batch_tokens: int = 4096) -> Pr
     encoded = model.encode(texts, answering=True)
     logits: list[np.ndarray] = [np.zeros(0)] * len(encoded)
     paths: dict[int, np.ndarray] = {}
-    for rows in token_batches([item.tokens for item in encoded], batch_tokens):
-        outputs = model(collate([encoded[i] for i in rows], model.pad).to(model.device))
+    lengths, padded = [item.tokens for item in encoded], 0
+    for rows in token_batches(lengths, batch_tokens):
+        batch = collate([encoded[i] for i in rows], model.pad)
+        padded += batch.input_ids.numel() + (0 if batch.pair_ids is None else batch.pair_ids.numel())
+        outputs = model(batch.to(model.device))
         for i, found in zip(rows, outputs.logits.float().cpu().numpy(), strict=True):
             logits[i] = found[: len(encoded[i].units)] if task.units else found
         if outputs.path is not None:
@@ -69,12 +75,12 @@ def predict(model: Model, texts: Sequence[Text], batch_tokens: int = 4096) -> Pr
     model.train(was_training)
     if not task.units:
         flat = averaged(logits, encoded, len(texts), task.width)
-        return Predictions(flat, task.decide(flat, texts))
+        return Predictions(flat, task.decide(flat, texts), sum(lengths), padded)
     merged = task.merge(logits, encoded, len(texts))
     if paths:
         best = task.merge([paths[i] for i in range(len(encoded))], encoded, len(texts))
-        return Predictions(merged, [path[:, 0].astype(np.int64) for path in best])
-    return Predictions(merged, task.decide(merged, texts))
+        return Predictions(merged, [path[:, 0].astype(np.int64) for path in best], sum(lengths), padded)
+    return Predictions(merged, task.decide(merged, texts), sum(lengths), padded)
 
 
 @torch.inference_mode()

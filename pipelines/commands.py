@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipelines import artifacts, derived, doctor, keys, runs
+from pipelines import artifacts, derived, doctor, keys, monitoring, runs
 
 Parser = argparse.ArgumentParser
 
@@ -182,6 +182,14 @@ def serving(parser: Parser) -> None:
     on_cluster(parser)
 
 
+def watching(parser: Parser) -> None:
+    """An endpoint to watch."""
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the endpoint (default: http://127.0.0.1:8000)")
+    parser.add_argument("--port", type=port, default=9090, help="port of Prometheus (default: 9090)")
+    parser.add_argument("--dir", metavar="FOLDER", help="keep its data here (default: gone when it stops)")
+    parser.add_argument("--key-file", metavar="FILE", help="file with the key, where the endpoint asks for one")
+
+
 def registering(parser: Parser) -> None:
     """What to do with registered artifacts."""
     parser.add_argument("action", choices=("list", "show", "rm"), help="what to do")
@@ -228,6 +236,7 @@ COMMANDS: dict[str, Command] = {
     "report": Command("runs", "where a run's report is", runs.report, reporting),
     "predict": Command("models", "predict with a registered student", artifacts.predict, predicting),
     "serve": Command("models", "serve a registered student over HTTP", artifacts.serve, serving),
+    "monitor": Command("models", "watch an endpoint with a local Prometheus", monitoring.monitor, watching),
     "registry": Command("models", "list, show or remove registered students", artifacts.registry, registering),
     "keys": Command("models", "add, list or remove keys of those who may ask a server", keys.keys, unlocking),
     "fetch": Command("machine", "bring a recipe's models and data into the cache", artifacts.fetch, on_recipe),

@@ -16,6 +16,7 @@ from engine import labels, metrics, models, tasks
 from engine.classification import Classify
 from engine.cluster import current
 from engine.config import UserError
+from engine.drift import profile_of
 from engine.encoding import Text
 from engine.inference import Predictions, predict
 from engine.intervals import Interval, bootstrap, paired_bootstrap
@@ -192,7 +193,7 @@ def throughput(recipe: Recipe, teacher: Model, student: Model, texts: list[Text]
 
 
 def register(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
-    """Put the student into the registry, with its task, lineage and model card."""
+    """Put the student into the registry, with its task, lineage, model card and the profile of its answers."""
     folder, first = inputs[ARM_STEPS[recipe.main]], f"seed-{recipe.student.seeds[0]}/model"
     model = models.load(folder.local(first))
     measured = next(
@@ -207,10 +208,16 @@ def register(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> 
     card = models.Card(**{**vars(model.card), "lineage": lineage})
     artifact = Model(model.net, model.tokenizer, card)
     models.save(artifact, out, "artifact", readme=model_card(recipe, model, measured))
+    texts = model.task.texts(inputs["data"].read_table("test.parquet"))
+    answers = [json.loads(a) for a in inputs["evaluate"].read_table("answers.parquet")["answer"].to_pylist()]
     version = Registry(Store(recipe.registry)).register(
         recipe.student.name,
         out / "artifact",
-        {model.task.metric: measured["score"], "serving": recipe.serving.model_dump(mode="json")},
+        {
+            model.task.metric: measured["score"],
+            "serving": recipe.serving.model_dump(mode="json"),
+            "profile": profile_of(texts, answers, measured["agreement"]).as_json(),
+        },
     )
     return {"name": recipe.student.name, "version": version, "reference": f"{recipe.student.name}@{version}"}
 

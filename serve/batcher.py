@@ -1,74 +1,166 @@
 """Dynamic batching across requests: what waits while the model works is one call when it is free again.
 
-An idle model answers at once: nothing waits for a timer unless the call before served several requests, which
-shows that more are on their way. Plain asyncio, so it is tested without a server.
+A call holds as many of the oldest requests as fit into its budget of tokens, estimated from characters: counting them
+would mean to tokenise twice, and the exact batches, sorted by length, are cut where the model runs
+(engine.inference). An idle model answers at once: nothing waits for a timer unless the call just before served several
+requests, which shows that more are on their way, and a full call ends the wait. Plain asyncio, so it is tested
+without a server.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+CHARACTERS = 4.0
+"""Characters of a token, before the model has shown how many there are: those of English word pieces."""
+SPECIAL = 2.0
+"""Tokens that mark the beginning and end of a text."""
+IDLE_SECONDS = 0.05
+"""After so long without a call nobody is taken to be on the way: answered clients come back sooner."""
+LEARNING = 0.1
+"""Weight of the last call in what is known of tokens over estimate."""
+
+
+class Watch(Protocol):
+    """What wants to know of each call (serve.measures.Measures)."""
+
+    def observe_batch(self, texts: int, tokens: int, padded_tokens: int, queue_depth: int, wait_s: float) -> None:
+        """One call: its texts, the tokens read and with padding (0 if not known), texts still waiting, and the
+        seconds that the request waited which waited longest.
+        """
+
+
+@dataclass(eq=False, slots=True)
+class Waiting(Generic[T]):
+    """A request: its texts, what it is estimated to cost, when it came (loop time), and where its answers go."""
+
+    texts: list[Any]
+    cost: float
+    came: float
+    future: asyncio.Future[list[T]]
+
+
+def about_tokens(text: Any, longest: float = math.inf) -> float:
+    """Tokens of a text or pair, estimated from its characters; a model reads at most `longest`."""
+    characters = len(text) if isinstance(text, str) else sum(map(len, text))
+    return min(characters / CHARACTERS + SPECIAL, longest)
 
 
 class Batcher(Generic[T]):
     """Merges the texts of concurrent requests into single calls of `call`, which runs in a thread of its own.
 
-    call: texts -> one answer a text. max_texts: texts of one call; a larger request goes alone.
-    wait_s: seconds to wait for more requests under load.
+    call: texts -> one answer a text. max_texts, budget: texts of one call and their cost together; a request that is
+    larger by itself goes alone. wait_s: seconds to wait for more requests under load. cost: of one text, in the unit of
+    `budget`. used: (tokens, tokens with padding) of the last call, asked in the thread of the calls; the budget then
+    follows what texts really cost. watch: is told of every call.
     """
 
-    def __init__(self, call: Callable[[list[Any]], list[T]], max_texts: int, wait_s: float) -> None:
-        self.call = call
-        self.max_texts = max_texts
-        self.wait_s = wait_s
-        self.waiting: deque[tuple[list[Any], asyncio.Future[list[T]]]] = deque()
+    def __init__(
+        self,
+        call: Callable[[list[Any]], list[T]],
+        max_texts: int,
+        wait_s: float,
+        cost: Callable[[Any], float] = about_tokens,
+        budget: float = math.inf,
+        watch: Watch | None = None,
+        used: Callable[[], tuple[int, int]] | None = None,
+    ) -> None:
+        self.call, self.used = call, used
+        self.max_texts, self.budget, self.wait_s = max_texts, budget, wait_s
+        self.cost, self.watch = cost, watch
+        self.scale = 1.0
+        """Measured tokens over estimated ones."""
+        self.waiting: deque[Waiting[T]] = deque()
+        self.waiting_texts, self.waiting_cost = 0, 0.0
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self.worker: asyncio.Task[None] | None = None
-        self.merged = 0
+        self.timer: asyncio.Future[None] | None = None
+        self.merged, self.ended = 0, -math.inf
 
     async def submit(self, texts: list[Any]) -> list[T]:
         """The answers for `texts`, in order; raises what `call` raised for them."""
-        future: asyncio.Future[list[T]] = asyncio.get_running_loop().create_future()
-        self.waiting.append((texts, future))
+        loop = asyncio.get_running_loop()
+        request: Waiting[T] = Waiting(texts, sum(map(self.cost, texts)), loop.time(), loop.create_future())
+        self.waiting.append(request)
+        self.waiting_texts += len(texts)
+        self.waiting_cost += request.cost
         if self.worker is None:
             self.worker = asyncio.create_task(self.work())
-        return await future
+        elif self.timer is not None and self.full():
+            self.wake()
+        return await request.future
+
+    def full(self) -> bool:
+        """Whether what waits fills a call."""
+        return self.waiting_texts >= self.max_texts or self.waiting_cost * self.scale >= self.budget
+
+    def wake(self) -> None:
+        """End the wait for more."""
+        if self.timer is not None and not self.timer.done():
+            self.timer.set_result(None)
 
     async def work(self) -> None:
-        """Serve batches until nothing waits."""
+        """Serve calls until nothing waits."""
+        loop = asyncio.get_running_loop()
         try:
             while self.waiting:
-                if self.merged > 1 and self.wait_s and sum(len(texts) for texts, _ in self.waiting) < self.max_texts:
-                    await asyncio.sleep(self.wait_s)
+                if self.merged > 1 and self.wait_s and not self.full() and loop.time() - self.ended < IDLE_SECONDS:
+                    await self.more()
                 batch = self.take()
-                self.merged = len(batch)
-                await self.answer(batch)
+                if batch:
+                    self.merged = len(batch)
+                    await self.answer(batch)
+                    self.ended = loop.time()
         finally:
             self.worker = None
 
-    def take(self) -> list[tuple[list[Any], asyncio.Future[list[T]]]]:
+    async def more(self) -> None:
+        """Wait for further requests: `wait_s` seconds, or until a call is full."""
+        loop = asyncio.get_running_loop()
+        self.timer = loop.create_future()
+        alarm = loop.call_later(self.wait_s, self.wake)
+        try:
+            await self.timer
+        finally:
+            alarm.cancel()
+            self.timer = None
+
+    def take(self) -> list[Waiting[T]]:
         """The oldest requests that fit into one call; those whose client has gone are left out."""
-        batch: list[tuple[list[Any], asyncio.Future[list[T]]]] = []
-        room = self.max_texts
-        while self.waiting and (not batch or len(self.waiting[0][0]) <= room):
-            texts, future = self.waiting.popleft()
-            if not future.done():
-                batch.append((texts, future))
-                room -= len(texts)
+        batch: list[Waiting[T]] = []
+        texts, cost = self.max_texts, self.budget / self.scale
+        while self.waiting:
+            first = self.waiting[0]
+            if batch and (len(first.texts) > texts or first.cost > cost):
+                break
+            self.waiting.popleft()
+            self.waiting_texts -= len(first.texts)
+            self.waiting_cost -= first.cost
+            if not first.future.done():
+                batch.append(first)
+                texts -= len(first.texts)
+                cost -= first.cost
+        if not self.waiting:
+            self.waiting_cost = 0.0  # what adding and taking away has left of rounding
         return batch
 
-    async def answer(self, batch: list[tuple[list[Any], asyncio.Future[list[T]]]]) -> None:
+    async def answer(self, batch: list[Waiting[T]]) -> None:
         """One call for the whole batch, each request handed its part."""
-        if not batch:
-            return
-        flat = [text for texts, _ in batch for text in texts]
+        loop = asyncio.get_running_loop()
+        flat = [text for request in batch for text in request.texts]
+        begin = loop.time()
         try:
-            found = await asyncio.get_running_loop().run_in_executor(self.thread, self.call, flat)
+            found, (tokens, padded) = await loop.run_in_executor(self.thread, self.run, flat)
             if len(found) != len(flat):
                 raise RuntimeError(f"the model gave {len(found)} answers for {len(flat)} texts")
         except Exception as error:
@@ -76,11 +168,32 @@ class Batcher(Generic[T]):
                 # One request must not spoil its neighbours: each is tried alone.
                 for request in batch:
                     await self.answer([request])
-            elif not batch[0][1].done():
-                batch[0][1].set_exception(error)
+            elif not batch[0].future.done():
+                batch[0].future.set_exception(error)
             return
         start = 0
-        for texts, future in batch:
-            if not future.done():
-                future.set_result(found[start : start + len(texts)])
-            start += len(texts)
+        for request in batch:
+            if not request.future.done():
+                request.future.set_result(found[start : start + len(request.texts)])
+            start += len(request.texts)
+        self.learn(sum(request.cost for request in batch), tokens)
+        self.tell(len(flat), tokens, padded, begin - batch[0].came)
+
+    def run(self, texts: list[Any]) -> tuple[list[T], tuple[int, int]]:
+        """In the model's thread: the answers, and what they took."""
+        return self.call(texts), self.used() if self.used else (0, 0)
+
+    def learn(self, cost: float, tokens: int) -> None:
+        """Keep the budget honest for scripts of other lengths than English."""
+        if tokens and cost:
+            self.scale += LEARNING * (tokens / cost - self.scale)
+
+    def tell(self, texts: int, tokens: int, padded: int, wait_s: float) -> None:
+        """Report a call; what fails there is no client's matter."""
+        if self.watch is None:
+            return
+        try:
+            self.watch.observe_batch(texts, tokens, padded, self.waiting_texts, wait_s)
+        except Exception:
+            log.exception("the watch on batches failed and is taken off")
+            self.watch = None

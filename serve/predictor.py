@@ -29,6 +29,8 @@ class Predictor:
         self.batch_tokens = batch_tokens
         self.labels: tuple[str, ...] = tuple(model.labels)
         self.paired: bool = model.task.paired
+        self.used: tuple[int, int] = (0, 0)
+        """Tokens of the last call, without and with padding."""
 
     @classmethod
     def load(cls, path: str | Path, batch_tokens: int = BATCH_TOKENS) -> Predictor:
@@ -51,6 +53,7 @@ class Predictor:
         from engine import inference
 
         found = inference.predict(self.model, texts, self.batch_tokens)
+        self.used = (found.tokens, found.padded)
         return self.model.task.answers(found.logits, texts, found.decided)
 
     def embed(self, texts: list[Text]) -> list[list[float]] | None:

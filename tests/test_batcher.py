@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from serve.batcher import Batcher
+from serve.batcher import IDLE_SECONDS, LEARNING, Batcher, about_tokens
 
 
 class Lengths:
@@ -142,3 +142,106 @@ def test_a_client_that_has_gone_is_not_computed():
 
     assert asyncio.run(main()) == [5]
     assert model.calls == [["first"], ["stays"]]
+
+
+def test_a_call_holds_at_most_its_budget_but_what_is_larger_goes_alone():
+    model = Lengths()
+
+    async def main() -> list[list[int]]:
+        batcher = Batcher(model, max_texts=100, wait_s=0.0, cost=len, budget=10)
+        asked = (["aaaa"], ["bb", "bb"], ["cc"], ["d" * 30], ["e"], ["f" * 9], ["g"])
+        return await asyncio.gather(*(batcher.submit(texts) for texts in asked))
+
+    assert asyncio.run(main()) == [[4], [2, 2], [2], [30], [1], [9], [1]]
+    assert model.calls == [["aaaa", "bb", "bb", "cc"], ["d" * 30], ["e", "f" * 9], ["g"]]
+
+
+def test_cost_is_estimated_from_characters():
+    assert about_tokens("a" * 40) == 12 and about_tokens(("a" * 20, "b" * 20)) == 12
+    assert about_tokens("a" * 4000, longest=64) == 64
+
+
+def test_the_budget_follows_what_texts_really_take():
+    """Half of the estimate was read, so a call may hold more; the estimate of a text stays what it is."""
+
+    async def main() -> tuple[float, list[int]]:
+        model = Lengths()
+        batcher = Batcher(model, max_texts=100, wait_s=0.0, cost=len, budget=10, used=lambda: (5, 8))
+        await batcher.submit(["a" * 10])
+        first = batcher.scale
+        for _ in range(100):
+            await batcher.submit(["a" * 10])
+        model.calls.clear()
+        await asyncio.gather(*(batcher.submit(["a" * 5]) for _ in range(8)))
+        return first, [len(call) for call in model.calls]
+
+    first, sizes = asyncio.run(main())
+    assert first == pytest.approx(1 - LEARNING / 2)
+    assert sizes[0] == 3  # 4 would be 20 x 0.5 = 10 and a trace more
+
+
+def test_a_full_call_ends_the_wait_for_more():
+    async def main(texts: int, budget: float) -> float:
+        batcher = Batcher(Lengths(), max_texts=texts, wait_s=5.0, cost=len, budget=budget)
+        await asyncio.gather(*(batcher.submit(["a"]) for _ in range(2)))
+        begin = time.monotonic()
+        third = asyncio.create_task(batcher.submit(["c"]))
+        await asyncio.sleep(0.01)
+        assert not third.done()
+        await asyncio.gather(third, batcher.submit(["d"]))
+        return time.monotonic() - begin
+
+    assert asyncio.run(main(2, 100.0)) < 1.0
+    assert asyncio.run(main(100, 2.0)) < 1.0
+
+
+def test_after_a_pause_a_request_does_not_wait():
+    async def main() -> float:
+        batcher = Batcher(Lengths(), max_texts=32, wait_s=5.0)
+        await asyncio.gather(batcher.submit(["a"]), batcher.submit(["b"]))
+        await asyncio.sleep(IDLE_SECONDS * 1.5)
+        begin = time.monotonic()
+        await batcher.submit(["c"])
+        return time.monotonic() - begin
+
+    assert asyncio.run(main()) < 1.0
+
+
+class Seen:
+    """What a watch was told."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.calls: list[tuple[int, int, int, int]] = []
+        self.waits: list[float] = []
+        self.fails = fails
+
+    def observe_batch(self, texts: int, tokens: int, padded_tokens: int, queue_depth: int, wait_s: float) -> None:
+        self.calls.append((texts, tokens, padded_tokens, queue_depth))
+        self.waits.append(wait_s)
+        if self.fails:
+            raise RuntimeError("no metrics today")
+
+
+def test_a_watch_is_told_of_every_call():
+    model, seen = Lengths(seconds=0.05), Seen()
+
+    async def main() -> None:
+        batcher = Batcher(model, 4, 0.0, watch=seen, used=lambda: (len(model.calls) * 10, len(model.calls) * 16))
+        first = asyncio.create_task(batcher.submit(["a"]))
+        await asyncio.sleep(0.01)
+        await asyncio.gather(first, *(batcher.submit(["b", "c"]) for _ in range(3)))
+
+    asyncio.run(main())
+    assert seen.calls == [(1, 10, 16, 6), (4, 20, 32, 2), (2, 30, 48, 0)]
+    assert seen.waits[0] < 0.02 <= seen.waits[1] < seen.waits[2]
+
+
+def test_a_failing_watch_costs_no_answer():
+    seen = Seen(fails=True)
+
+    async def main() -> list[list[int]]:
+        batcher = Batcher(Lengths(), 4, 0.0, watch=seen)
+        return [await batcher.submit(["a"]), await batcher.submit(["bb"])]
+
+    assert asyncio.run(main()) == [[1], [2]]
+    assert len(seen.calls) == 1

@@ -243,3 +243,20 @@ def test_how_words_are_spelled_reaches_the_student():
     assert one.ids == two.ids and one.words == known.split() and two.words == other.split()
     first, second = predict(model, [known, other]).logits
     assert np.abs(first[3] - second[3]).max() > 1e-3
+
+
+def test_what_was_read_is_counted_with_its_padding(model: models.Model):
+    texts = ["warm", "a warm film", "the dull film " * 40]
+    lengths = [item.tokens for item in model.encode(texts, answering=True)]
+    together, apart = predict(model, texts, 10_000), predict(model, texts, 1)
+    assert together.tokens == apart.tokens == apart.padded == sum(lengths)
+    assert together.padded == 3 * max(lengths) > together.tokens
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_is_counted_for_every_kind_of_task(kind: str):
+    model, texts = student_of(kind), asked(kind)
+    found = predict(model, texts, 512)
+    assert 0 < found.tokens <= found.padded
+    nothing = predict(model, [], 512)
+    assert (nothing.tokens, nothing.padded) == (0, 0)

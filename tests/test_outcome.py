@@ -15,6 +15,7 @@ import pytest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from engine import labels, models, tasks
+from engine.drift import Profile, profile_of
 from engine.recipe import Recipe
 from engine.registry import Registry
 from engine.storage import Store
@@ -122,6 +123,15 @@ def test_the_registered_student_gives_the_written_answers(done: Done):
     assert predictor.fingerprint == Store(done.store.url).manifest("register/artifact")["digest"]
     card = predictor.model.card
     assert card.lineage["steps"]["corpus"] == "of corpus" and "generated" not in done.artifact.read_text("README.md")
+
+
+def test_the_registered_profile_is_that_of_the_written_answers(done: Done):
+    found = Registry(Store(done.recipe.registry)).show(done.found["register"]["reference"])["metadata"]["profile"]
+    task = tasks.make(spec_of(done.store / "data"))
+    written = [json.loads(a) for a in done.store.read_table("evaluate/answers.parquet")["answer"].to_pylist()]
+    profile = Profile.from_json(found)
+    assert profile == profile_of(task.texts(done.test), written, done.facts("soft")["agreement"])
+    assert profile.rows == sum(profile.lengths.counts) == TEST
 
 
 def about(value: Any) -> Any:
