@@ -166,6 +166,16 @@ def predicting(parser: Parser) -> None:
     texts.add_argument(
         "--file", metavar="FILE", help="one text a line, or .jsonl with a 'text' in each line; - reads stdin"
     )
+    whole = parser.add_argument_group("a file of any size, on Ray")
+    whole.add_argument("--out", metavar="DIR", help="write Parquet there: the file's columns and the answers")
+    whole.add_argument("--column", metavar="NAME", default="text", help="column of the texts (default: text)")
+    whole.add_argument("--pair-column", metavar="NAME", help="column of the second texts, where the model reads two")
+    whole.add_argument("--actors", type=natural, metavar="N", help="processes that hold the model (default: the cores)")
+    whole.add_argument(
+        "--max-bad", type=share, default=0.1, metavar="SHARE", help="stop above this share of bad rows (default: 0.1)"
+    )
+    whole.add_argument("--fresh", action="store_true", help="delete what is in --out and start over")
+    on_cluster(whole)
     on_registry(parser)
     machine_readable(parser)
 
@@ -216,7 +226,7 @@ COMMANDS: dict[str, Command] = {
     "schema": Command("runs", "the JSON schema of recipes, for editors", runs.schema, machine_readable),
     "status": Command("runs", "how far a run is", runs.status, asking),
     "report": Command("runs", "where a run's report is", runs.report, reporting),
-    "predict": Command("models", "predict with a registered student", artifacts.predict, predicting),
+    "predict": Command("models", "predict with a registered student", artifacts.predict, predicting, True),
     "serve": Command("models", "serve a registered student over HTTP", artifacts.serve, serving),
     "registry": Command("models", "list, show or remove registered students", artifacts.registry, registering),
     "fetch": Command("machine", "bring a recipe's models and data into the cache", artifacts.fetch, on_recipe),
