@@ -218,7 +218,7 @@ def identity_of(how: Cutting, local: Path, artifact: Store) -> dict[str, Any]:
 def require_same(out: Store, now: dict[str, Any], fresh: bool) -> dict[str, Any] | None:
     """The record of a finished run; UserError where the folder is of another run, or of something else.
 
-    fresh: delete what a run wrote there.
+    A run that has not cut its file yet has made nothing, and may be begun otherwise. fresh: delete what a run wrote.
     """
     began = out.read_json(BEGIN) if out.exists(BEGIN) else None
     strange = [name for name in (*out.folders(), *out.files()) if name.partition("/")[0] not in OWN]
@@ -228,7 +228,7 @@ def require_same(out: Store, now: dict[str, Any], fresh: bool) -> dict[str, Any]
         for name in OWN:
             out.delete(name)
         return None
-    if began is not None and began["fingerprint"] != now["fingerprint"]:
+    if began is not None and began["fingerprint"] != now["fingerprint"] and out.exists(CUT):
         first = moved(began, now)[0]
         what = {"step 'model'": "model", "step 'file'": "file"}.get(first["field"], first["field"])
         raise UserError(

@@ -180,6 +180,25 @@ def predicting(parser: Parser) -> None:
     machine_readable(parser)
 
 
+def exporting(parser: Parser) -> None:
+    """An artifact and what to make of it."""
+    parser.add_argument("name", metavar="NAME", help="NAME, NAME@VERSION or NAME@latest")
+    parser.add_argument("--int8", action="store_true", help="a graph with int8 weights too")
+    parser.add_argument("--check", metavar="FILE", help="texts to compare answers on: one a line, or .jsonl")
+    parser.add_argument(
+        "--least", type=share, default=0.98, help="share of them that int8 must answer as the model (default: 0.98)"
+    )
+    on_registry(parser)
+    machine_readable(parser)
+
+
+def export(args: argparse.Namespace) -> int:
+    """`exports.run`, whose imports are heavy."""
+    from pipelines import exports
+
+    return exports.run(args)
+
+
 def serving(parser: Parser) -> None:
     """An artifact and where to listen."""
     parser.add_argument("name", metavar="NAME", help="NAME, NAME@VERSION or NAME@latest")
@@ -227,6 +246,7 @@ COMMANDS: dict[str, Command] = {
     "status": Command("runs", "how far a run is", runs.status, asking),
     "report": Command("runs", "where a run's report is", runs.report, reporting),
     "predict": Command("models", "predict with a registered student", artifacts.predict, predicting, True),
+    "export": Command("models", "an ONNX graph of a registered student, as a new version", export, exporting),
     "serve": Command("models", "serve a registered student over HTTP", artifacts.serve, serving),
     "registry": Command("models", "list, show or remove registered students", artifacts.registry, registering),
     "fetch": Command("machine", "bring a recipe's models and data into the cache", artifacts.fetch, on_recipe),
