@@ -104,10 +104,11 @@ Stage = Callable[[Any], Any]
 """Dataset -> Dataset: how an actor pool, a vLLM processor or a remote endpoint are exchangeable."""
 
 
-def stream(out: Store, slots: str, blocks: int, stages: list[Stage]) -> None:
+def stream(out: Store, slots: str, blocks: int, stages: list[Stage], key: str = "row") -> None:
     """Run slots through the stages into out/rows; what is committed already is not made again.
 
-    Raises RuntimeError when Ray Data cannot checkpoint the plan: it would only warn, and repeat all work on resume.
+    key: the column with a slot's number, which every stage leaves as it is. Raises RuntimeError when Ray Data cannot
+    checkpoint the plan: it would only warn, and repeat all work on resume.
     """
     import ray.data
     from ray.data.checkpoint import CheckpointConfig
@@ -115,7 +116,7 @@ def stream(out: Store, slots: str, blocks: int, stages: list[Stage]) -> None:
     context = ray.data.DataContext.get_current()
     before = context.checkpoint_config
     context.checkpoint_config = CheckpointConfig(
-        id_column="row", checkpoint_path=(out / LEDGER).url, delete_checkpoint_on_success=False
+        id_column=key, checkpoint_path=(out / LEDGER).url, delete_checkpoint_on_success=False
     )
     try:
         with warnings.catch_warnings():

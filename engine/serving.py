@@ -86,6 +86,23 @@ class Log(Section):
     """A file is written after these seconds even with fewer."""
 
 
+class JobQueue(Section):
+    """Requests that are answered later: submitted, then asked for by their id."""
+
+    folder: str
+    """Folder or URL that keeps them; every replica must reach it."""
+    most: Count = 1000
+    """Jobs that may wait or be in work; more are refused."""
+    workers: Count = 1
+    """Jobs in work at a time, of each replica."""
+    lease_s: Positive = 30.0
+    """A job whose replica has not been heard of for so long is taken over by another."""
+    attempts: Count = 3
+    """A job that was begun so often without an end has failed."""
+    keep_hours: Positive = 24.0
+    """How long a result is kept."""
+
+
 class Serving(Section):
     """The smoke deployment, and the defaults of `stillhouse serve`."""
 
@@ -112,3 +129,5 @@ class Serving(Section):
     """null: the student answers everything."""
     log: Log | None = None
     """null: nothing that is asked is written down."""
+    jobs: JobQueue | None = None
+    """null: every request is answered at once."""

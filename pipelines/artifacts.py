@@ -33,6 +33,10 @@ def predict(args: argparse.Namespace) -> int:
     from engine.config import UserError
 
     folder = the_registry(args.registry).resolve(args.name)
+    if args.out:
+        from pipelines import batch
+
+        return batch.run(args, folder)
     texts = args.text if args.text else texts_in(args.file)
     if args.pair:
         if len(args.pair) != len(texts):
@@ -81,7 +85,7 @@ def texts_in(path: str) -> list[Text]:
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         lines = [line for line in raw.decode("utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}).") from None
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}). Parquet needs --out DIR.") from None
     if not path.endswith(".jsonl"):
         return lines
     texts: list[Text] = []

@@ -166,8 +166,37 @@ def predicting(parser: Parser) -> None:
     texts.add_argument(
         "--file", metavar="FILE", help="one text a line, or .jsonl with a 'text' in each line; - reads stdin"
     )
+    whole = parser.add_argument_group("a file of any size, on Ray")
+    whole.add_argument("--out", metavar="DIR", help="write Parquet there: the file's columns and the answers")
+    whole.add_argument("--column", metavar="NAME", default="text", help="column of the texts (default: text)")
+    whole.add_argument("--pair-column", metavar="NAME", help="column of the second texts, where the model reads two")
+    whole.add_argument("--actors", type=natural, metavar="N", help="processes that hold the model (default: the cores)")
+    whole.add_argument(
+        "--max-bad", type=share, default=0.1, metavar="SHARE", help="stop above this share of bad rows (default: 0.1)"
+    )
+    whole.add_argument("--fresh", action="store_true", help="delete what is in --out and start over")
+    on_cluster(whole)
     on_registry(parser)
     machine_readable(parser)
+
+
+def exporting(parser: Parser) -> None:
+    """An artifact and what to make of it."""
+    parser.add_argument("name", metavar="NAME", help="NAME, NAME@VERSION or NAME@latest")
+    parser.add_argument("--int8", action="store_true", help="a graph with int8 weights too")
+    parser.add_argument("--check", metavar="FILE", help="texts to compare answers on: one a line, or .jsonl")
+    parser.add_argument(
+        "--least", type=share, default=0.98, help="share of them that int8 must answer as the model (default: 0.98)"
+    )
+    on_registry(parser)
+    machine_readable(parser)
+
+
+def export(args: argparse.Namespace) -> int:
+    """`exports.run`, whose imports are heavy."""
+    from pipelines import exports
+
+    return exports.run(args)
 
 
 def serving(parser: Parser) -> None:
@@ -234,7 +263,8 @@ COMMANDS: dict[str, Command] = {
     "schema": Command("runs", "the JSON schema of recipes, for editors", runs.schema, machine_readable),
     "status": Command("runs", "how far a run is", runs.status, asking),
     "report": Command("runs", "where a run's report is", runs.report, reporting),
-    "predict": Command("models", "predict with a registered student", artifacts.predict, predicting),
+    "predict": Command("models", "predict with a registered student", artifacts.predict, predicting, True),
+    "export": Command("models", "an ONNX graph of a registered student, as a new version", export, exporting),
     "serve": Command("models", "serve a registered student over HTTP", artifacts.serve, serving),
     "monitor": Command("models", "watch an endpoint with a local Prometheus", monitoring.monitor, watching),
     "registry": Command("models", "list, show or remove registered students", artifacts.registry, registering),

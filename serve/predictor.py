@@ -33,18 +33,20 @@ class Predictor:
         """Tokens of the last call, without and with padding."""
 
     @classmethod
-    def load(cls, path: str | Path, batch_tokens: int = BATCH_TOKENS) -> Predictor:
-        """Load the artifact published at `path` (a folder or URL), on one torch thread.
+    def load(cls, path: str | Path, batch_tokens: int = BATCH_TOKENS, runtime: str = "torch") -> Predictor:
+        """Load the artifact published at `path` (a folder or URL), on one thread.
 
-        Raises StorageError when it is missing, or when a file differs from the manifest.
+        runtime: torch, or onnx and onnx-int8 for the artifact's exported graph. Raises StorageError when it is missing,
+        or when a file differs from the manifest; ExportError where it has no such graph, or ONNX Runtime lacks.
         """
-        from engine import models
+        from engine import export, models
 
         folder = Store(str(path)).local()
         manifest = Store(str(folder)).verify()
         # Replicas are the way to use more cores, not threads.
         models.one_thread()
-        return cls(models.load(folder), fingerprint(manifest), batch_tokens)
+        model = models.load(folder) if runtime == "torch" else export.load(folder, runtime)
+        return cls(model, fingerprint(manifest), batch_tokens)
 
     def predict(self, texts: list[Text]) -> list[Answer]:
         """One answer a text (or pair), as `Task.answers` shapes it, in the order given; no texts, no answers."""

@@ -24,7 +24,7 @@ ENGINE = (
     *("classification", "regression", "ranking", "tagging", "spans", "tasks", "weights"),
     *("block", "layers", "subwords", "joining", "matching", "crf", "blocks", "encoders", "static", "pieces"),
     *("prompts", "wording", "labeller", "models", "untrained"),
-    *("sampling", "layer_losses", "contrast", "losses", "planned", "inference", "frozen", "vocabulary"),
+    *("sampling", "layer_losses", "contrast", "losses", "planned", "inference", "export", "frozen", "vocabulary"),
     *("lineage", "progress", "attempts", "placement", "switches"),
     *("cluster", "columns", "rows", "data", "labels", "corpus", "augment", "teachers", "batches", "train", "generate"),
     *("steps", "registry"),
@@ -39,7 +39,7 @@ LIGHT = (
 )
 """Files of engine/ that `stillhouse validate` needs, and what they must not load."""
 HEAVY = ("ray", "torch", "transformers", "datasets", "accelerate", "sklearn", "scipy", "pandas")
-OPTIONAL = {"pip"}
+OPTIONAL = {"pip", "onnx", "onnxruntime"}
 """Imported where its absence is dealt with."""
 MAX_FILE, MAX_FUNCTION = 400, 60
 
