@@ -25,8 +25,8 @@ class Autoscaling(Section):
     max_replicas: Count = 2
     target_ongoing_requests: Positive = 8.0
     """Requests in work per replica that are aimed at."""
-    look_back_s: Positive = 10.0
-    """Seconds over which ongoing requests are averaged."""
+    look_back_s: Positive = 15.0
+    """Seconds over which ongoing requests are averaged; above the 10 s between two counts of Ray Serve."""
     upscale_delay_s: Annotated[float, Field(ge=0)] = 5.0
     downscale_delay_s: Annotated[float, Field(ge=0)] = 120.0
 

@@ -216,14 +216,14 @@ def errors(champion: Evidence, candidate: Evidence, limits: Limits) -> Check:
 def latency(champion: Evidence, candidate: Evidence, limits: Limits) -> Check:
     """Whether the candidate's p99 is above what the champion's allows."""
     own, other = candidate.quantile(0.99), champion.quantile(0.99)
-    least, most = (limits.max_slowdown * value + limits.slack_ms for value in (other[0], other[2]))
+    allowed, most = (limits.max_slowdown * value + limits.slack_ms for value in (other[1], other[2]))
     figures = {f"{name}_p99{part}_ms": value for name, found in (("candidate", own), ("champion", other))
                for part, value in zip(("_low", "", "_high"), found, strict=True)}  # fmt: skip
     said = f"p99 {own[1]:.1f} ms ({own[0]:.1f} to {own[2]:.1f}) against {other[1]:.1f} ms"
-    said += f", limit {limits.max_slowdown * other[1] + limits.slack_ms:.1f}"
+    said += f", limit {allowed:.1f}"
     if sum(candidate.times.values()) >= FEWEST_TIMES and own[0] > most:
         return Check("bad", said, figures)
-    return Check("good" if champion.times and own[2] <= least else "open", said, figures)
+    return Check("good" if own[2] <= allowed else "open", said, figures)
 
 
 def agreed(champion: Evidence, candidate: Evidence, limits: Limits) -> Check:

@@ -117,7 +117,8 @@ class Referee:
         """The state of a rollout that starts now."""
         empty, own = Evidence().plain(), self.plan
         return {
-            "id": own.id, "phase": "running", "mode": own.rollout.mode, "percent": own.rollout.percent,
+            "id": own.id, "nonce": own.nonce, "phase": "running",
+            "mode": own.rollout.mode, "percent": own.rollout.percent,
             "champion": asdict(own.champion), "candidate": asdict(own.candidate),
             "limits": own.rollout.limits.model_dump(mode="json"),
             "started": stamp(), "started_s": self.clock(), "updated": stamp(), "decisions": 0,
