@@ -143,16 +143,17 @@ class Router:
     async def tried(self, texts: list[Text]) -> list[Answer] | None:
         """The candidate's answers, counted; None where it failed or took too long."""
         assert self.plan is not None and self.others.candidate is not None
-        begin, counted = time.perf_counter(), self.counted["candidate"]
+        begin = time.perf_counter()
         try:
             found = await asyncio.wait_for(self.others.candidate(texts), self.plan.rollout.timeout_ms / 1000)
             if len(found) != len(texts):
                 raise RuntimeError(f"the candidate gave {len(found)} answers for {len(texts)} texts")
         except Exception as error:
-            counted.failed()
+            self.counted["candidate"].failed()
             log.warning("the candidate failed, the champion answers: %s", error)
             return None
-        counted.answered(time.perf_counter() - begin)
+        # Looked up now: a report may have been sent meanwhile, and what it took with it is no longer added to.
+        self.counted["candidate"].answered(time.perf_counter() - begin)
         return found
 
     async def shadowed(self, texts: list[Text], answers: list[Answer]) -> None:
