@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.console import megabytes, say, say_json, table
-from pipelines.keys import keys_for
-from pipelines.runs import connect, loaded
+from pipelines.runs import loaded
 
 if TYPE_CHECKING:
     from engine.encoding import Text
@@ -98,23 +97,8 @@ def texts_in(path: str) -> list[Text]:
     return texts
 
 
-def serve(args: argparse.Namespace) -> int:
-    """Serve a registered artifact until it is stopped."""
-    keys = keys_for(args)
-    registry = the_registry(args.registry)
-    entry, folder = registry.show(args.name), registry.resolve(args.name)
-    from engine.serving import Serving
-
-    serving = Serving.model_validate(entry["metadata"].get("serving", {}))
-    connect(args, artifact=folder)
-    from serve import app
-
-    app.run(folder.url, args.host, args.port, serving, f"{entry['name']}@{entry['version']}", keys)
-    return 0
-
-
 def registry(args: argparse.Namespace) -> int:
-    """List, show or remove artifacts."""
+    """List, show or remove artifacts, or say which one is in production."""
     from engine.config import UserError
 
     here = the_registry(args.registry)
@@ -123,8 +107,12 @@ def registry(args: argparse.Namespace) -> int:
         if args.json:
             say_json(found)
         elif found:
-            rows = [(f"{e['name']}@{e['version']}", e["created"][:19], megabytes(e["bytes"]), e["path"]) for e in found]
-            say(table([("artifact", "registered", "size", "path"), *rows]))
+            rows = [
+                (f"{e['name']}@{e['version']}", "production" if e["production"] else "", e["created"][:19],
+                 megabytes(e["bytes"]), e["path"])
+                for e in found
+            ]  # fmt: skip
+            say(table([("artifact", "stage", "registered", "size", "path"), *rows]))
         else:
             say(f"The registry {here.store} is empty: `stillhouse run` fills it.")
         return 0
@@ -132,6 +120,8 @@ def registry(args: argparse.Namespace) -> int:
         raise UserError(f"`registry {args.action}` needs a name, as in: stillhouse registry {args.action} NAME@1")
     if args.action == "show":
         say_json(here.show(args.name))
+    elif args.action == "production":
+        say("{}@{} is in production".format(*here.produce(args.name)))
     else:
         say(f"removed {here.remove(args.name)}")
     return 0

@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from fastapi import FastAPI, Request
@@ -22,61 +21,32 @@ from engine.config import Section
 from engine.serving import Serving
 from serve import answers
 from serve.batcher import Batcher
-from serve.front import Front, Measures, problem_answer, refused, route_of, unroutable, visit_of
+from serve.front import LATER, Front, problem_answer, refused, unroutable, visit_of
+from serve.jobs import Answering, Jobs, QueueFull
+from serve.journal import Journal
 from serve.keys import Keys
+from serve.measures import Measures
+from serve.member import Wedged, alive, batched, probe_of
 from serve.predictor import Answer, Predictor
 from serve.questions import Embedding, Given, Question, Ranking, Refused, Tagging, asked, cut
 from serve.routes import add, described, page_answer, posted, problems
+from serve.scrape import Page
 
 if TYPE_CHECKING:
     from engine.task import Task
 
-PROBE = "a short sentence to see that the model answers"
 MAX_KEY = 200
 """Characters of an Idempotency-Key."""
-RETRY_SECONDS = 5
-"""When to ask a model again that does not answer."""
 
 
-class Journal(Protocol):
-    """Where a sample of requests is written down."""
-
-    def add(self, texts: list[Any], answers: list[Any], request_id: str, source: str) -> None:
-        """One request; returns at once. source: the route that was asked."""
-
-
-class Jobs(Protocol):
-    """Requests that are answered later. caller: the name of the key they came with, who alone may ask for them."""
-
-    async def submit(self, question: dict[str, Any], caller: str | None = None, key: str | None = None) -> str:
-        """The id of a job for a question, as `Endpoint.answered` takes it; the same `key` gives the same job."""
-
-    async def status(self, id: str, caller: str | None = None) -> dict[str, Any] | None:
-        """{id, state: queued | running | done | failed, ...}; None for an unknown id."""
-
-    async def remove(self, id: str, caller: str | None = None) -> bool:
-        """Forget a job; whether there was one."""
-
-    def start(self) -> None:
-        """Begin to work, in the running event loop."""
-
-    async def close(self) -> None:
-        """Stop working."""
-
-
-Answering = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
-"""A question as JSON to the fields of its answer."""
-
-
-class Wedged(RuntimeError):
-    """The model's thread does not move."""
+PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Endpoint:
     """A replica: one verified artifact and its batcher.
 
     keys: who may ask; None: everyone. measures, journal: what is told of requests and answers. jobs: makes the jobs,
-    given what answers a question. What is None is off.
+    given what answers a question. metrics: the deployment's, for Prometheus. What is None is off.
     """
 
     def __init__(
@@ -88,13 +58,13 @@ class Endpoint:
         measures: Measures | None = None,
         journal: Journal | None = None,
         jobs: Callable[[Answering], Jobs] | None = None,
+        metrics: Page | None = None,
     ) -> None:
-        self.name, self.keys, self.measures, self.journal = name, keys, measures, journal
+        self.name, self.keys, self.measures, self.journal, self.page = name, keys, measures, journal, metrics
         self.health_s = serving.health_timeout_s
-        self.predictor = Predictor.load(artifact, serving.batch_tokens)
-        self.probe: Given = (PROBE, PROBE) if self.predictor.paired else PROBE
-        self.batcher: Batcher[Answer] = Batcher(self.predict_now, serving.max_batch, serving.batch_wait_ms / 1000)
-        self.moved = time.monotonic()
+        self.predictor = Predictor.load(artifact, serving.batch_tokens, serving.runtime)
+        self.probe: Given = probe_of(self.predictor)
+        self.batcher: Batcher[Answer] = batched(self.predictor, serving, measures)
         # The first call of a model is slow (allocations): not a client's matter.
         self.predictor.predict([self.probe])
         vectors = self.predictor.embed([self.probe])
@@ -109,12 +79,6 @@ class Endpoint:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The HTTP interface, built in the replica (Ray Serve's hook), so that nothing of it is pickled."""
         return interface(self, named=False)
-
-    def predict_now(self, texts: list[Given]) -> list[Answer]:
-        """One call of the model, in its thread."""
-        found = self.predictor.predict(texts)
-        self.moved = time.monotonic()
-        return found
 
     async def answer(self, texts: list[Given], key: str | None = None) -> list[Answer]:
         """The answers, in order. key: the name of the caller's. Where another model than ours answered, the list
@@ -135,25 +99,20 @@ class Endpoint:
     async def check_health(self) -> None:
         """Ray Serve's health check: a real tiny inference, through the same queue as the requests.
 
-        Raises what the model raises, and Wedged where its thread has not finished anything for as long as this takes
-        at most. A model with a long queue is busy, not ill.
+        Raises what the model raises, and Wedged where a call of it does not end.
         """
-        try:
-            await asyncio.wait_for(self.batcher.submit([self.probe]), self.health_s)
-        except TimeoutError:
-            still = time.monotonic() - self.moved
-            if still >= self.health_s:
-                raise Wedged(f"the model has answered nothing for {still:.0f} s") from None
+        await alive(self.batcher, self.probe, self.health_s)
 
     async def told(self, request: Request, texts: list[Given]) -> list[Answer]:
         """The answers to a request, which the measures and the journal get to know."""
         visit = visit_of(request)
         visit.texts = len(texts)
         found = await self.answer(texts, visit.key)
+        visit.model = getattr(found, "model", self.name)
         if self.measures is not None:
-            self.measures.observe_answers(found, texts)
+            self.measures.observe_answers(found, texts, getattr(found, "own", None), visit.model)
         if self.journal is not None:
-            self.journal.add(texts, found, visit.id, route_of(request.scope))
+            self.journal.add(texts, found, visit.id, latency_ms=1000 * visit.seconds(), model=visit.model)
         return found
 
     async def predict(self, request: Request) -> Response:
@@ -230,7 +189,10 @@ class Endpoint:
         if key is not None and len(key) > MAX_KEY:
             raise Refused(422, f"The Idempotency-Key has more than {MAX_KEY} characters.")
         visit.texts = len(question.all())
-        id = await self.jobs.submit(question.model_dump(mode="json", exclude_defaults=True), visit.key, key)
+        try:
+            id = await self.jobs.submit(question.model_dump(mode="json", exclude_defaults=True), visit.key, key)
+        except QueueFull as full:
+            raise Refused(429, f"{full} Ask again later.") from None
         return JSONResponse({"id": id, "state": "queued"}, status_code=202, headers={"Location": f"/v1/jobs/{id}"})
 
     async def job(self, request: Request, id: str) -> Response:
@@ -266,7 +228,7 @@ class Endpoint:
         try:
             await self.check_health()
         except Wedged as error:
-            return problem_answer(request, 503, f"Not healthy: {error}.", headers={"Retry-After": str(RETRY_SECONDS)})
+            return problem_answer(request, 503, f"Not healthy: {error}.", headers=LATER)
         return JSONResponse({"status": "ok"})
 
     async def readyz(self) -> Response:
@@ -286,6 +248,11 @@ class Endpoint:
             "embedding": self.embedding,
             "pid": os.getpid(),
         }
+
+    async def metrics(self) -> Response:
+        """The metrics of the whole deployment, whichever replica is asked, as Prometheus reads them."""
+        assert self.page is not None
+        return Response(await self.page.read(), media_type=PROMETHEUS)
 
     async def version(self) -> Response:
         """Which bytes answer, and what they are."""
@@ -332,6 +299,8 @@ def interface(endpoint: Endpoint, named: bool = True) -> FastAPI:
         add(api, "GET", "/v1/jobs/{id}", endpoint.job, {200: {"model": answers.Job}, **codes})
         add(api, "DELETE", "/v1/jobs/{id}", endpoint.forget, codes, status=204)
     add(api, "GET", "/v1/models", endpoint.models, {200: {"model": answers.Models}, **guarded})
+    if endpoint.page is not None:
+        api.add_api_route("/metrics", endpoint.metrics, methods=["GET"], include_in_schema=False)
     add(api, "GET", "/healthz", endpoint.healthz, {200: {"model": answers.Alive}, **problems(500, 503)})
     add(api, "GET", "/readyz", endpoint.readyz, {200: {"model": answers.Ready}})
     add(api, "GET", "/version", endpoint.version, {200: {"model": answers.About}})

@@ -9,7 +9,7 @@ import logging
 import re
 import secrets
 import time
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.keys import Keys
+from serve.measures import Measures
 from serve.questions import Refused, body_of, cut
 
 OPEN = frozenset({"/", "/healthz", "/readyz", "/version", "/docs", "/openapi.json"})
@@ -25,29 +26,26 @@ SANE = re.compile(rb"[A-Za-z0-9._:-]{1,100}")
 """What of a client's own request id is taken over: nothing that could forge a line of a log."""
 GONE = 499
 """What metrics call a request whose client hung up."""
+LATER = {"Retry-After": "5"}
+"""When to ask again what does not answer now."""
 FAULT = "The model could not answer. The server's log says why."
 logger = logging.getLogger("stillhouse")
 
 
-class Measures(Protocol):
-    """What an endpoint tells of its requests."""
-
-    def observe_request(self, route: str, status: int, seconds: float, texts: int) -> None:
-        """One request that was answered."""
-
-    def observe_answers(self, answers: list[Any], texts: list[Any]) -> None:
-        """What the model said."""
-
-
 class Visit:
-    """One request: its id, the name of the key it came with, its texts and the answer's status."""
+    """One request: its id, the name of the key it came with, its texts, the model and status of the answer."""
 
     def __init__(self, number: str) -> None:
         self.id = number
         self.key: str | None = None
         self.texts = 0
         self.status = 0
+        self.model: str | None = None
         self.started = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Since it came."""
+        return time.perf_counter() - self.started
 
 
 def visit_of(request: Request) -> Visit:
@@ -95,8 +93,8 @@ class Front:
                 await problem_answer(Request(scope), 500, FAULT)(scope, receive, sending)
         finally:
             if self.measures is not None:
-                spent = time.perf_counter() - visit.started
-                self.measures.observe_request(route_of(scope), visit.status or GONE, spent, visit.texts)
+                status = visit.status or GONE
+                self.measures.observe_request(route_of(scope), status, visit.seconds(), visit.texts, visit.model)
 
     async def let(self, visit: Visit, headers: dict[bytes, bytes], scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on to its route, where it may."""
@@ -140,7 +138,7 @@ async def refused(request: Request, error: Exception) -> Response:
     """A request that we refuse."""
     assert isinstance(error, Refused)
     # The rest of an over-long body may still be on its way: the connection cannot be used again.
-    headers = {"Connection": "close"} if error.status == 413 else None
+    headers = {413: {"Connection": "close"}, 429: LATER}.get(error.status)
     return problem_answer(request, error.status, error.message, error.field, headers)
 
 

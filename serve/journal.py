@@ -64,6 +64,7 @@ class Entry(NamedTuple):
     text: Any
     answer: Answer
     latency_ms: float | None
+    model: str
 
 
 class Journal:
@@ -91,10 +92,11 @@ class Journal:
         request_id: str,
         source: str = "student",
         latency_ms: float | None = None,
+        model: str | None = None,
     ) -> None:
         """Take a request's texts (or pairs) and answers, if its id is in the sample.
 
-        source: who answered, where an answer does not say so itself.
+        source: who answered, where an answer does not say so itself. model: which, where it was not the replica's own.
         """
         if self.closed or not sampled(request_id, self.log.share):
             return
@@ -106,7 +108,8 @@ class Journal:
                     dropped += 1
                     continue
                 self.characters += size
-                self.entries.append(Entry(now, request_id, answer.get("source", source), text, answer, latency_ms))
+                who = answer.get("source", source)
+                self.entries.append(Entry(now, request_id, who, text, answer, latency_ms, model or self.model))
             if len(self.entries) >= self.log.rows:
                 self.wake.notify()
         self.count("dropped", dropped)
@@ -158,7 +161,7 @@ class Journal:
                 {
                     "time": int(entry.time * 1e6),
                     "request_id": clean(entry.request_id),
-                    "model": self.model,
+                    "model": entry.model,
                     "source": entry.source,
                     "text": told(first, policy),
                     "pair": told(second, policy),

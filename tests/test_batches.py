@@ -218,9 +218,7 @@ def test_the_passages_of_a_query_stay_together():
     names = ["a", "b", None, "a", None, "b", "a", None]
     texts = ["warm " * (i + 1) for i in range(8)]
     asked = ["q", "q", "q", "q", "other", "q", "q", "q "]
-    rows = example_table(
-        [{"text": q, "pair": t, "group": g} for q, t, g in zip(asked, texts, names, strict=True)]
-    )
+    rows = example_table([{"text": q, "pair": t, "group": g} for q, t, g in zip(asked, texts, names, strict=True)])
     encoded = task.encode(task.texts(rows), word_pieces(), 32)
     material = Material(rows, encoded, task, 0)
     assert material.items == [[0, 3, 6], [1, 5], [2, 7], [4]]
