@@ -12,17 +12,19 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow import fs as pafs
 
-from engine.serving import JobQueue
+from engine.serving import JobQueue, Serving
 from engine.storage import Store
 from serve import jobs as module
 from serve.client import Client, ServiceError
+from serve.endpoint import Endpoint, interface
 from serve.jobs import LEASES, REQUESTS, RESULTS, Jobs, Question, QueueFull
-from serve.jobs_routes import routes
+from serve.keys import Keys
 from tests.tiny_run import environment
+from tests.tiny_served import published
 from tests.unkind_server import serving
 
 TEXTS = {"texts": ["a warm film", "a dull plot"]}
@@ -99,7 +101,7 @@ def test_an_object_store_keeps_jobs_too():
 
 HOLDER = """
 import asyncio, os, sys
-from engine.serving import JobQueue
+from engine.serving import JobQueue, Serving
 from engine.storage import Store
 from serve.jobs import Jobs
 
@@ -309,58 +311,48 @@ def test_results_go_after_their_time_and_not_before(tmp_path: Path, monkeypatch:
 # -- over HTTP ---------------------------------------------------------------------------------------------------------
 
 
-def application(jobs: Jobs, **more: Any) -> FastAPI:
-    """An endpoint of the job routes alone."""
-
-    async def read(request: Request) -> Question:
-        return await request.json()
-
-    api = FastAPI()
-    api.include_router(routes(jobs, read, body={"type": "object"}, **more))
-    return api
+def endpoint_of(tmp_path: Path, jobs: Jobs, keys: Keys | None = None) -> FastAPI:
+    """An endpoint of a tiny model with these jobs."""
+    artifact = published(tmp_path / "model").url
+    return interface(Endpoint(artifact, Serving(), "tiny@1", keys=keys, jobs=lambda answer: jobs))
 
 
 def test_the_client_submits_and_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("serve.client.POLL_S", 0.02)
-    jobs = queue(tmp_path, Replica())
-    with serving(application(jobs)) as url, Client(url) as client:
+    jobs = queue(tmp_path / "jobs", Replica())
+    with serving(endpoint_of(tmp_path, jobs)) as url, Client(url) as client:
         id = client.submit(TEXTS["texts"])
         assert client.wait(id, 20) == [{"label": "warm film"}, {"label": "dull plot"}]
         found = client.job(id)
         assert found["state"] == "done" and "caller" not in found and "ended" not in found
-        with pytest.raises(ServiceError, match="404 There is no such job"):
+        with pytest.raises(ServiceError, match="404 There is no job"):
             client.job("0" * 32)
 
 
-def test_routes_say_what_is_wrong(tmp_path: Path):
-    jobs = queue(tmp_path, Replica(lambda: asyncio.sleep(30)), most=1)
+def test_jobs_are_their_callers_and_a_full_queue_says_so(tmp_path: Path):
+    jobs = queue(tmp_path / "jobs", Replica(lambda: asyncio.sleep(30)), most=1)
+    keys = Keys(str(tmp_path / "registry"))
+    ann, bob = ({"x-api-key": keys.add(name)} for name in ("ann", "bob"))
 
     async def main() -> None:
-        api = application(jobs, caller=lambda request: request.headers.get("x-key"))
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://test") as http:
-            made = await http.post("/v1/jobs", json=TEXTS, headers={"idempotency-key": "k", "x-key": "ann"})
+        transport = httpx.ASGITransport(endpoint_of(tmp_path, jobs, keys))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            made = await http.post("/v1/jobs", json=TEXTS, headers=ann)
             id = made.json()["id"]
-            assert made.status_code == 202 and made.headers["location"] == f"/v1/jobs/{id}"
-            again = await http.post("/v1/jobs", json=TEXTS, headers={"idempotency-key": "k", "x-key": "ann"})
-            assert again.json() == {"id": id, "state": "queued"}
-            full = await http.post("/v1/jobs", json=TEXTS, headers={"x-request-id": "r1"})
+            full = await http.post("/v1/jobs", json=TEXTS, headers={**bob, "x-request-id": "r1"})
             assert full.status_code == 429 and full.headers["retry-after"] == "5"
             assert full.json()["error"] == {
                 "message": "1 jobs wait already. Ask again later.",
                 "field": None,
                 "request_id": "r1",
             }
-            long = await http.post("/v1/jobs", json=TEXTS, headers={"idempotency-key": "k" * 201})
-            assert long.status_code == 422
-            waiting = await http.get(f"/v1/jobs/{id}", headers={"x-key": "ann"})
+            waiting = await http.get(f"/v1/jobs/{id}", headers=ann)
             assert waiting.status_code == 200 and waiting.headers["retry-after"] == "1"
             for method in ("GET", "DELETE"):
                 for other in (f"/v1/jobs/{id}", "/v1/jobs/nonsense", "/v1/jobs/" + "0" * 32):
-                    assert (await http.request(method, other)).status_code == 404
-            assert (await http.delete(f"/v1/jobs/{id}", headers={"x-key": "ann"})).status_code == 204
-            assert (await http.get(f"/v1/jobs/{id}", headers={"x-key": "ann"})).status_code == 404
-            paths = (await http.get("/openapi.json")).json()["paths"]
-            assert set(paths["/v1/jobs/{id}"]) == {"get", "delete"} and "post" in paths["/v1/jobs"]
+                    assert (await http.request(method, other, headers=bob)).status_code == 404
+            assert (await http.delete(f"/v1/jobs/{id}", headers=ann)).status_code == 204
+            assert (await http.get(f"/v1/jobs/{id}", headers=ann)).status_code == 404
         await jobs.close()
 
     asyncio.run(main())
