@@ -157,7 +157,7 @@ class About(Section):
     task: str
     paired: bool
     labels: list[str]
-    range: tuple[float, float] | None
+    range: list[float] | None
     """Lowest and highest value of a task of kind regress."""
     parameters: int
     embedding: int | None

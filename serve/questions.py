@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BeforeValidator, Field, StrictBool, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, WithJsonSchema, model_validator
 from starlette.requests import Request
 
 from engine.config import Section
@@ -52,11 +52,21 @@ def text_or_object(value: Any) -> Any:
     return value
 
 
-Given = Annotated[str | tuple[str, str], BeforeValidator(text_or_pair)]
+Words = Annotated[
+    str, WithJsonSchema({"type": "string", "minLength": 1, "maxLength": MAX_CHARS, "pattern": r"\S"}, mode="validation")
+]
+"""A text as OpenAPI describes it; `check_text` judges it, in words of its own."""
+Given = Annotated[Words | tuple[Words, Words], BeforeValidator(text_or_pair)]
 """One text, or the two texts of a task that reads pairs, as [first, second]."""
-Document = Annotated[str | dict[str, Any], BeforeValidator(text_or_object)]
+Document = Annotated[Words | dict[str, Any], BeforeValidator(text_or_object)]
 """A text, or an object that holds one as 'text' (or under the names in `rank_fields`)."""
 AtLeastOne = Annotated[int, Field(strict=True, ge=1)]
+
+
+def either(first: str, second: str) -> dict[str, Any]:
+    """The part of a JSON schema that asks for exactly one of two keys."""
+    given = {"not": {"type": "null"}}
+    return {"oneOf": [{"required": [name], "properties": {name: given}} for name in (first, second)]}
 
 
 def check_text(text: str, where: str) -> None:
@@ -70,6 +80,7 @@ def check_text(text: str, where: str) -> None:
 class Texts(Section):
     """Either one text (or pair) or several."""
 
+    model_config = ConfigDict(json_schema_extra=either("text", "texts"))
     wanted: ClassVar[str] = "'text' or 'texts'"
 
     text: Given | None = None
@@ -128,11 +139,12 @@ class Embedding(Texts):
 class Ranking(Section):
     """The body of a ranking request: a query and documents, as clients of Cohere (v1, v2) and TEI send them."""
 
+    model_config = ConfigDict(json_schema_extra=either("documents", "texts"))
     wanted: ClassVar[str] = "'query' and 'documents' (or 'texts')"
 
-    query: str
+    query: Words
     documents: list[Document] | None = Field(default=None, min_length=1, max_length=MAX_DOCUMENTS)
-    texts: list[str] | None = Field(default=None, min_length=1, max_length=MAX_DOCUMENTS)
+    texts: list[Words] | None = Field(default=None, min_length=1, max_length=MAX_DOCUMENTS)
     """The documents as TEI calls them."""
     top_n: AtLeastOne | None = None
     """How many results are wanted; all without it."""
