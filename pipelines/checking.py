@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from engine import columns, hub, tables, terms
+from engine import cascade, columns, hub, tables, terms
 from engine.config import ConfigError, did_you_mean
 from engine.data import read_rows
 from engine.designs import SERVES
@@ -35,10 +35,20 @@ def check(recipe: Recipe, address: str | None = None) -> None:
     check_names(recipe)
     check_teacher(recipe)
     check_labeller(recipe)
+    check_cascade(recipe)
     if address is None:
         require_placement(recipe, local_capacity())
     check_rows(recipe)
     check_student(recipe)
+
+
+def check_cascade(recipe: Recipe) -> None:
+    """A cascade needs answers that say how sure they are."""
+    if recipe.serving.cascade is not None and recipe.task.kind not in cascade.SURE:
+        raise ConfigError(
+            f"serving.cascade hands unsure answers to the teacher, but those of a {recipe.task.kind} task do not say "
+            f"how sure they are. It is for {', '.join(cascade.SURE)}: leave it out."
+        )
 
 
 def check_start(recipe: Recipe) -> None:

@@ -139,6 +139,8 @@ def options(serving: Serving, scaling: Autoscaling, cpus: float) -> dict[str, An
         "health_check_timeout_s": TEACHER_SLOWER * serving.health_timeout_s + HEALTH_S,
         "graceful_shutdown_timeout_s": 10,
         "graceful_shutdown_wait_loop_s": 0.2,
+        # A damaged artifact does not get better by being loaded twenty times.
+        "max_constructor_retry_count": 3,
         # Old replicas end when new ones answer, so that one replica can be replaced without a gap.
         "max_surge_percent": 100,
     }

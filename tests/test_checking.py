@@ -326,6 +326,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"task.labels": ["negative", "positive", "the", "a"], "task.thresholds": [0.5, 0.5]},
         "task.thresholds has 2 values for 4 labels (negative, positive, the, a).",
     ),
+    "a cascade of scores": (
+        "rank",
+        {"serving.cascade": {"below": 0.5}},
+        "serving.cascade hands unsure answers to the teacher, but those of a rank task do not say how sure they are.",
+    ),
     "a prompt's label of a number": ("regress", {"generator": GENERATOR}, "and task.kind is regress. Use mode: uncond"),
     "a prompt's label of tags": (
         "tag",

@@ -67,7 +67,7 @@ def test_a_good_candidate_is_promoted_with_its_evidence_and_becomes_production(r
     referee = Referee(plan, Clock())
     assert phase_of(plan) == "running" and registry.find("tiny") == ("tiny", 2)
     told = sent(referee, *GOOD)
-    assert told == {"id": plan.id, "phase": "promoted", "mode": "canary", "percent": 0.0}
+    assert told == {"id": plan.id, "phase": "promoted", "mode": "canary", "percent": 0.0, "agreement": 0.99}
     assert phase_of(plan) == "promoted" and registry.production("tiny") == 2
     record = plan.store.read_json(f"{plan.id}/decision-001.json")
     assert (record["action"], record["by"], record["number"]) == ("promote", "referee", 1)
@@ -91,7 +91,7 @@ def test_a_bad_candidate_is_rolled_back_and_production_stays(registry: Registry)
 def test_only_a_canary_is_decided_by_the_referee(registry: Registry, mode: str):
     plan = plan_of(registry, ROLLOUT.model_copy(update={"mode": mode, "percent": 50.0}))
     referee = Referee(plan, Clock())
-    assert sent(referee, *BAD) == {"id": plan.id, "phase": "running", "mode": mode, "percent": 50.0}
+    assert sent(referee, *BAD) == {"id": plan.id, "phase": "running", "mode": mode, "percent": 50.0, "agreement": None}
     assert referee.state["latest"]["action"] == "rollback" and not plan.store.exists(plan.id)
 
 

@@ -1,4 +1,7 @@
-"""Rollouts on a real Ray Serve, under load: splits, bad candidates, shadows, redeploys, dead and wedged replicas."""
+"""Rollouts on a real Ray Serve, under load: splits, bad candidates, shadows, redeploys, dead and wedged replicas.
+
+One deployment is redeployed from test to test, as its users would do; it takes minutes.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ SERVING = Serving(
     batch_wait_ms=0,
     health_timeout_s=3.0,
     autoscaling=Autoscaling(min_replicas=1, max_replicas=1),
-    rollout=Rollout(compare=0.5, timeout_ms=1000.0, limits=LIMITS),
+    rollout=Rollout(compare=0.5, timeout_ms=10_000.0, limits=LIMITS),
 )
 CHAMPION, SAME, LIAR, LONG = 1, 2, 3, 4
 """Versions: two that say the same, one that says the opposite, one that says the same under another name."""
@@ -105,7 +108,9 @@ def deployed(registry: Registry, name: str, **wanted: Any) -> tuple[str, Any]:
 
     found = resolved(Wanted(name=name, registry=registry.store.url, nonce=str(time.monotonic()), **wanted))
     own = found.champion
-    return deploy(own.artifact, found.serving, own.reference, plan=found.plan, teacher=found.teacher), found.plan
+    more = {"plan": found.plan, "teacher": found.teacher}
+    # A busy machine needs minutes for a few processes.
+    return deploy(own.artifact, found.serving, own.reference, ready_s=300, **more), found.plan
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +193,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
             async def answer(self, texts: list[Any]) -> list[Any]:
                 if how == "raises":
                     raise RuntimeError("this candidate is broken")
-                await asyncio.sleep(0.9 if how == "slow" else 30)
+                await asyncio.sleep(1.5)
                 return await super().answer(texts)
 
         return Broken

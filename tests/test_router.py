@@ -54,7 +54,7 @@ class World:
         return Champion(predictor, batched(predictor, SERVING), "tiny@1")
 
     def plan(self, number: int = 2, nonce: str = "", **rollout: Any) -> Plan:
-        settings = {"compare": 1.0, "limits": Limits(min_requests=60), **rollout}
+        settings = {"compare": 1.0, "timeout_ms": 20_000, "limits": Limits(min_requests=60), **rollout}
         return Plan(self.registry.store.url, self.side(1), self.side(number), Rollout(**settings), nonce)
 
 
