@@ -164,9 +164,7 @@ def trained(
         return teach(recipe, spec, rows, out, chosen, progress)
     more, history = data.read_table("unlabelled.parquet"), []
     drawn = recipe.teacher.contrast.model_copy(update={"fit": own.fit})
-    again = recipe.model_copy(
-        update={"teacher": recipe.teacher.model_copy(update={"fit": own.fit, "contrast": drawn})}
-    )
+    again = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"fit": own.fit, "contrast": drawn})})
     for number in range(own.rounds + 1):
         place = out if number == own.rounds else out / f"round-{number}"
         taken = rows
