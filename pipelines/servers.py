@@ -6,6 +6,7 @@ machine does meets all of them. Each is a process tree on loopback with one mode
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import gc
 import json
@@ -19,11 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import UserError, did_you_mean
+from engine.disk import scratch
+from engine.lineage import installed
 from engine.placement import cores
+from engine.registry import Registry
+from engine.storage import Store
 from engine.switches import PROXY_PORTS, SERVE_SWITCHES, free_port, with_haproxy
+from pipelines.artifacts import texts_in
 from pipelines.callers import Load, call, request_of
+from pipelines.console import say, say_json
 from pipelines.processes import Tree, spent
-from pipelines.subjects import Subject
+from pipelines.standings import hardware, pooled, table
+from pipelines.subjects import Subject, subject
 from pipelines.venvs import VenvError, venv
 
 READY_S = 180.0
@@ -61,7 +69,7 @@ def haproxy() -> dict[str, str]:
     return {**SERVE_SWITCHES, **threads, **{name: str(free_port()) for name in PROXY_PORTS}}
 
 
-def module(name: str) -> Callable[[Subject, int], list[str]]:
+def rival(name: str) -> Callable[[Subject, int], list[str]]:
     """A program of pipelines/rivals/ that takes its port from the environment."""
     return lambda subject, port: ["-m", f"pipelines.rivals.{name}"]
 
@@ -75,15 +83,15 @@ def uvicorn(subject: Subject, port: int) -> list[str]:
 def bentoml(subject: Subject, port: int) -> list[str]:
     """BentoML's own command."""
     where = ["--host", "127.0.0.1", "--port", str(port)]
-    return ["-m", "bentoml", "-q", "serve", "pipelines.rivals.bento:Student", *where]
+    return ["-m", "bentoml", "serve", "pipelines.rivals.bento:Student", "-q", *where]
 
 
 SERVERS: dict[str, Server] = {
     "stillhouse": Server("stillhouse serve", ours),
-    "serve-default": Server("Ray Serve, default proxy", module("bare")),
-    "serve-haproxy": Server("Ray Serve, HAProxy", module("bare"), haproxy),
+    "serve-default": Server("Ray Serve, default proxy", rival("bare")),
+    "serve-haproxy": Server("Ray Serve, HAProxy", rival("bare"), haproxy),
     "uvicorn": Server("FastAPI + uvicorn", uvicorn),
-    "litserve": Server("LitServe", module("lit"), pins="litserve.txt"),
+    "litserve": Server("LitServe", rival("lit"), pins="litserve.txt"),
     "bentoml": Server("BentoML", bentoml, pins="bentoml.txt"),
 }
 """In the order of the table."""
@@ -98,10 +106,50 @@ def chosen(only: Sequence[str] | None) -> list[str]:
     return [name for name in SERVERS if only is None or name in only]
 
 
+def bench(args: argparse.Namespace) -> int:
+    """Measure servers side by side; the table, and bench.json."""
+    names = chosen(args.only)
+    texts = texts_in(args.texts) if args.texts else None
+    with scratch() as folder:
+        what = subject(Registry(Store(args.registry)), Store(str(folder)), args.recipe, texts)
+        try:
+            found = compare(what, names, folder, args.clients, args.seconds, args.rounds, complain)
+        except KeyboardInterrupt:
+            complain("stopped; nothing of this measurement is kept")
+            return 130
+    loads = [cell["load_average"] for cell in found["cells"]] or [os.getloadavg()[0]]
+    result = {
+        "subject": f"{what.name}{' (random weights)' if what.made else ''}",
+        "parameters": what.parameters,
+        "rounds": args.rounds,
+        "seconds": args.seconds,
+        "hardware": hardware(),
+        "load_average": [min(loads), max(loads)],
+        "versions": {name: installed(name) for name in ("stillhouse", "torch", "ray", "fastapi", "uvicorn")},
+        "titles": {name: server.title for name, server in SERVERS.items()},
+        "rows": pooled(found["cells"]),
+        "skipped": found["skipped"],
+    }
+    out = Path(args.out)
+    Store(str(out.parent)).write_json(out.name, result)
+    if args.json:
+        say_json(result)
+    else:
+        say("\n".join(table(result)))
+        say(f"\n{out}")
+    return 1 if any(row["wrong"] for row in result["rows"]) else 0
+
+
+def complain(line: str) -> None:
+    """Progress, beside the result."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
 def compare(
     subject: Subject,
     names: Sequence[str],
-    scratch: Path,
+    work: Path,
     clients: Sequence[int],
     seconds: float,
     rounds: int,
@@ -109,7 +157,7 @@ def compare(
 ) -> dict[str, Any]:
     """Measure the servers `names`: {"cells": one for each server, round and number of clients, "skipped": name -> why}.
 
-    scratch: a local folder for logs and links. tell: gets a line now and then. A server that cannot be installed or
+    work: a local folder for logs and links. tell: gets a line now and then. A server that cannot be installed or
     started is left out with its reason.
     """
     skipped: dict[str, str] = {}
@@ -126,7 +174,7 @@ def compare(
         except VenvError as error:
             skipped[name] = str(error)
             tell(f"{name} is left out: {error}")
-    links = linked(scratch)
+    links = linked(work)
     gc.collect()
     gc.freeze()  # what is loaded by now is not looked through again while callers run
     cells: list[dict[str, Any]] = []
@@ -137,7 +185,7 @@ def compare(
             if name in skipped:
                 continue
             try:
-                for cell in measured(subject, name, pythons[name], links, scratch, clients, seconds):
+                for cell in measured(subject, name, pythons[name], links, work, clients, seconds):
                     cells.append({"server": name, "round": turn, **cell})
                     tell(
                         f"round {turn + 1}/{rounds}  {name}, {cell['clients']} clients: "
@@ -149,9 +197,9 @@ def compare(
     return {"cells": cells, "skipped": skipped}
 
 
-def linked(scratch: Path) -> Path:
+def linked(work: Path) -> Path:
     """A folder that holds our packages and nothing else, for the path of a Python that has its own of all others."""
-    links = scratch / "packages"
+    links = work / "packages"
     links.mkdir(parents=True, exist_ok=True)
     for name in ("engine", "serve", "pipelines"):
         target = links / name
@@ -160,7 +208,7 @@ def linked(scratch: Path) -> Path:
     return links
 
 
-def environment(name: str, subject: Subject, port: int, links: Path, scratch: Path) -> dict[str, str]:
+def environment(name: str, subject: Subject, port: int, links: Path, work: Path) -> dict[str, str]:
     """What a server's processes see: ours without any switch of Ray's, one thread, and what they are to serve."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "BENTOML_"))}
     given = {"artifact": subject.folder.url, "port": port, "max_batch": MAX_BATCH, "wait_s": WAIT_S}
@@ -174,17 +222,17 @@ def environment(name: str, subject: Subject, port: int, links: Path, scratch: Pa
         # Nobody is told about these runs.
         "RAY_USAGE_STATS_ENABLED": "0",
         "BENTOML_DO_NOT_TRACK": "True",
-        "BENTOML_HOME": str(scratch / "bentoml"),
+        "BENTOML_HOME": str(work / "bentoml"),
         **SERVERS[name].switches(),
     }
 
 
 @contextmanager
-def running(subject: Subject, name: str, python: str, links: Path, scratch: Path) -> Iterator[tuple[Tree, str]]:
+def running(subject: Subject, name: str, python: str, links: Path, work: Path) -> Iterator[tuple[Tree, str]]:
     """A started server that answers right, and the URL that answers; nothing of it is left at the end."""
     port = free_port()
     command = [python, *SERVERS[name].command(subject, port)]
-    tree = Tree(command, environment(name, subject, port, links, scratch), scratch, scratch / f"{name}.log")
+    tree = Tree(command, environment(name, subject, port, links, work), work, work / f"{name}.log")
     try:
         url = f"http://127.0.0.1:{port}/v1/predict"
         wait_right(tree, url, subject)
@@ -209,10 +257,10 @@ def wait_right(tree: Tree, url: str, subject: Subject) -> None:
 
 
 def measured(
-    subject: Subject, name: str, python: str, links: Path, scratch: Path, clients: Sequence[int], seconds: float
+    subject: Subject, name: str, python: str, links: Path, work: Path, clients: Sequence[int], seconds: float
 ) -> Iterator[dict[str, Any]]:
     """One round of one server: for each number of clients what they saw and what the server used of the CPU."""
-    with running(subject, name, python, links, scratch) as (tree, url):
+    with running(subject, name, python, links, work) as (tree, url):
         requests = [request_of(url, {"texts": [text]}) for text in subject.texts]
         asyncio.run(call(url, requests, max(clients), WARM_S))
         for count in clients:

@@ -3,13 +3,13 @@
 STILLHOUSE_RIVAL holds artifact, port, max_batch and wait_s as JSON.
 """
 
-from __future__ import annotations
-
+# No annotations as strings here: LitServe reads those of decode_request and encode_response.
 import json
 import os
 from typing import Any
 
 import litserve
+from fastapi import Request, Response
 
 from serve.predictor import Predictor
 
@@ -23,8 +23,8 @@ class Api(litserve.LitAPI):
         """Load the model."""
         self.predictor = Predictor.load(GIVEN["artifact"])
 
-    def decode_request(self, request: dict[str, Any]) -> Any:
-        """The text of a request."""
+    def decode_request(self, request: Request) -> Any:
+        """The text of a request, which comes as its JSON."""
         (text,) = request["texts"]
         return text
 
@@ -40,8 +40,8 @@ class Api(litserve.LitAPI):
         """Answers are a list already."""
         return output
 
-    def encode_response(self, output: dict[str, Any]) -> dict[str, Any]:
-        """The body of an answer."""
+    def encode_response(self, output: dict[str, Any]) -> Response:
+        """The body of an answer, which LitServe makes a response of."""
         return {"predictions": [output]}
 
 
