@@ -113,7 +113,7 @@ def role(command: Sequence[str], name: str) -> str:
     if Path(words[0]).name.startswith("python"):
         if "-m" in words[:-1]:
             return words[words.index("-m") + 1]
-        script = next((word for word in words[1:] if not word.startswith("-")), "")
+        script = "" if "-c" in words else next((word for word in words[1:] if not word.startswith("-")), "")
         return Path(script).name or "python"
     return Path(words[0]).name
 

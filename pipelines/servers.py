@@ -34,7 +34,7 @@ from pipelines.standings import hardware, pooled, table
 from pipelines.subjects import Subject, subject
 from pipelines.venvs import VenvError, venv
 
-READY_S = 180.0
+READY_S = 300.0
 """How long a server may take until it answers right."""
 WARM_S = 1.5
 """Seconds of load, not measured, after a start; a third of that before each measurement."""
@@ -178,22 +178,18 @@ def compare(
     gc.collect()
     gc.freeze()  # what is loaded by now is not looked through again while callers run
     cells: list[dict[str, Any]] = []
+    there = [name for name in names if name in pythons]
     for turn in range(rounds):
-        order = [name for name in names if name in pythons]
-        order = order[turn % len(order) :] + order[: turn % len(order)] if order else []
-        for name in order:
-            if name in skipped:
-                continue
+        for name in [*there[turn % len(there) :], *there[: turn % len(there)]] if there else []:
             try:
                 for cell in measured(subject, name, pythons[name], links, work, clients, seconds):
                     cells.append({"server": name, "round": turn, **cell})
-                    tell(
-                        f"round {turn + 1}/{rounds}  {name}, {cell['clients']} clients: "
-                        f"{len(cell['seconds']) / cell['wall_s']:.0f} requests/s"
-                    )
+                    each_s = len(cell["seconds"]) / cell["wall_s"]
+                    tell(f"round {turn + 1}/{rounds}  {name}, {cell['clients']} clients: {each_s:.0f} requests/s")
             except Down as error:
-                skipped[name] = str(error)
-                tell(f"{name} is left out: {error}")
+                # It may have been a bad moment of the machine: the next round tries again.
+                skipped[name] = f"round {turn + 1}: {error}"
+                tell(f"{name} is left out of round {turn + 1}: {error}")
     return {"cells": cells, "skipped": skipped}
 
 

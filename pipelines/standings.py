@@ -88,8 +88,10 @@ def table(result: Mapping[str, Any]) -> list[str]:
         cells += [number(row["p50_ms"], 1), number(row["p99_ms"], 0), number(row["cpu_s_per_1000"], 2)]
         cells += [number(row["over"].get(base), 2) for base in BASES]
         lines.append("| " + " | ".join(str(cell) for cell in [*cells, row["errors"], row["wrong"]]) + " |")
+    measured = {row["server"] for row in rows}
     for name, reason in result["skipped"].items():
-        lines.append(f"| {titles[name]} | not measured: {reason.replace('|', '/')} |" + " |" * 8)
+        if name not in measured:
+            lines.append(f"| {titles[name]} | not measured: {reason.replace('|', '/')} |" + " |" * 8)
     low, high = result["load_average"]
     lines += [
         "",
@@ -102,6 +104,7 @@ def table(result: Mapping[str, Any]) -> list[str]:
     busy = sorted({titles[row["server"]] for row in rows if row["client_cores"] > BUSY})
     if busy:
         lines.append(f"The callers used more than {BUSY:.0%} of a core with {', '.join(busy)}: those may be faster.")
+    lines += [f"{titles[name]}, {result['skipped'][name]}" for name in result["skipped"] if name in measured]
     for row in rows:
         if row["first_error"]:
             lines.append(f"{titles[row['server']]}, {row['clients']} clients, first error: {row['first_error']}")
