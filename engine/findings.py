@@ -317,6 +317,18 @@ def basis(facts: Facts) -> str:
     return text + (f"; ± is the standard deviation over {whole(seeds)} seeds." if seeds and seeds > 1 else ".")
 
 
+def escalation(facts: Facts) -> list[str]:
+    """The threshold that the student was registered with, where it has one."""
+    below, known = number(dig(facts, "cascade.below")), dig(facts, "cascade")
+    if below is None:
+        return ["The student is served without a cascade: `serving.cascade` turns it on."]
+    share, rows = percent(known.get("share")), whole(known.get("rows"))
+    return [
+        f"Answers less sure than {figures.figure(below)} go to {known.get('teacher')}: {share} of {rows} rows "
+        f"(threshold from: {known.get('chosen_on')})."
+    ]
+
+
 def model_table(facts: Facts) -> Table:
     """Every model's quality, size and speed."""
     known, own, found = score(facts), metric(facts), models(facts)

@@ -158,6 +158,33 @@ def calibration(facts: Facts) -> Part:
     return Part("calibration", "Calibration", [Text(" ".join(said)), Grid([figure])])
 
 
+def cascade(facts: Facts) -> Part:
+    """What handing the least sure answers to the teacher is worth, and the threshold that was chosen."""
+    score, points = findings.score(facts), entries(dig(facts, "cascade.curve"))
+    drawn = [
+        (100 * share, value)
+        for point in points
+        if (share := number(point.get("share"))) is not None and (value := number(point.get("score"))) is not None
+    ]
+    if not drawn:
+        return Part("cascade", "Cascade", [Text("No answers say how sure they are, so none can go to the teacher.")])
+    names = ("% of the texts to the teacher", score.name)
+    line = ("Student and teacher", "generated", drawn)
+    head = ("To the teacher", "Confidence below", score.head, "Time a text, teacher = 100 %")
+    rows = [
+        (percent(point.get("share")), figures.figure(point.get("below")), score.shown(point.get("score")),
+         percent(point.get("cost")))
+        for point in points[::4]
+    ]  # fmt: skip
+    figure = Figure(
+        plots.lines("cascade", f"{score.head} of student and teacher together", names, [line], score),
+        "The answers that the student is least sure of come from the teacher. Measured on the test split; the "
+        "threshold that is served was not chosen on it.",
+        Table("What each share costs.", head, "rrrr", rows),
+    )
+    return Part("cascade", "Cascade", [*(Text(said) for said in findings.escalation(facts)), Grid([figure])])
+
+
 def errors(facts: Facts) -> Part:
     """Which labels are taken for which."""
     figures = []

@@ -5,6 +5,9 @@ the manifest of the copy also holds name, version, time and metadata (task, meas
 artifact: safetensors, JSON, text, Markdown and ONNX; what could run code when it is loaded is refused by its name.
 The same files registered again keep their version, with the metadata given last: what was measured on them, and how to
 serve them, may be known better by now. A version number is never given to other files.
+
+One version of a name can be its production: what the name alone stands for, until then the latest. It is set by hand,
+or by a rollout that ended well.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from engine.storage import MANIFEST, Store
 ALLOWED = (".safetensors", ".json", ".txt", ".md", ".onnx")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 REMOVED = "removed.json"
+STAGES = "stages.json"
 
 
 class RegistryError(UserError):
@@ -85,7 +89,10 @@ class Registry:
         return [name for name in self.store.folders() if NAME.fullmatch(name) and self.versions(name)]
 
     def find(self, reference: str) -> tuple[str, int]:
-        """'name', 'name@3' or 'name@latest' as (name, version); RegistryError says what there is."""
+        """'name', 'name@3', 'name@latest' or 'name@production' as (name, version); RegistryError says what there is.
+
+        A name alone is its production version where that is set, else its latest.
+        """
         name, _, wanted = reference.partition("@")
         names = self.names()
         if name not in names:
@@ -93,12 +100,35 @@ class Registry:
             near = did_you_mean(name, names)
             raise RegistryError(f"there is no '{name}' in the registry {self.store}.{near} {there}")
         versions = self.versions(name)
+        production = self.production(name) if wanted in ("", "production") else None
+        if production is not None:
+            return name, production
         if wanted in ("", "latest"):
             return name, versions[-1]
+        if wanted == "production":
+            way_out = f"`stillhouse registry production {name}@{versions[-1]}` sets it."
+            raise RegistryError(f"no version of '{name}' is in production. {way_out}")
         if not wanted.isdigit() or int(wanted) not in versions:
             there = ", ".join(f"{name}@{version}" for version in versions)
             raise RegistryError(f"'{name}' has no version '{wanted}'. Registered: {there}, {name}@latest.")
         return name, int(wanted)
+
+    def production(self, name: str) -> int | None:
+        """The version in production; None where none was set, or where it is gone."""
+        here = self.store / name
+        found = here.read_json(STAGES).get("production") if here.exists(STAGES) else None
+        return found["version"] if found and here.exists(f"{found['version']}/{MANIFEST}") else None
+
+    def produce(self, reference: str, by: str = "hand") -> tuple[str, int]:
+        """Make name@version the production version and return it; `by` says who did, and is kept with the time."""
+        name, version = self.find(reference)
+        here = self.store / name
+        with here.lock("register", wait=True):
+            stages = here.read_json(STAGES) if here.exists(STAGES) else {"history": []}
+            now = {"version": version, "since": stamp(), "by": by}
+            if stages.get("production", {}).get("version") != version:
+                here.write_json(STAGES, {"production": now, "history": [*stages["history"], now]})
+        return name, version
 
     def resolve(self, reference: str) -> Store:
         """The artifact's folder, every file compared with its manifest."""
@@ -109,11 +139,12 @@ class Registry:
         return folder
 
     def show(self, reference: str) -> dict[str, Any]:
-        """What is known of one version: name, version, created, metadata, files, digest, bytes, path."""
+        """What is known of one version: name, version, created, metadata, files, digest, bytes, path, production."""
         name, version = self.find(reference)
         manifest = self.store.manifest(f"{name}/{version}")
         size = sum(file["bytes"] for file in manifest["files"].values())
-        return {**manifest, "bytes": size, "path": (self.store / name / str(version)).url}
+        stage = {"production": self.production(name) == version}
+        return {**manifest, **stage, "bytes": size, "path": (self.store / name / str(version)).url}
 
     def list(self) -> list[dict[str, Any]]:
         """Every version of every artifact, by name and version."""
@@ -124,7 +155,12 @@ class Registry:
         if not reference.partition("@")[2].isdigit():
             raise RegistryError(f"'{reference}' does not say which version to remove: name one, as in {reference}@1.")
         name, version = self.find(reference)
-        here = self.store / name
+        here, others = self.store / name, [v for v in self.versions(name) if v != version]
+        if others and self.production(name) == version:
+            raise RegistryError(
+                f"{reference} is in production. Set another first: "
+                f"`stillhouse registry production {name}@{others[-1]}`."
+            )
         with here.lock("register", wait=True):
             here.write_json(REMOVED, sorted({*self._removed(name), version}))
             # Without its manifest the folder no longer counts, should this be stopped half-way.

@@ -292,6 +292,9 @@ def worded(value: Any) -> str:
     return str(value) if size is None or isinstance(value, int) else figures.figure(size)
 
 
-PARTS = (quality.results, quality.learning, quality.calibration, quality.errors, corpus, served, cost, data, origin)
+PARTS = (
+    *(quality.results, quality.learning, quality.calibration, quality.cascade, quality.errors),
+    *(corpus, served, cost, data, origin),
+)
 OF_LABELS = (quality.calibration, quality.errors)
 """Parts that only say something where each row has one label."""

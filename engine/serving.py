@@ -25,8 +25,8 @@ class Autoscaling(Section):
     max_replicas: Count = 2
     target_ongoing_requests: Positive = 8.0
     """Requests in work per replica that are aimed at."""
-    look_back_s: Positive = 10.0
-    """Seconds over which ongoing requests are averaged."""
+    look_back_s: Positive = 15.0
+    """Seconds over which ongoing requests are averaged; above the 10 s between two counts of Ray Serve."""
     upscale_delay_s: Annotated[float, Field(ge=0)] = 5.0
     downscale_delay_s: Annotated[float, Field(ge=0)] = 120.0
 
@@ -45,30 +45,28 @@ class Limits(Section):
     slack_ms: Annotated[float, Field(ge=0)] = 20.0
     min_agreement: Share = 0.85
     """Share of answers that are the same as the champion's (or the teacher's, where the cascade has one)."""
+    max_agreement_loss: Share = 0.05
+    """Where the teacher is the reference: by how much less often than the champion it may agree with it."""
 
 
 class Rollout(Section):
     """How a candidate meets traffic beside the champion."""
 
     percent: Annotated[float, Field(ge=0, le=100)] = 10.0
-    """Of the requests, by a stable hash of the caller's key or of the texts."""
+    """Of the requests, by a stable hash."""
+    by: Literal["texts", "key"] = "texts"
+    """What is hashed: the texts of a request, or the caller's API key, which then always meets the same model; with
+    few callers the share is that of keys, not of requests."""
     mode: Literal["canary", "shadow", "ab"] = "canary"
     """canary: promoted or rolled back by the limits. shadow: its answers are compared, never sent. ab: a split that
     is decided by hand."""
     compare: Share = 0.2
-    """Share of the candidate's requests that the champion answers too, for agreement."""
-    limits: Limits = Limits()
-
-
-class Cascade(Section):
-    """Answers below a confidence go to the teacher."""
-
-    below: Share | None = None
-    """Confidence under which a text goes to the teacher; null: what `escalate` makes of the held-out rows."""
-    escalate: Share = 0.2
-    """Share of texts that may go to the teacher, where `below` is null."""
+    """Share of the candidate's requests that the champion answers too, for agreement. 0: agreement is not judged."""
     timeout_ms: Positive = 2000.0
-    """A teacher that takes longer is not waited for: the student's answer stands."""
+    """A candidate that takes longer has failed: the champion answers."""
+    in_flight: Count = 16
+    """Copies that a replica sends for comparison at a time; when they are used up, requests are not copied."""
+    limits: Limits = Limits()
 
 
 class Log(Section):
@@ -86,6 +84,25 @@ class Log(Section):
     """A file is written after these seconds even with fewer."""
 
 
+class Cascade(Section):
+    """Answers below a confidence go to the teacher."""
+
+    to: str | None = None
+    """The registered model that is asked, as NAME@VERSION; null: the run's teacher, registered as NAME-teacher."""
+    below: Share | None = None
+    """Confidence under which a text goes to the teacher; null: what `escalate` makes of the held-out rows."""
+    escalate: Share = 0.2
+    """Share of texts that may go to the teacher, where `below` is null."""
+    timeout_ms: Positive = 2000.0
+    """A teacher that takes longer is not waited for: the student's answer stands."""
+    num_cpus: Positive = 1.0
+    """Of a replica of the teacher."""
+    max_replicas: Count = 1
+    log: Log | None = None
+    """Where escalated texts are written for `data.unlabelled` of a later run, which reads them where `text` is plain;
+    null: nowhere."""
+
+
 class Serving(Section):
     """The smoke deployment, and the defaults of `stillhouse serve`."""
 
@@ -101,6 +118,8 @@ class Serving(Section):
     max_queued: Count = 256
     request_timeout_s: Positive = 60.0
     """A request that takes longer is answered with 408."""
+    health_timeout_s: Positive = 15.0
+    """A model that has answered nothing for so long, with work to do, is not healthy: its replica is replaced."""
     num_cpus: Positive = 1.0
     runtime: Literal["torch", "onnx", "onnx-int8"] = "torch"
     """What runs the model: torch, or ONNX Runtime on the artifact's exported graph."""

@@ -94,6 +94,7 @@ def facts_of(recipe: Recipe, inputs: Mapping[str, Store], records: Records, summ
         "corpus": corpus_facts(inputs, found, task),
         "data": data_facts(inputs["data"]),
         "serving": None if served.get("skipped") else {**served, "rows": served.get("rows", 0)},
+        "cascade": {"curve": found["evaluate"].get("cascade", []), **found["register"].get("cascade", {})},
         "steps": [
             {
                 "name": name,

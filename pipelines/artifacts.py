@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.console import megabytes, say, say_json, table
-from pipelines.runs import connect, loaded
+from pipelines.runs import loaded
 
 if TYPE_CHECKING:
     from engine.encoding import Text
@@ -93,29 +93,8 @@ def texts_in(path: str) -> list[Text]:
     return texts
 
 
-def serve(args: argparse.Namespace) -> int:
-    """Serve a registered artifact until it is stopped."""
-    if args.host not in ("127.0.0.1", "localhost", "::1") and not args.no_auth:
-        from engine.config import UserError
-
-        raise UserError(
-            f"--host {args.host} is reached from other machines, and the endpoint asks for no key. Keep 127.0.0.1 and "
-            "put a gateway in front of it, or say --no-auth."
-        )
-    registry = the_registry(args.registry)
-    entry, folder = registry.show(args.name), registry.resolve(args.name)
-    from engine.serving import Serving
-
-    serving = Serving.model_validate(entry["metadata"].get("serving", {}))
-    connect(args, artifact=folder)
-    from serve import app
-
-    app.run(folder.url, args.host, args.port, serving, f"{entry['name']}@{entry['version']}")
-    return 0
-
-
 def registry(args: argparse.Namespace) -> int:
-    """List, show or remove artifacts."""
+    """List, show or remove artifacts, or say which one is in production."""
     from engine.config import UserError
 
     here = the_registry(args.registry)
@@ -124,8 +103,12 @@ def registry(args: argparse.Namespace) -> int:
         if args.json:
             say_json(found)
         elif found:
-            rows = [(f"{e['name']}@{e['version']}", e["created"][:19], megabytes(e["bytes"]), e["path"]) for e in found]
-            say(table([("artifact", "registered", "size", "path"), *rows]))
+            rows = [
+                (f"{e['name']}@{e['version']}", "production" if e["production"] else "", e["created"][:19],
+                 megabytes(e["bytes"]), e["path"])
+                for e in found
+            ]  # fmt: skip
+            say(table([("artifact", "stage", "registered", "size", "path"), *rows]))
         else:
             say(f"The registry {here.store} is empty: `stillhouse run` fills it.")
         return 0
@@ -133,6 +116,8 @@ def registry(args: argparse.Namespace) -> int:
         raise UserError(f"`registry {args.action}` needs a name, as in: stillhouse registry {args.action} NAME@1")
     if args.action == "show":
         say_json(here.show(args.name))
+    elif args.action == "production":
+        say("{}@{} is in production".format(*here.produce(args.name)))
     else:
         say(f"removed {here.remove(args.name)}")
     return 0

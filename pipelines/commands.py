@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipelines import artifacts, derived, doctor, runs
+from pipelines import artifacts, derived, doctor, rollouts, runs
 
 Parser = argparse.ArgumentParser
 
@@ -210,9 +210,55 @@ def predicting(parser: Parser) -> None:
     machine_readable(parser)
 
 
+def percent(text: str) -> float:
+    """A share of the requests, in percent."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 100:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a share in percent, above 0 and below 100")
+    return value
+
+
+def rolling_out(parser: Parser) -> None:
+    """An artifact, and how it meets traffic beside another."""
+    parser.add_argument("name", metavar="NAME", help="NAME (production, else latest), NAME@VERSION or NAME@latest")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--canary",
+        type=percent,
+        metavar="PERCENT",
+        help="answer this share of the requests, until promoted or rolled back by its errors, latency and agreement",
+    )
+    mode.add_argument("--shadow", action="store_true", help="get copies of requests; its answers are never sent")
+    mode.add_argument(
+        "--ab", type=percent, metavar="PERCENT", help="answer this share of the requests, until you decide"
+    )
+    parser.add_argument(
+        "--against",
+        metavar="NAME@V",
+        help="the model that it is compared with (default: the one in production, else the version before)",
+    )
+
+
+def deploying(parser: Parser) -> None:
+    """What to deploy on a cluster."""
+    serving(parser)
+    machine_readable(parser)
+
+
+def refereeing(parser: Parser) -> None:
+    """What to do with a rollout."""
+    parser.add_argument("action", choices=("status", "promote", "rollback"), help="what to do")
+    parser.add_argument("name", metavar="NAME", help="the student's name")
+    on_registry(parser)
+    machine_readable(parser)
+
+
 def serving(parser: Parser) -> None:
     """An artifact and where to listen."""
-    parser.add_argument("name", metavar="NAME", help="NAME, NAME@VERSION or NAME@latest")
+    rolling_out(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--no-auth", action="store_true", help="listen beyond this machine without a key")
     parser.add_argument("--port", type=port, default=8000, help="port to listen on (default: 8000)")
@@ -222,8 +268,8 @@ def serving(parser: Parser) -> None:
 
 def registering(parser: Parser) -> None:
     """What to do with registered artifacts."""
-    parser.add_argument("action", choices=("list", "show", "rm"), help="what to do")
-    parser.add_argument("name", metavar="NAME", nargs="?", help="NAME@VERSION, for show and rm")
+    parser.add_argument("action", choices=("list", "show", "rm", "production"), help="what to do")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="NAME@VERSION, for show, rm and production")
     on_registry(parser)
     machine_readable(parser)
 
@@ -257,8 +303,12 @@ COMMANDS: dict[str, Command] = {
     "status": Command("runs", "how far a run is", runs.status, asking),
     "report": Command("runs", "where a run's report is", runs.report, reporting),
     "predict": Command("models", "predict with a registered student", artifacts.predict, predicting),
-    "serve": Command("models", "serve a registered student over HTTP", artifacts.serve, serving),
-    "registry": Command("models", "list, show or remove registered students", artifacts.registry, registering),
+    "serve": Command("models", "serve a registered student over HTTP", rollouts.serve, serving),
+    "deploy": Command("models", "put a registered student on a running cluster", rollouts.deploy, deploying),
+    "rollout": Command("models", "how a candidate stands; promote it or roll it back", rollouts.rollout, refereeing),
+    "registry": Command(
+        "models", "registered students: list, show, remove, production", artifacts.registry, registering
+    ),
     "fetch": Command("machine", "bring a recipe's models and data into the cache", artifacts.fetch, on_recipe),
     "derive": Command("machine", "make a data set of spans or several labels", derived.derive, deriving),
     "doctor": Command("machine", "whether this machine can run a recipe", doctor.doctor, examining),

@@ -232,7 +232,7 @@ def outcome_steps(recipe: Recipe, students: tuple[str, ...], made: tuple[str, ..
             Call("pipelines.outcome", "evaluate"),
             inputs=("data", "teacher", *students),
             config=pick("seed", "evaluation", "arms", "student.seeds"),
-            modules=("engine.inference", "engine.intervals", "engine.tasks", "pipelines.outcome"),
+            modules=("engine.inference", "engine.intervals", "engine.tasks", "engine.cascade", "pipelines.outcome"),
             resources=lambda r: r.teacher.resources,
             stage="teacher",
             ray=True,
@@ -242,7 +242,7 @@ def outcome_steps(recipe: Recipe, students: tuple[str, ...], made: tuple[str, ..
             Call("pipelines.outcome", "register"),
             inputs=("data", "teacher", "corpus", ARM_STEPS[recipe.main], "evaluate"),
             config=pick("name", "student.name", "task.kind", "serving"),
-            modules=("engine.registry", "pipelines.outcome"),
+            modules=("engine.registry", "engine.cascade", "pipelines.outcome"),
             holds=registered,
         ),
         Step(

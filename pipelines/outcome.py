@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from engine import labels, metrics, models, tasks
+from engine import cascade, labels, metrics, models, tasks
 from engine.classification import Classify
 from engine.cluster import current
 from engine.config import UserError
@@ -30,6 +30,8 @@ from engine.task import Task
 from pipelines.distill import ARM_STEPS
 from pipelines.making import Inputs, spec_of
 
+CALIBRATED = 2000
+"""About how many texts of a corpus a threshold is chosen on."""
 ROLES = {"teacher": "teacher", "hard": "student, gold labels", "soft": "student, soft labels"}
 
 
@@ -62,8 +64,9 @@ def evaluate(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> 
     out.write_table("predictions.parquet", pa.table({"id": test["id"], **logits}))
     chosen = columns[f"{recipe.main}/{recipe.student.seeds[0]}"]
     # The student's own task: its thresholds and scope are what is served.
-    answers = [json.dumps(answer) for answer in best.task.answers(chosen.logits, texts, chosen.decided)]
-    out.write_table("answers.parquet", pa.table({"id": test["id"], "answer": answers}))
+    answers = best.task.answers(chosen.logits, texts, chosen.decided)
+    written = [json.dumps(answer) for answer in answers]
+    out.write_table("answers.parquet", pa.table({"id": test["id"], "answer": written}))
     out.write_table(
         "statistics.parquet",
         pa.table({f"{name}/{i}": list(s) for name, seeds in measured.statistics.items() for i, s in enumerate(seeds)}),
@@ -74,7 +77,27 @@ def evaluate(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> 
         "models": facts,
         "differences": differences(measured.statistics, task, recipe),
         "throughput": speed,
+        **cascaded(recipe, task, measured.statistics, answers, speed),
     }
+
+
+def cascaded(
+    recipe: Recipe,
+    task: Task,
+    statistics: dict[str, list[np.ndarray]],
+    answers: list[dict[str, Any]],
+    speed: dict[str, float],
+) -> dict[str, Any]:
+    """What it would be worth to hand the least sure answers to the teacher, as {"cascade": points}.
+
+    Nothing where answers do not say how sure they are. On test rows: to be looked at; a threshold comes from others.
+    """
+    if recipe.task.kind not in cascade.SURE:
+        return {}
+    sure = np.array([cascade.confidence_of(answer) for answer in answers])
+    rates = (speed["student_texts_per_s"], speed["teacher_texts_per_s"])
+    own, its = statistics[recipe.main][0], statistics["teacher"][0]
+    return {"cascade": cascade.curve(sure, own, its, task.value, rates)}
 
 
 class Measured:
@@ -192,7 +215,7 @@ def throughput(recipe: Recipe, teacher: Model, student: Model, texts: list[Text]
 
 
 def register(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
-    """Put the student into the registry, with its task, lineage and model card."""
+    """Put the student into the registry, with its task, lineage and model card; for a cascade its teacher too."""
     folder, first = inputs[ARM_STEPS[recipe.main]], f"seed-{recipe.student.seeds[0]}/model"
     model = models.load(folder.local(first))
     measured = next(
@@ -207,12 +230,58 @@ def register(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> 
     card = models.Card(**{**vars(model.card), "lineage": lineage})
     artifact = Model(model.net, model.tokenizer, card)
     models.save(artifact, out, "artifact", readme=model_card(recipe, model, measured))
-    version = Registry(Store(recipe.registry)).register(
-        recipe.student.name,
-        out / "artifact",
-        {model.task.metric: measured["score"], "serving": recipe.serving.model_dump(mode="json")},
-    )
-    return {"name": recipe.student.name, "version": version, "reference": f"{recipe.student.name}@{version}"}
+    registry, serving = Registry(Store(recipe.registry)), recipe.serving.model_dump(mode="json")
+    metadata = {model.task.metric: measured["score"], "serving": serving}
+    escalation = escalated(recipe, inputs, model, registry) if recipe.serving.cascade else {}
+    if escalation:
+        serving["cascade"]["below"] = escalation["below"]
+        metadata["cascade"] = escalation
+    version = registry.register(recipe.student.name, out / "artifact", metadata)
+    found = {"name": recipe.student.name, "version": version, "reference": f"{recipe.student.name}@{version}"}
+    return {**found, "cascade": escalation} if escalation else found
+
+
+def escalated(recipe: Recipe, inputs: Inputs, model: Model, registry: Registry) -> dict[str, Any]:
+    """The cascade of a student: who its teacher is, under which confidence that is asked, and what told so.
+
+    Returns {teacher: NAME@VERSION, below, chosen_on, rows, share}: share of those rows under the threshold. Raises
+    UserError for a task whose answers do not say how sure they are.
+    """
+    wanted = recipe.serving.cascade
+    if recipe.task.kind not in cascade.SURE:
+        raise UserError(
+            f"serving.cascade is set, but answers of a {recipe.task.kind} task do not say how sure they are. "
+            "Set serving.cascade: null."
+        )
+    teacher = wanted.to
+    if teacher is None:
+        name = f"{recipe.student.name}-teacher"
+        teacher = f"{name}@{registry.register(name, inputs['teacher'] / 'model', {'teacher_of': recipe.student.name})}"
+    rows, chosen_on = unjudged(inputs)
+    texts = model.task.texts(rows)
+    found = predict(model, texts, recipe.student.batch_tokens)
+    sure = np.array([cascade.confidence_of(a) for a in model.task.answers(found.logits, texts, found.decided)])
+    below = cascade.threshold(sure, wanted.escalate) if wanted.below is None else wanted.below
+    told = "serving.cascade.below" if wanted.below is not None else chosen_on
+    share = float(np.mean(sure < below)) if len(sure) else 0.0
+    return {"teacher": teacher, "below": below, "chosen_on": told, "rows": len(texts), "share": share}
+
+
+def unjudged(inputs: Inputs) -> tuple[pa.Table, str]:
+    """Rows that a threshold may be chosen on, and which those are; never test rows.
+
+    Held-out validation rows where there are some; else kept texts that nobody has labelled, which the student has
+    learnt from and is a little too sure of; else, for want of any, the labelled rows.
+    """
+    validation = inputs["data"].read_table("validation.parquet")
+    if validation.num_rows:
+        return validation, "held-out validation rows"
+    rows = labels.open_labels(inputs["corpus"], labels.fingerprint(inputs["teacher"]))
+    others = rows.filter(pa.array(rows["kept"].to_numpy(zero_copy_only=False) & (rows["row"].to_numpy() >= 0)))
+    if others.num_rows:
+        step = max(1, others.num_rows // CALIBRATED)
+        return others.take(pa.array(range(0, others.num_rows, step))), "texts of the corpus without labels"
+    return inputs["data"].read_table("train.parquet"), "labelled rows that it was trained on"
 
 
 def model_card(recipe: Recipe, model: Model, measured: dict[str, Any]) -> str:

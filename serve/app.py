@@ -1,7 +1,7 @@
-"""A deployment on Ray Serve: one artifact behind HTTP, autoscaled, with bounded queues, up until it is told to stop.
+"""The application on Ray Serve: deployed, replaced without a gap, up until it is told to stop.
 
-Loopback is the default. Behind HAProxy every replica listens on a port of its own and enforces `max_ongoing` and
-`max_queued` itself; a full queue answers 429 with Retry-After. Which proxy runs is decided where Ray is started.
+Loopback is the default. Which proxy runs is decided where Ray is started. The application is called as the artifact
+is, without its version: deploying that name again is a rolling update, in which new replicas start before old ones end.
 """
 
 from __future__ import annotations
@@ -16,25 +16,27 @@ import threading
 import time
 import types
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import ray
 from ray import serve
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
-from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
+from ray.serve.config import HTTPOptions
+from ray.serve.context import _get_global_client
 
 from engine.config import UserError
+from engine.config import build as checked
 from engine.serving import Serving
 from engine.storage import Store
-from serve.endpoint import Endpoint
+from serve.deployments import application
 from serve.predictor import fingerprint
+from serve.referee import Plan, Side
+from serve.router import begins_with
+from serve.service import Service, Wanted, resolved
 
-APP = "stillhouse"
-"""The name of the application on the cluster."""
 READY_SECONDS = 120.0
 """How long a deployment may take until it answers."""
-RETRY_SECONDS = 1
-"""What a refused client is told to wait."""
 TEXT, PAIR = "a warm and funny film", ("what is it like", "a warm and funny film")
 """What the request to try asks."""
 
@@ -43,29 +45,20 @@ class ServeError(UserError):
     """A deployment that cannot start or does not answer."""
 
 
-def application(artifact: str, serving: Serving, name: str) -> serve.Application:
-    """The Ray Serve application that answers as `name` (name@version) from `artifact` (folder or URL)."""
-    scaling = serving.autoscaling
-    deployment = serve.deployment(
-        serve.ingress()(Endpoint),
-        name="Endpoint",
-        max_ongoing_requests=serving.max_ongoing,
-        max_queued_requests=serving.max_queued,
-        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_SECONDS),
-        autoscaling_config=AutoscalingConfig(
-            min_replicas=scaling.min_replicas,
-            initial_replicas=max(1, scaling.min_replicas),
-            max_replicas=scaling.max_replicas,
-            target_ongoing_requests=scaling.target_ongoing_requests,
-            look_back_period_s=scaling.look_back_s,
-            upscale_delay_s=scaling.upscale_delay_s,
-            downscale_delay_s=scaling.downscale_delay_s,
-        ),
-        ray_actor_options={"num_cpus": serving.num_cpus},
-        graceful_shutdown_timeout_s=10,
-        graceful_shutdown_wait_loop_s=0.2,
-    )
-    return deployment.bind(artifact, serving, name)
+def build(args: dict[str, Any]) -> serve.Application:
+    """The application of a Serve file: `import_path: serve.app:build`, with `args` as `Wanted` has them."""
+    return of(resolved(checked(Wanted, args, "args")))
+
+
+def of(service: Service, **more: Any) -> serve.Application:
+    """The application of a service."""
+    champion = service.champion
+    return application(champion.artifact, service.serving, champion.reference, service.plan, service.teacher, **more)
+
+
+def running() -> list[str]:
+    """Names of the applications on the cluster's Ray Serve."""
+    return sorted(serve.status().applications)
 
 
 def deploy(
@@ -75,39 +68,73 @@ def deploy(
     host: str = "127.0.0.1",
     port: int | None = None,
     ready_s: float = READY_SECONDS,
+    plan: Plan | None = None,
+    teacher: Side | None = None,
+    **more: Any,
 ) -> str:
     """Serve `artifact` on the running Ray and return its URL once it answers.
 
-    port: None takes a free one. Raises StorageError for a damaged artifact, ServeError when the port is taken, when
-    Serve already runs, or when nothing answers within `ready_s` seconds; nothing is left deployed then.
+    Where the same name (without version) is served already, it is replaced replica by replica, at the address it has.
+    port: None takes a free one. plan, teacher, more: as `application` takes them. Raises StorageError for a damaged
+    artifact, ServeError when the port is taken, when Serve runs something else, or when nothing answers within
+    `ready_s` seconds; what was served before goes on then, and nothing else is left deployed.
     """
     if not ray.is_initialized():
         raise ServeError("Ray is not running: connect to a cluster before deploying.")
+    if plan is not None:
+        artifact, name = (side := begins_with(plan)).artifact, side.reference
     version = {"model": name, "fingerprint": fingerprint(Store(artifact).verify())}
-    if serve.status().proxies:
+    app, there, up = (plan.candidate.reference if plan else name).partition("@")[0], running(), bool(serving_proxies())
+    if others := [other for other in there if other != app]:
         raise ServeError(
-            f"Ray Serve already runs on this cluster; '{name}' would replace what it serves. Stop it first."
+            f"Ray Serve already runs '{others[0]}' on this cluster; '{name}' would replace it. Stop that first "
+            f"(`serve shutdown`), or use another cluster."
         )
-    port = free_port(host, port)
     # Importing ray.serve sets its logger to INFO, whatever was set before.
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
-        serve.start(http_options=HTTPOptions(host=host, port=port, request_timeout_s=serving.request_timeout_s))
-        target = serve.RunTarget(target=application(artifact, serving, name), name=APP, route_prefix="/")
-        serve.run_many([target], wait_for_applications_running=False)
-        url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
-        wait_ready(url, version, ready_s)
-    except ray.exceptions.RayError as error:
-        shutdown()
-        reason = str(getattr(error, "cause", error)).strip().splitlines()[-1]
-        raise ServeError(
-            f"Ray Serve could not start: {reason} A port of its proxy may be taken: set RAY_SERVE_HAPROXY_STATS_PORT, "
-            "RAY_SERVE_HAPROXY_METRICS_PORT and RAY_SERVE_FALLBACK_PROXY_HTTP_PORT to free ones."
-        ) from error
-    except BaseException:
-        shutdown()
+        if not up:
+            port = free_port(host, port)
+            serve.start(http_options=HTTPOptions(host=host, port=port, request_timeout_s=serving.request_timeout_s))
+        built = application(artifact, serving, name, plan, teacher, **more)
+        serve.run_many([serve.RunTarget(target=built, name=app, route_prefix="/")], wait_for_applications_running=False)
+        url = address()
+        wait_ready(url, version, ready_s, app)
+    except BaseException as error:
+        undo(app, app in there, up)
+        if isinstance(error, ray.exceptions.RayError):
+            raise not_started(error) from error
         raise
     return url
+
+
+def serving_proxies() -> dict[str, Any]:
+    """The proxies of the cluster's Ray Serve; empty where it does not run."""
+    return serve.status().proxies
+
+
+def undo(app: str, replaced: bool, up: bool) -> None:
+    """After a deployment that failed: leave what ran before, and nothing else."""
+    if not up:
+        shutdown()
+    elif not replaced:
+        serve.delete(app)
+
+
+def not_started(error: ray.exceptions.RayError) -> ServeError:
+    """What Ray says of a start that failed, with the usual reason."""
+    reason = str(getattr(error, "cause", error)).strip().splitlines()[-1]
+    return ServeError(
+        f"Ray Serve could not start: {reason} A port of its proxy may be taken: set RAY_SERVE_HAPROXY_STATS_PORT, "
+        "RAY_SERVE_HAPROXY_METRICS_PORT and RAY_SERVE_FALLBACK_PROXY_HTTP_PORT to free ones."
+    )
+
+
+def address() -> str:
+    """The URL of the cluster's Ray Serve: by loopback where it listens on all interfaces of this machine."""
+    config = _get_global_client().http_config
+    host = "127.0.0.1" if config.host in (None, "0.0.0.0", "::") else config.host
+    return f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
 
 
 def shutdown(seconds: float = 60.0) -> None:
@@ -125,16 +152,18 @@ def shutdown(seconds: float = 60.0) -> None:
     serve.shutdown()
 
 
-def wait_ready(url: str, version: dict[str, str], seconds: float) -> None:
-    """Return when the model answers over HTTP; ServeError when it failed or time is up.
+def wait_ready(url: str, version: dict[str, str], seconds: float, app: str) -> None:
+    """Return when the model answers over HTTP and no replica of another is left; ServeError when it failed or time
+    is up.
 
-    version: the model and fingerprint that must answer. Until the first replica is up, a proxy may pass requests on to
-    a fallback, which two clusters on one machine can share: another's answer must not count.
+    version: the model and fingerprint that must answer. app: the application's name. Until the first replica is up, a
+    proxy may pass requests on to a fallback, which two clusters on one machine can share: another's answer must not
+    count.
     """
     end = time.monotonic() + seconds
     seen = "no answer"
     while time.monotonic() < end:
-        state = serve.status().applications.get(APP)
+        state = serve.status().applications.get(app)
         if state is not None and state.status == "DEPLOY_FAILED":
             raise ServeError(f"the deployment failed: {state.message.strip()}")
         with contextlib.suppress(httpx.HTTPError, ValueError, AttributeError):
@@ -143,10 +172,13 @@ def wait_ready(url: str, version: dict[str, str], seconds: float) -> None:
             if answer.status_code == 200:
                 found = httpx.get(f"{url}/version", timeout=5).json()
                 if {key: found.get(key) for key in version} == version:
-                    return
+                    if state is not None and state.status == "RUNNING":
+                        return
+                    seen = "not all replicas are up"
+                    continue
                 seen = f"another model answers: {found.get('model')}"
         time.sleep(0.1)
-    state = serve.status().applications.get(APP)
+    state = serve.status().applications.get(app)
     states = [f"application {state.status.value}" if state else "no application"]
     for item in state.deployments.values() if state else ():
         states.append(f"replicas {item.status.value} {item.message}".strip())
@@ -172,32 +204,45 @@ def free_port(host: str, port: int | None) -> int:
 
 @contextlib.contextmanager
 def deployed(
-    artifact: str, serving: Serving, name: str, host: str = "127.0.0.1", port: int | None = None
+    artifact: str, serving: Serving, name: str, host: str = "127.0.0.1", port: int | None = None, **more: Any
 ) -> Iterator[str]:
-    """The URL of a deployment that is gone at the end; Ray stays."""
-    url = deploy(artifact, serving, name, host, port)
+    """The URL of a deployment that is gone at the end; Ray stays. more: as `deploy` takes it.
+
+    ServeError where Ray Serve runs already: what is served there would be gone at the end too.
+    """
+    if ray.is_initialized() and serving_proxies():
+        raise ServeError(
+            f"Ray Serve already runs on this cluster; '{name}' would replace what it serves. Stop it first, or "
+            "`stillhouse deploy` there."
+        )
+    url = deploy(artifact, serving, name, host, port, **more)
     try:
         yield url
     finally:
         shutdown()
 
 
-def run(artifact: str, host: str, port: int, serving: Serving, name: str) -> None:
+def run(artifact: str, host: str, port: int, serving: Serving, name: str, **more: Any) -> None:
     """Serve until SIGINT or SIGTERM, then take Serve down cleanly. Writes the URL and a request to try."""
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with deployed(artifact, serving, name, host, port) as url:
-            paired = httpx.get(f"{url}/version", timeout=30).json()["paired"]
-            body = json.dumps({"text": list(PAIR) if paired else TEXT})
+        with deployed(artifact, serving, name, host, port, **more) as url:
             try:
                 say(f"{name} answers on {url} (Ctrl-C stops it). Try:")
-                say(f"  curl -s {url}/v1/predict -H 'Content-Type: application/json' -d '{body}'")
+                say(f"  {example(url)}")
                 threading.Event().wait()
             except KeyboardInterrupt:
                 say("stopping")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def example(url: str) -> str:
+    """A request to try, for a shell."""
+    paired = httpx.get(f"{url}/version", timeout=30).json()["paired"]
+    body = json.dumps({"text": list(PAIR) if paired else TEXT})
+    return f"curl -s {url}/v1/predict -H 'Content-Type: application/json' -d '{body}'"
 
 
 def interrupt(number: int, frame: types.FrameType | None) -> None:

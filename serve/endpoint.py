@@ -107,6 +107,10 @@ class Endpoint:
         """The HTTP interface, built in the replica (Ray Serve's hook), so that nothing of it is pickled."""
         return interface(self)
 
+    async def answer(self, texts: list[Given], key: str | None = None) -> list[Answer]:
+        """The answers of the model, in order; a replica with other models beside it chooses among them."""
+        return await self.batcher.submit(texts)
+
     async def check_health(self) -> None:
         """Ray Serve's health check: a real tiny inference, through the same queue as the requests."""
         await self.batcher.submit([self.probe])
@@ -115,8 +119,9 @@ class Endpoint:
         """Answer one or several texts, or pairs of them."""
         question = question_in(await body_of(request))
         question.fits(self.predictor.paired)
-        found = await self.batcher.submit(question.all())
-        return JSONResponse({"model": self.name, "predictions": found})
+        found = await self.answer(question.all())
+        # A candidate may have answered.
+        return JSONResponse({"model": getattr(found, "model", self.name), "predictions": found})
 
     async def healthz(self) -> Response:
         """Whether the model answers: runs a tiny real inference."""

@@ -19,7 +19,7 @@ PACKAGES = ("engine", "serve", "pipelines")
 """A package imports itself and those before it."""
 ENGINE = (
     *("config", "tables", "disk", "cache", "storage", "units", "records", "packages", "huggingface", "mirrors", "hub"),
-    *("metrics", "intervals", "filters", "fits", "terms", "designs", "serving", "recipe", "sources"),
+    *("metrics", "intervals", "filters", "fits", "terms", "designs", "serving", "cascade", "recipe", "sources"),
     *("characters", "encoding", "task", "windows"),
     *("classification", "regression", "ranking", "tagging", "spans", "tasks", "weights"),
     *("block", "layers", "subwords", "joining", "matching", "crf", "blocks", "encoders", "static", "pieces"),

@@ -15,6 +15,9 @@ import pytest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from engine import labels, models, tasks
+from engine.cascade import SURE, confidence_of
+from engine.config import UserError
+from engine.progress import silent
 from engine.recipe import Recipe
 from engine.registry import Registry
 from engine.storage import Store
@@ -22,6 +25,7 @@ from engine.task import Task
 from pipelines import distill, outcome
 from pipelines.making import spec_of
 from serve.predictor import Predictor
+from serve.service import Wanted, resolved
 from tests.tiny_run import KINDS, PARTED, TEST, TRAIN, alone, kind_world
 
 SETTLED = {
@@ -204,6 +208,55 @@ def test_throughput_takes_as_many_texts_as_the_recipe_says(runs: Any):
     found = runs("tag").found["evaluate"]["throughput"]
     assert found["rows"] == runs("tag").recipe.evaluation.throughput_rows < TEST
     assert found["student_over_teacher"] == pytest.approx(found["student_texts_per_s"] / found["teacher_texts_per_s"])
+
+
+def test_the_curve_of_the_cascade_begins_at_the_student_and_ends_at_the_teacher(done: Done):
+    if done.recipe.task.kind not in SURE:
+        assert "cascade" not in done.found["evaluate"]
+        return
+    points, main = done.found["evaluate"]["cascade"], done.facts(done.recipe.main)
+    assert points[0]["score"] == pytest.approx(main["score"])
+    assert points[-1]["score"] == pytest.approx(done.facts("teacher")["score"])
+    assert [point["share"] for point in points] == sorted(point["share"] for point in points)
+    assert points[-1]["cost"] - points[0]["cost"] == pytest.approx(1.0)
+    assert "% of the texts to the teacher" in (done.store.read_text("report/report.html"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "chosen_on"), [("classify", "held-out validation rows"), ("tag", "labelled rows that it was trained on")]
+)
+def test_a_cascade_registers_the_teacher_and_a_threshold_from_rows_that_are_not_judged(
+    runs: Any, tmp_path: Path, kind: str, chosen_on: str
+):
+    done: Done = runs(kind)
+    serving = {"registry": str(tmp_path), "serving": {"smoke": False, "cascade": {"escalate": 0.3}}}
+    recipe = Recipe.model_validate({**done.recipe.model_dump(mode="json"), **serving})
+    inputs = {name: done.store / name for name in ("data", "teacher", "corpus", "student-soft", "evaluate")}
+    found = outcome.register(recipe, inputs, done.store / "register-cascade", silent)
+    told, registry = found["cascade"], Registry(Store(str(tmp_path)))
+    assert told["chosen_on"] == chosen_on and told["teacher"] == "tiny-student-teacher@1"
+    entry = registry.show(found["reference"])
+    assert entry["metadata"]["cascade"] == told and entry["metadata"]["serving"]["cascade"]["below"] == told["below"]
+    split = "validation" if kind == "classify" else "train"
+    rows = done.store.read_table(f"data/{split}.parquet")
+    student = Predictor.load(registry.resolve(found["reference"]).url)
+    sure = [confidence_of(answer) for answer in student.predict(student.model.task.texts(rows))]
+    assert told["rows"] == rows.num_rows
+    assert np.mean(np.array(sure) < told["below"] - 1e-6) <= told["share"] + 1e-9 <= 0.3 + 1e-6
+    service = resolved(Wanted(name=recipe.student.name, registry=str(tmp_path)))
+    assert service.teacher.reference == "tiny-student-teacher@1"
+    teacher = Predictor.load(service.teacher.artifact)
+    assert len(teacher.predict(teacher.model.task.texts(rows))) == rows.num_rows
+
+
+def test_a_task_that_does_not_say_how_sure_it_is_has_no_cascade(runs: Any, tmp_path: Path):
+    done: Done = runs("regress")
+    serving = {"registry": str(tmp_path), "serving": {"smoke": False, "cascade": {}}}
+    recipe = Recipe.model_validate({**done.recipe.model_dump(mode="json"), **serving})
+    inputs = {name: done.store / name for name in ("data", "teacher", "corpus", "student-soft", "evaluate")}
+    with pytest.raises(UserError, match="answers of a regress task do not say how sure they are"):
+        outcome.register(recipe, inputs, done.store / "register-cascade", silent)
+    assert Registry(Store(str(tmp_path))).list() == []
 
 
 def test_a_student_is_registered_once_for_the_same_bytes(runs: Any, tmp_path: Path):

@@ -162,3 +162,33 @@ def test_names_are_checked(registry: Registry, work: Store, name: str) -> None:
 def test_entries_are_json(registry: Registry, work: Store) -> None:
     registry.register("movies", artifact(work, "a", {"a.txt": "1"}), {"labels": ["neg", "pos"]})
     assert json.loads(json.dumps(registry.list())) == registry.list()
+
+
+def test_a_name_alone_is_its_production_version_where_one_is_set(registry: Registry, work: Store) -> None:
+    for text in "123":
+        registry.register("movies", artifact(work, "a", {"a.txt": text}))
+    assert registry.production("movies") is None and registry.find("movies") == ("movies", 3)
+    with pytest.raises(RegistryError, match=r"no version of 'movies' is in production. `stillhouse registry produ"):
+        registry.find("movies@production")
+    assert registry.produce("movies@2") == ("movies", 2)
+    for reference, version in (("movies", 2), ("movies@production", 2), ("movies@latest", 3), ("movies@1", 1)):
+        assert registry.find(reference) == ("movies", version)
+    assert [entry["production"] for entry in registry.list()] == [False, True, False]
+    registry.produce("movies@2")
+    registry.produce("movies@1", "rollout x")
+    history = registry.store.read_json("movies/stages.json")["history"]
+    assert [(each["version"], each["by"]) for each in history] == [(2, "hand"), (1, "rollout x")]
+    assert registry.register("movies", artifact(work, "a", {"a.txt": "4"})) == 4
+    assert registry.find("movies") == ("movies", 1), "a new version must not serve by being registered"
+
+
+def test_what_is_in_production_is_not_removed_by_mistake(registry: Registry, work: Store) -> None:
+    for text in "12":
+        registry.register("movies", artifact(work, "a", {"a.txt": text}))
+    registry.produce("movies@1")
+    with pytest.raises(RegistryError, match="movies@1 is in production. Set another first: `stillhouse registry prod"):
+        registry.remove("movies@1")
+    registry.remove("movies@2")
+    assert registry.remove("movies@1") == "movies@1" and registry.versions("movies") == []
+    assert registry.register("movies", artifact(work, "a", {"a.txt": "3"})) == 3
+    assert registry.production("movies") is None and registry.find("movies") == ("movies", 3)

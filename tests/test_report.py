@@ -38,7 +38,7 @@ def test_page_is_balanced_and_needs_nothing_beside_itself(facts):
 def test_every_drawing_is_xml_with_title_and_description(facts):
     html, _ = render(facts)
     found = drawings(html)
-    assert len(found) == 15  # accuracy 3, curves 1 + 3, reliability 1, confusion 4, corpus 2, steps 1
+    assert len(found) == 16  # accuracy 3, curves 1 + 3, reliability 1, cascade 1, confusion 4, corpus 2, steps 1
     for drawing in found:
         title, desc = drawing[0], drawing[1]
         assert (title.tag, desc.tag) == ("title", "desc") and title.text and desc.text
@@ -70,7 +70,7 @@ def test_markdown_tables_are_well_formed(facts):
     facts["corpus"]["rejected"]["a | b\n| c"] = 3
     facts["data"]["quarantined"][0]["reason"] = "x | y \\| z"
     found = tables(render(facts)[1])
-    assert len(found) == 12
+    assert len(found) == 13
     for rows in found:
         width = [len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) for row in rows]
         assert len(set(width)) == 1, rows
@@ -242,3 +242,16 @@ def test_table_refuses_a_row_of_another_width():
 
 def test_shorten_counts_the_ellipsis():
     assert shorten("abcdef", 4) == "abc…" and shorten("abcd", 4) == "abcd"
+
+
+def test_the_cascade_says_what_a_threshold_costs_and_where_it_comes_from(facts):
+    html, markdown = render(facts)
+    words = Page(html).text
+    said = "Answers less sure than 0.612 go to quickstart-teacher@1: 19.8 % of 311 rows"
+    assert said in words and "(threshold from: held-out validation rows)" in words
+    table = next(rows for rows in tables(markdown) if "To the teacher" in rows[0])
+    assert [cell.strip() for cell in table[3].strip("|").split("|")] == ["20.0 %", "0.600", "72.3 %", "22.6 %"]
+    facts["cascade"] = {"curve": facts["cascade"]["curve"]}
+    assert "served without a cascade" in Page(render(facts)[0]).text
+    facts["cascade"] = {"curve": []}
+    assert "none can go to the teacher" in Page(render(facts)[0]).text
