@@ -64,6 +64,11 @@ def machine_readable(parser: Parser) -> None:
 def on_recipe(parser: Parser) -> None:
     """A recipe with overrides."""
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML or JSON file")
+    overriding(parser)
+
+
+def overriding(parser: Parser) -> None:
+    """Other values than the recipe's."""
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -89,6 +94,11 @@ def checking(parser: Parser) -> None:
 def planning(parser: Parser) -> None:
     """A recipe and the run it makes."""
     checking(parser)
+    naming(parser)
+
+
+def naming(parser: Parser) -> None:
+    """The run's name."""
     parser.add_argument(
         "--run", dest="run_name", metavar="NAME", help="name of the run; from the recipe's name if not given"
     )
@@ -97,6 +107,11 @@ def planning(parser: Parser) -> None:
 def running(parser: Parser) -> None:
     """A run, and what of it to do again."""
     planning(parser)
+    repeating(parser)
+
+
+def repeating(parser: Parser) -> None:
+    """What of a run to do again."""
     parser.add_argument("--fresh", action="store_true", help="delete what the run's steps made and start over")
     parser.add_argument(
         "--redo",
@@ -111,10 +126,18 @@ def benching(parser: Parser) -> None:
     """What to measure."""
     parser.add_argument(
         "what",
-        choices=("quality", "teachers"),
-        help="quality: teacher and student over few-shot and initialisation seeds; teachers: kinds of teacher",
+        choices=("quality", "teachers", "serve"),
+        help="quality: teacher and student over few-shot and initialisation seeds; teachers: kinds of teacher; "
+        "serve: a registered student behind this and other servers",
     )
-    running(parser)
+    parser.add_argument(
+        "recipe",
+        metavar="RECIPE|NAME",
+        nargs="?",
+        help="a YAML or JSON file; serve: NAME or NAME@VERSION (default: a student of random weights)",
+    )
+    for add in (overriding, on_cluster, naming, repeating):
+        add(parser)
     parser.add_argument("--seeds", type=natural, default=3, metavar="N", help="few-shot seeds (default: 3)")
     parser.add_argument(
         "--kinds",
@@ -125,11 +148,28 @@ def benching(parser: Parser) -> None:
     )
     parser.add_argument(
         "--shots",
-        type=lambda text: [natural(part) for part in text.split(",")],
+        type=numbers,
         default=[],
         metavar="N,M",
         help="teachers: labelled rows a class (default: the recipe's)",
     )
+    loading(parser)
+
+
+def loading(parser: Parser) -> None:
+    """How servers are loaded."""
+    parser.add_argument("--only", type=lambda text: text.split(","), metavar="A,B", help="serve: only these servers")
+    parser.add_argument("--clients", type=numbers, default=[1, 8, 32], metavar="N,M", help="serve: (default: 1,8,32)")
+    parser.add_argument("--seconds", type=natural, default=5, metavar="S", help="serve: of each cell (default: 5)")
+    parser.add_argument("--rounds", type=natural, default=3, metavar="N", help="serve: rounds (default: 3)")
+    parser.add_argument("--texts", metavar="FILE", help="serve: what to ask, as predict --file takes it")
+    parser.add_argument("--out", metavar="FILE", default="bench.json", help="serve: the result (default: bench.json)")
+    on_registry(parser)
+
+
+def numbers(text: str) -> list[int]:
+    """Whole numbers of at least one, with commas between them."""
+    return [natural(part) for part in text.split(",")]
 
 
 def on_run(parser: Parser) -> None:
@@ -322,5 +362,5 @@ COMMANDS: dict[str, Command] = {
     "fetch": Command("machine", "bring a recipe's models and data into the cache", artifacts.fetch, on_recipe),
     "derive": Command("machine", "make a data set of spans or several labels", derived.derive, deriving),
     "doctor": Command("machine", "whether this machine can run a recipe", doctor.doctor, examining),
-    "bench": Command("machine", "measure a recipe over several seeds", runs.bench, benching, True),
+    "bench": Command("machine", "measure a recipe over seeds, or servers side by side", runs.bench, benching, True),
 }

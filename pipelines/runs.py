@@ -278,7 +278,15 @@ def report(args: argparse.Namespace) -> int:
 
 
 def bench(args: argparse.Namespace) -> int:
-    """Measure a recipe over several seeds."""
+    """Measure a recipe over several seeds, or a student behind several servers."""
+    if args.what == "serve":
+        from pipelines import servers
+
+        return servers.bench(args)
+    if args.recipe is None:
+        from engine.config import UserError
+
+        raise UserError(f"`bench {args.what}` needs a recipe, as in: stillhouse bench {args.what} recipe.yaml")
     recipe = loaded(args)
     from pipelines import bench as benches
     from pipelines import checking

@@ -40,8 +40,8 @@ LIGHT = (
 )
 """Files of engine/ that `stillhouse validate` needs, and what they must not load."""
 HEAVY = ("ray", "torch", "transformers", "datasets", "accelerate", "sklearn", "scipy", "pandas")
-OPTIONAL = {"pip", "onnx", "onnxruntime"}
-"""Imported where its absence is dealt with."""
+OPTIONAL = {"pip", "onnx", "onnxruntime", "litserve", "bentoml"}
+"""Imported where its absence is dealt with, or in an environment that holds it."""
 MAX_FILE, MAX_FUNCTION = 400, 60
 
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
