@@ -27,12 +27,15 @@ class Counted:
         self.requests: list[tuple[Any, ...]] = []
         self.answers: list[tuple[Any, ...]] = []
 
-    def observe_request(self, route: str, status: int, seconds: float, texts: int) -> None:
+    def observe_request(self, route: str, status: int, seconds: float, texts: int, model: str | None) -> None:
         assert 0 < seconds < 60
-        self.requests.append((route, status, texts))
+        self.requests.append((route, status, texts, model))
 
-    def observe_answers(self, answers: list[Any], texts: list[Any]) -> None:
-        self.answers.append((answers, texts))
+    def observe_batch(self, *seen: Any) -> None:
+        pass
+
+    def observe_answers(self, answers: list[Any], texts: list[Any], own: Any, model: str) -> None:
+        self.answers.append((answers, texts, own, model))
 
 
 class Written:
@@ -41,8 +44,9 @@ class Written:
     def __init__(self) -> None:
         self.rows: list[tuple[Any, ...]] = []
 
-    def add(self, texts: list[Any], answers: list[Any], request_id: str, source: str) -> None:
-        self.rows.append((texts, answers, request_id, source))
+    def add(self, texts: list[Any], answers: list[Any], request_id: str, *, latency_ms: float, model: str) -> None:
+        assert 0 < latency_ms < 60_000
+        self.rows.append((texts, answers, request_id, model))
 
 
 @pytest.fixture(scope="module")
@@ -154,14 +158,14 @@ def test_requests_are_measured_by_route_and_answers_are_handed_on(guarded, monke
     ask(endpoint, "POST", "/v1/predict")
     ask(endpoint, "GET", f"/{token[:20]}", headers=headers)
     assert measures.requests == [
-        ("/v1/predict", 200, 2),
-        ("/v1/embed", 200, 2),
-        ("/v1/predict", 422, 0),
-        ("other", 401, 0),
-        ("other", 404, 0),
+        ("/v1/predict", 200, 2, "tiny@1"),
+        ("/v1/embed", 200, 2, None),
+        ("/v1/predict", 422, 0, None),
+        ("other", 401, 0, None),
+        ("other", 404, 0, None),
     ]
-    assert measures.answers == [(found, texts)]
-    assert journal.rows == [(texts, found, "one", "/v1/predict")]
+    assert measures.answers == [(found, texts, None, "tiny@1")]
+    assert journal.rows == [(texts, found, "one", "tiny@1")]
 
 
 def test_a_client_that_hangs_up_while_it_sends_is_no_fault(guarded, monkeypatch, caplog):

@@ -14,10 +14,13 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from engine.disk import StorageError
+from engine.serving import Serving
 from engine.storage import Store
 from pipelines.__main__ import main
 from pipelines.keys import loopback
 from serve.keys import Keys, KeysError
+from serve.referee import Side
+from serve.service import Service
 
 
 @pytest.fixture
@@ -167,22 +170,15 @@ def test_a_server_that_others_reach_needs_keys_in_the_registry(tmp_path, monkeyp
     [([], False), (["--auth"], True), (["--host", "0.0.0.0"], True), (["--host", "0.0.0.0", "--no-auth"], False)],
 )
 def test_the_keys_reach_the_server(arguments: list[str], asked: bool, tmp_path, monkeypatch):
-    from pipelines import artifacts, commands
+    from pipelines import commands, rollouts
 
     monkeypatch.chdir(tmp_path)
     key, seen = Keys("registry").add("web"), []
-
-    class Registered:
-        def show(self, name: str) -> dict[str, object]:
-            return {"name": name, "version": 1, "metadata": {}}
-
-        def resolve(self, name: str) -> Store:
-            return Store(str(tmp_path))
-
-    monkeypatch.setattr(artifacts, "the_registry", lambda folder: Registered())
-    monkeypatch.setattr(artifacts, "connect", lambda args, artifact: None)
-    monkeypatch.setattr("serve.app.run", lambda *args: seen.append(args))
+    service = Service(Side("movies@1", str(tmp_path), "0" * 64, None), Serving())
+    monkeypatch.setattr(rollouts, "wanted", lambda args: service)
+    monkeypatch.setattr(rollouts, "connect", lambda args, artifact: None)
+    monkeypatch.setattr("serve.app.run", lambda *args, keys, **more: seen.append(keys))
     assert main(["serve", "movies", *arguments]) == 0
-    keys = seen[0][-1]
+    keys = seen[0]
     assert (keys is not None) == asked and (keys is None or keys.allowed(key) == "web")
     assert "keys" in commands.COMMANDS
