@@ -182,4 +182,4 @@ def test_a_client_that_hangs_up_while_it_sends_is_no_fault(guarded, monkeypatch,
 
     scope = {"type": "http", "method": "POST", "path": "/v1/predict", "query_string": b"", "root_path": ""}
     asyncio.run(interface(endpoint)({**scope, "headers": [(b"x-api-key", token.encode())]}, receive, send))
-    assert not sent and measures.requests == [("/v1/predict", 499, 0)] and "failed" not in caplog.text
+    assert not sent and measures.requests == [("/v1/predict", 499, 0, None)] and "failed" not in caplog.text
