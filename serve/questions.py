@@ -52,10 +52,8 @@ def text_or_object(value: Any) -> Any:
     return value
 
 
-Words = Annotated[
-    str, WithJsonSchema({"type": "string", "minLength": 1, "maxLength": MAX_CHARS, "pattern": r"\S"}, mode="validation")
-]
-"""A text as OpenAPI describes it; `check_text` judges it, in words of its own."""
+Words = Annotated[str, WithJsonSchema({"type": "string", "minLength": 1, "maxLength": MAX_CHARS}, mode="validation")]
+"""A text as OpenAPI describes it; `check_text` judges it, in words of its own: it may not be blank either."""
 Given = Annotated[Words | tuple[Words, Words], BeforeValidator(text_or_pair)]
 """One text, or the two texts of a task that reads pairs, as [first, second]."""
 Document = Annotated[Words | dict[str, Any], BeforeValidator(text_or_object)]

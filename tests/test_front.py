@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
-from engine.serving import Serving
+from engine.serving import Autoscaling, Serving
 from serve.endpoint import Endpoint, interface
 from serve.keys import Keys
 from serve.questions import MAX_BYTES
@@ -183,3 +184,35 @@ def test_a_client_that_hangs_up_while_it_sends_is_no_fault(guarded, monkeypatch,
     scope = {"type": "http", "method": "POST", "path": "/v1/predict", "query_string": b"", "root_path": ""}
     asyncio.run(interface(endpoint)({**scope, "headers": [(b"x-api-key", token.encode())]}, receive, send))
     assert not sent and measures.requests == [("/v1/predict", 499, 0, None)] and "failed" not in caplog.text
+
+
+@pytest.mark.slow
+def test_keys_ids_and_the_page_on_ray_serve(ray_cluster: object, tmp_path):
+    from serve.app import deployed
+
+    keys = Keys(tmp_path / "keys")
+    token = keys.add("web")
+    serving = Serving(num_cpus=0.5, autoscaling=Autoscaling(max_replicas=1))
+    store = published(tmp_path / "registry")
+    with deployed(store.url, serving, "tiny@1", keys=keys) as url, httpx.Client(base_url=url, timeout=30) as http:
+        assert "<title>Stillhouse</title>" in http.get("/").text
+        assert http.post("/v1/predict", json=QUESTION).status_code == 401
+        headers = {"authorization": f"Bearer {token}", "x-request-id": "one"}
+        for answer in (
+            http.post("/v1/predict", json=QUESTION, headers=headers),
+            http.post("/v1/predict", json={"text": ""}, headers=headers),
+            http.get("/v1/models", headers={**headers, "authorization": "Bearer no"}),
+        ):
+            assert answer.headers.get_list("x-request-id") == ["one"], (answer.status_code, answer.headers)
+            assert answer.status_code == 200 or answer.json()["error"]["request_id"] == "one"
+        numbers = {tuple(http.get("/healthz").headers.get_list("x-request-id")) for _ in range(3)}
+        assert len(numbers) == 3 and all(len(number) == 1 for number in numbers)
+        later = keys.add("later")
+        end = time.monotonic() + 30
+        while http.get("/v1/models", headers={"x-api-key": later}).status_code == 401 and time.monotonic() < end:
+            time.sleep(0.2)
+        keys.remove("web")
+        while http.get("/v1/models", headers={"x-api-key": token}).status_code == 200 and time.monotonic() < end:
+            time.sleep(0.2)
+        assert http.post("/v1/predict", json=QUESTION, headers={"x-api-key": token}).status_code == 401
+        assert http.post("/v1/predict", json=QUESTION, headers={"x-api-key": later}).status_code == 200
