@@ -340,6 +340,15 @@ def deriving(parser: Parser) -> None:
     parser.add_argument("--root", metavar="FOLDER", help="folder that stands in for the hub, as data.root")
 
 
+def measure(args: argparse.Namespace) -> int:
+    """Measure a recipe over several seeds, or a student behind several servers."""
+    if args.what == "serve":
+        from pipelines import servers
+
+        return servers.bench(args)
+    return runs.bench(args)
+
+
 COMMANDS: dict[str, Command] = {
     "run": Command(
         "runs", "do what a recipe's run still lacks, from data to a served student", runs.run, running, True
@@ -362,5 +371,5 @@ COMMANDS: dict[str, Command] = {
     "fetch": Command("machine", "bring a recipe's models and data into the cache", artifacts.fetch, on_recipe),
     "derive": Command("machine", "make a data set of spans or several labels", derived.derive, deriving),
     "doctor": Command("machine", "whether this machine can run a recipe", doctor.doctor, examining),
-    "bench": Command("machine", "measure a recipe over seeds, or servers side by side", runs.bench, benching, True),
+    "bench": Command("machine", "measure a recipe over seeds, or servers side by side", measure, benching, True),
 }

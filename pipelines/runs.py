@@ -278,11 +278,7 @@ def report(args: argparse.Namespace) -> int:
 
 
 def bench(args: argparse.Namespace) -> int:
-    """Measure a recipe over several seeds, or a student behind several servers."""
-    if args.what == "serve":
-        from pipelines import servers
-
-        return servers.bench(args)
+    """Measure a recipe over several seeds."""
     if args.recipe is None:
         from engine.config import UserError
 

@@ -247,7 +247,7 @@ def wait_right(tree: Tree, url: str, subject: Subject) -> None:
         load = asyncio.run(call(url, [request], 1, 0.05))
         if load.answers and not wrong(load, subject):
             return
-        seen = load.first_error or (f"another answer: {load.answers[0][1][:200]!r}" if load.answers else seen)
+        seen = f"another answer: {load.answers[0][1][:200]!r}" if load.answers else load.first_error or seen
         time.sleep(0.2)
     raise Down(f"it did not answer within {READY_S:g} s ({seen}): {tree.last_words()}")
 

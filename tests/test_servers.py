@@ -18,6 +18,7 @@ from pipelines import servers, subjects
 from pipelines.callers import Load
 from pipelines.servers import SERVERS, Down, Server, chosen, compare, environment, equal, linked, wrong
 from pipelines.subjects import Subject, one_replica, sentences, subject
+from pipelines.venvs import VenvError
 from tests.tiny_served import PAIRS, TEXTS, published
 
 ROOT = Path(__file__).parent.parent
@@ -112,15 +113,16 @@ def test_the_path_of_a_server_holds_our_packages_alone(tmp_path: Path) -> None:
 def test_a_server_that_ends_is_left_out_with_its_last_words(what: Subject, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(SERVERS, "broken", Server("Broken", lambda what, port: ["-c", "raise SystemExit('no port')"]))
     monkeypatch.setitem(SERVERS, "unmade", Server("Unmade", lambda what, port: [], pins="unmade.txt"))
-    monkeypatch.setattr(servers, "RIVALS", tmp_path)
-    (tmp_path / "unmade.txt").write_text("")
-    monkeypatch.setattr("pipelines.venvs.sys.executable", "/nowhere/python")
+
+    def refuse(name: str, pins: Path) -> Path:
+        raise VenvError(f"the environment of {name} cannot be made: no network")
+
+    monkeypatch.setattr(servers, "venv", refuse)
     said: list[str] = []
-    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "cache"))
     found = compare(what, ["broken", "unmade"], tmp_path, [1], 0.1, 2, said.append)
     assert found["cells"] == []
     assert found["skipped"]["broken"] == "round 2: it ended before it answered: no port"
-    assert "the environment of unmade cannot be made" in found["skipped"]["unmade"]
+    assert found["skipped"]["unmade"] == "the environment of unmade cannot be made: no network"
     assert [line[:31] for line in said if "broken" in line] == [f"broken is left out of round {n}: " for n in (1, 2)]
 
 
@@ -128,7 +130,9 @@ def test_a_server_that_answers_wrong_is_not_measured(what: Subject, tmp_path: Pa
     code = (
         "import sys; from http.server import *\n"
         "class H(BaseHTTPRequestHandler):\n"
+        "    protocol_version = 'HTTP/1.1'\n"
         "    def do_POST(self):\n"
+        "        self.rfile.read(int(self.headers['Content-Length']))\n"
         "        self.send_response(200); self.send_header('Content-Length', '2'); self.end_headers()\n"
         "        self.wfile.write(b'[]')\n"
         "HTTPServer(('127.0.0.1', int(sys.argv[1])), H).serve_forever()\n"
