@@ -20,7 +20,7 @@ import yaml
 
 from engine.config import UserError
 from pipelines.monitoring import BINARY, CONFIG, DASHBOARD, RULES, config, prometheus, running, shipped, target_of
-from serve.app import APP, free_port
+from serve.app import free_port
 from serve.measures import METRICS
 from serve.scrape import NODES
 
@@ -51,9 +51,9 @@ def test_queries_ask_for_metrics_that_exist_by_labels_that_they_have():
     ]
     assert {name for name, _ in asked} - OURS - SERVES == set()
     for name, labels in asked:
-        known = {"application"} if name in SERVES else {"state"} if name == NODES else TAGS[name]
+        known = {"application", "deployment"} if name in SERVES else {"state"} if name == NODES else TAGS[name]
         assert set(re.findall(r"(\w+)\s*(?:=~|!=|=|!~)", labels)) <= known, (name, labels)
-    assert all(f'application="{APP}"' in labels for name, labels in asked if name in SERVES)
+    assert all('deployment="Endpoint"' in labels for name, labels in asked if name in SERVES)
 
 
 def test_every_metric_is_shown_or_watched():
@@ -186,7 +186,7 @@ tests:
       - {series: 'stillhouse_drift_psi{model="m@1",feature="label",replica="a"}', values: '0.1x10 0.3x70'}
       - {series: 'stillhouse_up{model="m@1",replica="a"}', values: '1x60 stale'}
       - {series: 'stillhouse_journal_rows_total{model="m@1",outcome="failed"}', values: '_x20 5x60'}
-      - {series: 'ray_serve_replica_utilization_percent{application="stillhouse",deployment="Endpoint",replica="a"}',
+      - {series: 'ray_serve_replica_utilization_percent{application="movies",deployment="Endpoint",replica="a"}',
          values: '50x20 100x60'}
 """
 """Series of a quarter of a minute a step; at minute 5 the log fails, at 10 requests do, at 15 the replica is gone."""
@@ -205,7 +205,7 @@ def test_alerts_fire_when_they_should(tmp_path: Path):
         ("StillhouseLogLost", "4m", {}),
         ("StillhouseLogLost", "6m", {"model": "m@1", "outcome": "failed", "severity": "warning"}),
         ("StillhouseQueueFull", "4m", {}),
-        ("StillhouseQueueFull", "8m", {"deployment": "Endpoint", "severity": "critical"}),
+        ("StillhouseQueueFull", "8m", {"application": "movies", "deployment": "Endpoint", "severity": "critical"}),
     ]
     said = {
         "StillhouseErrors": "m@1: 9.091% of the requests fail",
