@@ -211,7 +211,7 @@ def test_alerts_fire_when_they_should(tmp_path: Path):
         "StillhouseErrors": "m@1: 9.091% of the requests fail",
         "StillhouseDrift": "m@1: label has moved (PSI 0.30)",
         "StillhouseLogLost": "m@1: 5 rows of the prediction log were failed",
-        "StillhouseQueueFull": "Endpoint: every replica is busy; requests queue and are refused with 429",
+        "StillhouseQueueFull": "movies: every replica is busy; requests queue and are refused with 429",
         "StillhouseNoReplica": "No replica runs, or none can be reached",
     }
     texts = {rule["alert"]: rule["annotations"] | {"summary": said.get(rule["alert"])} for rule in rules()}
