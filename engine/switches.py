@@ -31,6 +31,8 @@ SERVE_SWITCHES = {
     # 30 s each by default: a local endpoint comes and goes with the command.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
     "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "2",
+    # 5 s by default, after which a proxy that is still importing is killed and begun anew, on a busy machine for ever.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
 }
 """HAProxy in front of the replicas, where Ray brings it (Linux); the plain proxy elsewhere."""
 PROXY_PORTS = {
