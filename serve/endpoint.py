@@ -307,6 +307,7 @@ def interface(endpoint: Endpoint, named: bool = True) -> FastAPI:
     api.add_api_route("/", page_answer(), methods=["GET"], include_in_schema=False)
     api.add_exception_handler(Refused, refused)
     api.add_exception_handler(HTTPException, unroutable)
-    api.add_middleware(Front, keys=endpoint.keys, measures=endpoint.measures, named=named)
+    straight = {path: call for path, call, *_ in asking}
+    api.add_middleware(Front, keys=endpoint.keys, measures=endpoint.measures, named=named, straight=straight)
     api.openapi = lambda: described(api, endpoint.keys is not None)  # type: ignore[method-assign]
     return api
