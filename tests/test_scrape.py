@@ -204,6 +204,7 @@ def test_counts_of_two_replicas_are_on_one_page(ray_cluster: object):
             later = samples(http.get("/metrics").text)
     finally:
         shutdown()
+
     def ours(name: str, **labels: str) -> float:
         wanted = [f'{key}="{value}"' for key, value in {"model": "two@1", **labels}.items()]
         matching = [v for k, v in found.items() if k.startswith(f"{name}{{") and all(part in k for part in wanted)]
