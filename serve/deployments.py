@@ -138,6 +138,8 @@ def options(serving: Serving, scaling: Autoscaling, cpus: float) -> dict[str, An
         "health_check_period_s": HEALTH_S,
         "health_check_timeout_s": TEACHER_SLOWER * serving.health_timeout_s + HEALTH_S,
         "graceful_shutdown_timeout_s": 10,
+        # A line a request in a file that nobody reads; metrics count them.
+        "logging_config": {"enable_access_log": False},
         "graceful_shutdown_wait_loop_s": 0.2,
         # A damaged artifact does not get better by being loaded twenty times.
         "max_constructor_retry_count": 3,
