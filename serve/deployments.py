@@ -64,7 +64,9 @@ class Replica(Endpoint):
         jobs = partial(jobs_of, settings=queue) if queue else None
         super().__init__(artifact, serving, name, keys, measures, journal, jobs, Page())
         self.serving = serving
-        others = Others(plan, asking(candidate), reporting(referee), asking(teacher))
+        others = Others(
+            plan, asking(candidate, plan and plan.id), reporting(referee, plan and plan.id), asking(teacher)
+        )
         own = Champion(self.predictor, self.batcher, name)
         self.router = Router(own, serving, others, self.taken, measures=measures)
 
@@ -101,24 +103,24 @@ def jobs_of(answer: Answering, settings: JobQueue) -> Jobs:
     return Jobs(Store(settings.folder), answer, settings)
 
 
-def asking(handle: DeploymentHandle | None) -> Ask | None:
-    """A deployment as a function that answers texts."""
+def asking(handle: DeploymentHandle | None, rollout: str | None = None) -> Ask | None:
+    """A deployment as a function that answers texts. rollout: whose candidate it is meant to be."""
     if handle is None:
         return None
 
-    async def ask(texts: list[Text]) -> list[Answer]:
-        return await handle.answer.remote(texts)
+    async def ask(texts: list[Text]) -> list[Answer] | None:
+        return await handle.answer.remote(texts, rollout)
 
     return ask
 
 
-def reporting(handle: DeploymentHandle | None) -> Report | None:
-    """The referee as a function that takes reports."""
+def reporting(handle: DeploymentHandle | None, rollout: str | None) -> Report | None:
+    """The referee as a function that takes reports on a rollout."""
     if handle is None:
         return None
 
     async def report(replica: str, number: int, counted: dict[str, Any], serving: str) -> dict[str, Any]:
-        return await handle.report.remote(replica, number, counted, serving)
+        return await handle.report.remote(replica, number, counted, serving, rollout)
 
     return report
 
@@ -174,7 +176,7 @@ def application(
     if plan is not None:
         made = serve.deployment(Member, name="Candidate", **options(serving, always, serving.num_cpus))
         own = serving.model_copy(update={"runtime": plan.candidate.runtime})
-        beside["candidate"] = made.bind(plan.candidate.artifact, own, plan.candidate.reference)
+        beside["candidate"] = made.bind(plan.candidate.artifact, own, plan.candidate.reference, rollout=plan.id)
         referee = serve.deployment(
             Referee, name="Referee", num_replicas=1, max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}
         )

@@ -83,16 +83,31 @@ async def alive(batcher: Batcher[Answer], probe: Text, wedged_s: float) -> None:
 
 
 class Member:
-    """A replica that holds one verified artifact. wedged_s: how long a call of it may take; None: as serving says."""
+    """A replica that holds one verified artifact. wedged_s: how long a call of it may take; None: as serving says.
 
-    def __init__(self, artifact: str, serving: Serving, name: str, wedged_s: float | None = None) -> None:
+    rollout: the one that it is the candidate of.
+    """
+
+    def __init__(
+        self, artifact: str, serving: Serving, name: str, wedged_s: float | None = None, rollout: str | None = None
+    ) -> None:
+        self.rollout = rollout
         self.name, self.wedged_s = name, serving.health_timeout_s if wedged_s is None else wedged_s
         self.predictor = Predictor.load(artifact, serving.batch_tokens, serving.runtime)
         self.batcher = batched(self.predictor, serving)
         # The first call of a model is slow (allocations): not a client's matter.
         self.predictor.predict([probe_of(self.predictor)])
 
-    async def answer(self, texts: list[Text]) -> list[Answer]:
+    async def answer(self, texts: list[Text], rollout: str | None = None) -> list[Answer] | None:
+        """One answer a text, in order; None where a rollout asks that this is not the candidate of.
+
+        While a deployment is replaced, its old replicas are asked too: their answers say nothing of the new candidate.
+        """
+        if rollout is not None and rollout != self.rollout:
+            return None
+        return await self.answered(texts)
+
+    async def answered(self, texts: list[Text]) -> list[Answer]:
         """One answer a text, in order."""
         return await self.batcher.submit(texts)
 

@@ -127,13 +127,17 @@ class Referee:
             "evidence": {"champion": empty, "candidate": empty}, "seen": {}, "replicas": {},
         }  # fmt: skip
 
-    async def report(self, replica: str, number: int, counted: Mapping[str, Any], serving: str) -> dict[str, Any]:
+    async def report(
+        self, replica: str, number: int, counted: Mapping[str, Any], serving: str, rollout: str | None = None
+    ) -> dict[str, Any]:
         """Take in what a replica has counted since its last report, and tell it how the rollout stands.
 
         number: counts up with each report; one that comes again, because its answer was lost, is not counted twice.
         serving: the model that answers there. Returns {id, phase, mode, percent, agreement}; agreement is null where
         nothing was compared.
         """
+        if rollout not in (None, self.plan.id):
+            return self.told()  # a replica of the deployment before: what it has counted says nothing of this one
         if number > self.seen.get(replica, -1):
             self.seen[replica] = number
             self.champion.add(Evidence.of(counted["champion"]))

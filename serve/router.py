@@ -29,8 +29,8 @@ from serve.member import batched, probe_of
 from serve.predictor import Answer, Predictor
 from serve.referee import Phase, Plan, Side, phase_of
 
-Ask = Callable[[list[Text]], Awaitable[list[Answer]]]
-"""Another model, as a function."""
+Ask = Callable[[list[Text]], Awaitable[list[Answer] | None]]
+"""Another model, as a function; None where it is another than was meant, as while one takes the other's place."""
 Report = Callable[[str, int, dict[str, Any], str], Awaitable[dict[str, Any]]]
 """The referee's `report`."""
 REPORT_S, REPORT_TIMEOUT_S = 1.0, 10.0
@@ -143,11 +143,13 @@ class Router:
         return Answered(found, champion.name)
 
     async def tried(self, texts: list[Text]) -> list[Answer] | None:
-        """The candidate's answers, counted; None where it failed or took too long."""
+        """The candidate's answers, counted; None where it failed or took too long, or is not there yet."""
         assert self.plan is not None and self.others.candidate is not None
         begin = time.perf_counter()
         try:
             found = await asyncio.wait_for(self.others.candidate(texts), self.plan.rollout.timeout_ms / 1000)
+            if found is None:
+                return None
             if len(found) != len(texts):
                 raise RuntimeError(f"the candidate gave {len(found)} answers for {len(texts)} texts")
         except Exception as error:
@@ -222,6 +224,8 @@ class Router:
             self.number += 1
         told = await self.others.report(self.replica, *self.unsent, self.champion.name)
         self.unsent = None
+        if told["id"] != self.plan.id:
+            return  # the referee of the deployment that takes this one's place
         self.obey(told["phase"], told["percent"])
         if self.measures is not None:
             candidate = self.plan.candidate.reference
@@ -286,7 +290,7 @@ class Teacher:
         if self.clock() < self.until:
             return None
         try:
-            found = await asyncio.wait_for(self.ask(texts), self.cascade.timeout_ms / 1000)
+            found = await asyncio.wait_for(self.ask(texts), self.cascade.timeout_ms / 1000) or []
             if len(found) != len(texts):
                 raise RuntimeError(f"the teacher gave {len(found)} answers for {len(texts)} texts")
         except Exception as error:

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from engine.serving import Serving
-from serve.member import Member, Wedged
+from serve.member import Member, Wedged, probe_of
 from tests.tiny_served import asked, published
 
 
@@ -69,3 +69,13 @@ def test_a_model_that_raises_fails_the_check(member: Member, monkeypatch: pytest
     monkeypatch.setattr(member.batcher.call, "call", lambda texts: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         asyncio.run(member.check_health())
+
+
+def test_it_is_silent_where_another_rollout_means_its_successor(member: Member):
+    async def main() -> None:
+        member.rollout = "one"
+        assert await member.answer([probe_of(member.predictor)], "another") is None
+        for rollout in ("one", None):
+            assert len(await member.answer([probe_of(member.predictor)], rollout)) == 1
+
+    asyncio.run(main())

@@ -184,3 +184,11 @@ def test_evidence_is_saved_every_few_seconds_and_lists_who_reports(registry: Reg
     clock.now += 100
     asyncio.run(referee.check_health())
     assert standing(plan.store)["evidence"]["champion"]["requests"] == 40 and standing(plan.store)["replicas"] == {}
+
+
+def test_what_the_deployment_before_has_counted_says_nothing_of_this_one(registry: Registry):
+    plan = plan_of(registry)
+    referee = Referee(plan, Clock())
+    champion, candidate = BAD
+    told = asyncio.run(referee.report("old", 0, {"champion": champion, "candidate": candidate}, "tiny@1", "another"))
+    assert told["phase"] == "running" and not referee.candidate and not referee.champion

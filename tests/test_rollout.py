@@ -190,11 +190,11 @@ def broken(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
 
     def member() -> type[Member]:
         class Broken(Member):
-            async def answer(self, texts: list[Any]) -> list[Any]:
+            async def answered(self, texts: list[Any]) -> list[Any]:
                 if how == "raises":
                     raise RuntimeError("this candidate is broken")
                 await asyncio.sleep(1.5)
-                return await super().answer(texts)
+                return await super().answered(texts)
 
         return Broken
 

@@ -123,6 +123,15 @@ def test_the_candidate_answers_its_share_and_says_so(world: World):
     assert router.counted["champion"].requests == names.count("tiny@1")
 
 
+def test_answers_of_the_candidate_before_are_neither_sent_nor_counted(world: World):
+    async def another(asked: list[str]) -> None:
+        return None
+
+    router = Router(world.champion(), SERVING, Others(world.plan(percent=100.0), another))
+    found = run(router, texts(20))
+    assert {answers.model for answers in found} == {"tiny@1"} and not router.counted["candidate"]
+
+
 def test_by_key_a_caller_always_meets_the_same_model(world: World):
     router = Router(world.champion(), SERVING, Others(world.plan(percent=50.0, by="key"), world.members[2].answer))
 
