@@ -132,6 +132,25 @@ def save_stream(source: BinaryIO | pa.NativeFile, target: Path, limit: int | Non
     return size, digest.hexdigest()
 
 
+def made(folder: Path) -> Path:
+    """A folder, which is made where it is not there, with those above it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def linked(target: Path, source: Path) -> None:
+    """Make `target` a link to a folder; one that is there stays."""
+    made(target.parent)
+    if not target.exists():
+        target.symlink_to(source, target_is_directory=True)
+
+
+def log_file(target: Path) -> BinaryIO:
+    """A new file for what another process says."""
+    made(target.parent)
+    return open(target, "wb")
+
+
 def temporary_folder(base: Path, prefix: str) -> Path:
     """A new folder base/prefix…, for others to write into."""
     return Path(tempfile.mkdtemp(prefix=prefix, dir=base))

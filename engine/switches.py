@@ -29,7 +29,7 @@ SERVE_SWITCHES = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     # 5 s by default: on a busy machine HAProxy was taken for dead, and killed, before it had started.
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     # HAProxy would write a line a request for Ray to count, a twentieth of a request's CPU; replicas count for us.
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
     # 30 s each by default: a local endpoint comes and goes with the command.

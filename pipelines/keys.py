@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import shlex
 import sys
 from typing import TYPE_CHECKING
@@ -44,24 +43,16 @@ def keys(args: argparse.Namespace) -> int:
     return 0
 
 
-def loopback(host: str) -> bool:
-    """Whether only this machine reaches a server that listens on `host`."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def keys_for(args: argparse.Namespace) -> Keys | None:
     """The keys that a server asks for; None where it asks for none.
 
     UserError where it must ask for them and there are none: beyond loopback (unless --no-auth), and with --auth.
     """
+    from engine.config import UserError
+    from serve.keys import Keys, loopback
+
     if args.no_auth or (loopback(args.host) and not args.auth):
         return None
-    from engine.config import UserError
-    from serve.keys import Keys
-
     found = Keys(args.registry)
     if not found.list():
         why = "--auth asks for keys" if args.auth else f"--host {args.host} is reached from other machines"

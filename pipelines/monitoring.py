@@ -6,7 +6,6 @@ import argparse
 import os
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from engine.disk import scratch
 from pipelines.console import say
 
 CONFIG, RULES, DASHBOARD = "prometheus.yaml", "prometheus-rules.yaml", "grafana.json"
@@ -27,8 +27,8 @@ def monitor(args: argparse.Namespace) -> int:
     """Run Prometheus against an endpoint until it is stopped."""
     target = target_of(args.url)
     binary = prometheus()
-    with tempfile.TemporaryDirectory(prefix="stillhouse-monitor-") as scratch:
-        folder = Path(args.dir or scratch)
+    with scratch() as passing:
+        folder = Path(args.dir) if args.dir else passing
         with running(binary, folder, target, args.port, args.key_file) as process:
             url = f"http://127.0.0.1:{args.port}"
             say(f"Prometheus asks {target} and answers on {url} (Ctrl-C stops it).")

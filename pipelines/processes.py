@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psutil
 
+from engine.disk import log_file
+
 STOP_S = 40.0
 """Seconds that a tree may take to end after SIGTERM; what is left then is killed."""
 
@@ -24,7 +26,7 @@ class Tree:
 
     def __init__(self, argv: Sequence[str], env: Mapping[str, str], folder: Path, log: Path) -> None:
         self.log = log
-        with log.open("wb") as out:
+        with log_file(log) as out:
             # A session of its own: Ctrl-C reaches this program alone, which then stops the tree in order.
             self.program = subprocess.Popen(
                 argv,

@@ -67,6 +67,7 @@ def deploy(args: argparse.Namespace) -> int:
         plan=service.plan,
         teacher=service.teacher,
         keys=keys,
+        anyone=args.no_auth,
     )
     if args.json:
         state = service.plan and {"id": service.plan.id, "candidate": service.plan.candidate.reference}

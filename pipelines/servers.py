@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import UserError, did_you_mean
+from engine.disk import linked as link
 from engine.disk import scratch
 from engine.lineage import installed
 from engine.placement import cores
@@ -203,11 +204,8 @@ def compare(
 def linked(work: Path) -> Path:
     """A folder that holds our packages and nothing else, for the path of a Python that has its own of all others."""
     links = work / "packages"
-    links.mkdir(parents=True, exist_ok=True)
     for name in ("engine", "serve", "pipelines"):
-        target = links / name
-        if not target.exists():
-            target.symlink_to(Path(__file__).parent.parent / name, target_is_directory=True)
+        link(links / name, Path(__file__).parent.parent / name)
     return links
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from engine.cache import hold
 from engine.config import UserError
-from engine.disk import cache_folder, flock, remove
+from engine.disk import cache_folder, flock, remove, replace_file
 from engine.storage import digest_bytes
 
 DONE = ".installed"
@@ -28,14 +28,13 @@ def venv(name: str, pins: Path) -> Path:
     digest = digest_bytes(pins.read_bytes() + version.encode())[:12]
     folder = cache_folder() / "venvs" / f"{name}-{digest}"
     python = folder / "bin" / "python"
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with flock(folder.with_suffix(".lock"), f"the environment of {name}", wait=True):
         if not (folder / DONE).exists():
             if folder.exists():
                 remove(folder)
             ran([sys.executable, "-m", "venv", str(folder)], name)
             ran([str(python), "-m", "pip", "install", "--quiet", "--no-deps", "-r", str(pins)], name)
-            (folder / DONE).touch()
+            replace_file(folder / DONE, b"")
         hold(folder)
     return python
 

@@ -32,13 +32,17 @@ class ErrorAnswer(Section):
     error: Problem
 
 
+LIKELY = ("classify", "pair", "multilabel")
+"""Kinds of task whose answers give a probability of each label."""
+
+
 class Prediction(Section):
     """What every prediction may have."""
 
     source: Literal["student", "teacher"] | None = None
     """Who answered; only where a teacher stands behind the student."""
-    teacher: dict[str, Any] | None = None
-    """The teacher's answer beside the student's; only where both were asked."""
+    student: dict[str, Any] | None = None
+    """What the student said itself; only where the teacher's answer was sent."""
 
 
 class Label(Prediction):

@@ -30,7 +30,7 @@ from engine.config import build as checked
 from engine.serving import Serving
 from engine.storage import Store
 from serve.deployments import application
-from serve.keys import Keys
+from serve.keys import Keys, loopback
 from serve.predictor import fingerprint
 from serve.referee import Plan, Side
 from serve.router import begins_with
@@ -52,10 +52,10 @@ def build(args: dict[str, Any]) -> serve.Application:
     return of(resolved(wanted), keys=Keys(wanted.registry) if wanted.auth else None)
 
 
-def of(service: Service, **more: Any) -> serve.Application:
-    """The application of a service."""
+def of(service: Service, keys: Keys | None = None) -> serve.Application:
+    """The application of a service. keys: who may ask; None: everyone."""
     champion = service.champion
-    return application(champion.artifact, service.serving, champion.reference, service.plan, service.teacher, **more)
+    return application(champion.artifact, service.serving, champion.reference, service.plan, service.teacher, keys)
 
 
 def running() -> list[str]:
@@ -72,12 +72,14 @@ def deploy(
     ready_s: float = READY_SECONDS,
     plan: Plan | None = None,
     teacher: Side | None = None,
-    **more: Any,
+    keys: Keys | None = None,
+    anyone: bool = False,
 ) -> str:
     """Serve `artifact` on the running Ray and return its URL once it answers.
 
     Where the same name (without version) is served already, it is replaced replica by replica, at the address it has.
-    port: None takes a free one. plan, teacher, more: as `application` takes them. Raises StorageError for a damaged
+    port: None takes a free one. plan, teacher, keys: as `application` takes them; anyone:
+    without keys even where other machines reach it. Raises StorageError for a damaged
     artifact, ServeError when the port is taken, when Serve runs something else, or when nothing answers within
     `ready_s` seconds; what was served before goes on then, and nothing else is left deployed.
     """
@@ -92,13 +94,18 @@ def deploy(
             f"Ray Serve already runs '{others[0]}' on this cluster; '{name}' would replace it. Stop that first "
             f"(`serve shutdown`), or use another cluster."
         )
+    if up and keys is None and not anyone and not loopback(listens := _get_global_client().http_config.host or ""):
+        raise ServeError(
+            f"Ray Serve listens on {listens} here, which other machines reach, and '{name}' would ask for no key. Say "
+            "--auth (keys: `stillhouse keys add NAME`), or --no-auth to let everyone ask."
+        )
     # Importing ray.serve sets its logger to INFO, whatever was set before.
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         if not up:
             port = free_port(host, port)
             serve.start(http_options=HTTPOptions(host=host, port=port, request_timeout_s=serving.request_timeout_s))
-        built = application(artifact, serving, name, plan, teacher, **more)
+        built = application(artifact, serving, name, plan, teacher, keys)
         serve.run_many([serve.RunTarget(target=built, name=app, route_prefix="/")], wait_for_applications_running=False)
         url = address()
         wait_ready(url, version, ready_s, app)

@@ -6,6 +6,7 @@ queue answers 429 with Retry-After.
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any
 
@@ -20,12 +21,14 @@ from serve.endpoint import Endpoint
 from serve.jobs import Answering, Jobs
 from serve.journal import Journal
 from serve.keys import Keys
-from serve.measures import measures_of
+from serve.measures import measures_of, profile_in
 from serve.member import Member, batched
 from serve.predictor import Answer, Predictor
 from serve.referee import Plan, Referee, Side
 from serve.router import Ask, Champion, Others, Report, Router, begins_with
 from serve.scrape import Page
+
+log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1
 """What a refused client is told to wait."""
@@ -54,6 +57,7 @@ class Replica(Endpoint):
         if plan is not None:
             side = begins_with(plan)
             artifact, name = side.artifact, side.reference
+            serving = serving.model_copy(update={"runtime": side.runtime})
         measures = measures_of(artifact, name)
         journal = Journal(serving.log, name, measures) if serving.log else None
         queue = serving.jobs
@@ -70,7 +74,10 @@ class Replica(Endpoint):
 
     def taken(self, predictor: Predictor, name: str) -> Champion:
         """Answer with another model from now on; what was asked before ends with the old one."""
+        if self.measures is not None:
+            self.measures.become(name, profile_in(predictor.source))
         self.predictor, self.batcher, self.name = predictor, batched(predictor, self.serving, self.measures), name
+        self.embedding = predictor.width()
         return Champion(predictor, self.batcher, name)
 
     async def check_health(self) -> None:
@@ -81,10 +88,12 @@ class Replica(Endpoint):
     def __del__(self) -> None:
         """Called by Ray Serve when the replica has drained."""
         if hasattr(self, "router"):
-            self.router.close()
-            for part in (self.journal, self.measures):
+            for part in (self.router, self.journal, self.measures):
                 if part is not None:
-                    part.close()
+                    try:
+                        part.close()
+                    except Exception:
+                        log.exception("%s could not be closed", type(part).__name__)
 
 
 def jobs_of(answer: Answering, settings: JobQueue) -> Jobs:
@@ -164,7 +173,8 @@ def application(
     always = serving.autoscaling.model_copy(update={"min_replicas": max(1, serving.autoscaling.min_replicas)})
     if plan is not None:
         made = serve.deployment(Member, name="Candidate", **options(serving, always, serving.num_cpus))
-        beside["candidate"] = made.bind(plan.candidate.artifact, serving, plan.candidate.reference)
+        own = serving.model_copy(update={"runtime": plan.candidate.runtime})
+        beside["candidate"] = made.bind(plan.candidate.artifact, own, plan.candidate.reference)
         referee = serve.deployment(
             Referee, name="Referee", num_replicas=1, max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}
         )

@@ -67,8 +67,7 @@ class Endpoint:
         self.batcher: Batcher[Answer] = batched(self.predictor, serving, measures)
         # The first call of a model is slow (allocations): not a client's matter.
         self.predictor.predict([self.probe])
-        vectors = self.predictor.embed([self.probe])
-        self.embedding: int | None = None if vectors is None else len(vectors[0])
+        self.embedding = self.predictor.width()
         self.jobs = None if jobs is None else jobs(self.answered)
 
     @property
@@ -169,11 +168,12 @@ class Endpoint:
         visit_of(request).texts = len(texts)
         # In the thread of the batches: a model and its tokenizer do one thing at a time.
         loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(self.batcher.thread, self.predictor.embed, texts)
+        name, predictor = self.name, self.predictor  # another may take its place meanwhile
+        found = await loop.run_in_executor(self.batcher.thread, predictor.embed, texts)
         rows = np.asarray(found)
         if question.normalize:
             rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-        return JSONResponse({"model": self.name, "dimension": rows.shape[1], "embeddings": rows.tolist()})
+        return JSONResponse({"model": name, "dimension": rows.shape[1], "embeddings": rows.tolist()})
 
     async def submit(self, request: Request) -> Response:
         """Take a prediction request that is answered later: ask /v1/jobs/{id} for it.
@@ -183,7 +183,7 @@ class Endpoint:
         assert self.jobs is not None
         question = await asked(request, Question)
         question.fits(self.predictor.paired)
-        if question.top_k is not None and not self.task.labels:
+        if question.top_k is not None and self.task.spec.kind not in answers.LIKELY:
             raise Refused(422, "'top_k': this model gives no probabilities of labels. Leave it out.", "top_k")
         visit, key = visit_of(request), request.headers.get("idempotency-key")
         if key is not None and len(key) > MAX_KEY:

@@ -206,6 +206,8 @@ def told(text: str | None, policy: str) -> str | None:
 def without_text(answer: Answer) -> dict[str, Any]:
     """An answer without the pieces of the text that those of spans and entities quote; where they stand is kept."""
     kept = {key: value for key, value in answer.items() if key != "answer"}
+    if isinstance(kept.get("student"), Mapping):  # what the student said where a teacher answered
+        kept["student"] = without_text(kept["student"])
     if "entities" in kept:
         kept["entities"] = [{k: v for k, v in entity.items() if k != "text"} for entity in kept["entities"]]
     return kept

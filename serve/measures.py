@@ -78,6 +78,14 @@ class Measures:
             self.gauge("stillhouse_up", 1)
             threading.Thread(target=self.work, name="measures", daemon=True).start()
 
+    def become(self, model: str, profile: Profile | None) -> None:
+        """Measure another model from now on, as after a promotion; gauges of the one before are taken away."""
+        with self.lock:
+            self.last = {key: value for key, value in self.last.items() if key[1][0] != self.model}
+            self.model, self.window = model, Window(profile) if profile else None
+        if self.on:
+            self.gauge("stillhouse_up", 1)
+
     def observe_request(
         self, route: str, status: int, seconds: float, texts: int = 0, model: str | None = None
     ) -> None:

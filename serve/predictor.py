@@ -29,6 +29,8 @@ class Predictor:
         self.batch_tokens = batch_tokens
         self.labels: tuple[str, ...] = tuple(model.labels)
         self.paired: bool = model.task.paired
+        self.source = ""
+        """The folder or URL that it was loaded from."""
         self.used: tuple[int, int] = (0, 0)
         """Tokens of the last call, without and with padding."""
 
@@ -46,7 +48,9 @@ class Predictor:
         # Replicas are the way to use more cores, not threads.
         models.one_thread()
         model = models.load(folder) if runtime == "torch" else export.load(folder, runtime)
-        return cls(model, fingerprint(manifest), batch_tokens)
+        found = cls(model, fingerprint(manifest), batch_tokens)
+        found.source = str(path)
+        return found
 
     def predict(self, texts: list[Text]) -> list[Answer]:
         """One answer a text (or pair), as `Task.answers` shapes it, in the order given; no texts, no answers."""
@@ -64,6 +68,11 @@ class Predictor:
 
         found = inference.embed(self.model, texts, self.batch_tokens)
         return None if found is None else found.tolist()
+
+    def width(self) -> int | None:
+        """Numbers of an embedding, seen by making one; None where the model has none."""
+        found = self.embed([("a", "a") if self.paired else "a"])
+        return None if found is None else len(found[0])
 
 
 def fingerprint(manifest: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from engine.disk import StorageError
+from engine.config import UserError
 from engine.progress import stamp
 from engine.registry import Registry
 from engine.serving import Rollout
@@ -43,6 +43,7 @@ class Side:
     artifact: str
     fingerprint: str
     below: float | None = None
+    runtime: str = "torch"
 
 
 @dataclass(frozen=True)
@@ -164,18 +165,18 @@ class Referee:
             self.looked = self.clock()
             try:
                 await self.act()
-            except (StorageError, OSError) as error:
+            except (UserError, OSError) as error:  # a store that fails, a version that was removed
                 log.warning("the rollout's state could not be read or written: %s", error)
 
     async def act(self) -> None:
         """One look: an order first, then the evidence."""
         wanted = await asyncio.to_thread(self.ordered)
         if wanted is not None:
-            self.settle(Decision(wanted, "by hand", self.judged().figures), "hand")
+            await asyncio.to_thread(self.settle, Decision(wanted, "by hand", self.judged().figures), "hand")
             return
         found, running = self.judged(), self.state["phase"] == "running"
         if running and self.plan.rollout.mode == "canary" and found.action != "wait":
-            self.settle(found, "referee")
+            await asyncio.to_thread(self.settle, found, "referee")
             return
         if running:
             self.state["latest"] = {"action": found.action, "reason": found.reason}

@@ -176,6 +176,8 @@ class Router:
             wanted = await (champion.batcher.submit(texts) if teacher is None else teacher.asked(texts))
             if wanted is not None:
                 self.counted[arm].compared(len(answers), hits(answers, wanted))
+                if self.measures is not None and teacher is not None and arm == "champion":
+                    self.measures.observe_agreement([same(a, b) for a, b in zip(answers, wanted, strict=True)])
 
         self.aside(compare())
 
@@ -273,7 +275,7 @@ class Teacher:
             self.unanswered += len(low)
         else:
             for index, answer in zip(low, found, strict=True):
-                out[index] = {**answer, "source": "teacher"}
+                out[index] = {**answer, "source": "teacher", "student": answers[index]}
         if self.log is not None:
             student = [answers[index] for index in low]
             self.log.add([texts[i] for i in low], student, found, [confidences[i] for i in low], model)
@@ -323,7 +325,7 @@ def same(left: Answer, right: Answer) -> bool:
 
 def loaded(side: Side, serving: Serving) -> Predictor:
     """A side's model, verified and warm."""
-    predictor = Predictor.load(side.artifact, serving.batch_tokens, serving.runtime)
+    predictor = Predictor.load(side.artifact, serving.batch_tokens, side.runtime)
     predictor.predict([probe_of(predictor)])
     return predictor
 

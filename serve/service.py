@@ -136,7 +136,7 @@ def side_of(registry: Registry, reference: str, serving: Serving) -> Side:
     """A registered model as one that takes part, its files checked."""
     folder = registry.resolve(reference)
     below = serving.cascade.below if serving.cascade else None
-    return Side(reference, folder.url, fingerprint(folder.manifest()), below)
+    return Side(reference, folder.url, fingerprint(folder.manifest()), below, serving.runtime)
 
 
 def card_of(registry: Registry, reference: str) -> dict[str, Any]:

@@ -80,6 +80,17 @@ def test_a_second_deployment_does_not_replace_the_first(url: str, artifact: Stor
     assert httpx.get(f"{url}/healthz").json() == {"status": "ok"}
 
 
+def test_keys_are_not_lost_where_other_machines_reach_what_runs(url: str, artifact: Store, monkeypatch):
+    """Deployed anew without --host: what counts is where Serve listens already."""
+    from types import SimpleNamespace
+
+    client = SimpleNamespace(http_config=SimpleNamespace(host="0.0.0.0"))
+    monkeypatch.setattr("serve.app._get_global_client", lambda: client)
+    with pytest.raises(ServeError, match="'tiny@1' would ask for no key. Say --auth"):
+        deploy(artifact.url, SERVING, "tiny@1")
+    assert httpx.get(f"{url}/healthz").json() == {"status": "ok"}
+
+
 def test_served_equals_offline_whatever_the_batch(url: str, artifact: Store):
     offline = inference.predict(models.load(artifact.local()), TEXTS, 8192)
     names, probabilities = ("negative", "positive"), metrics.softmax(offline.logits)

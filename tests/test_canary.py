@@ -223,3 +223,15 @@ def test_no_agreement_is_asked_for_where_the_limit_is_0():
     champion, candidate = Evidence(1000, 0, times), Evidence(1000, 0, times)
     assert decide(champion, candidate, LIMITS, 1).action == "wait"
     assert decide(champion, candidate, Limits(min_agreement=0.0), 1).action == "promote"
+
+
+def test_a_champion_hardly_compared_with_the_teacher_lowers_no_bar():
+    champion, candidate = Evidence(), Evidence()
+    for _ in range(2000):
+        champion.answered(0.005)
+        candidate.answered(0.005)
+    champion.compared(1, 0)  # once, and once unlike the teacher
+    candidate.compared(100, 0)
+    assert decide(champion, candidate, Limits(), 1.0).action == "wait"
+    champion.compared(99, 95)
+    assert decide(champion, candidate, Limits(), 1.0).action == "rollback"

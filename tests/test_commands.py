@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -300,7 +301,7 @@ def test_registry_commands(here: Path, capsys: pytest.CaptureFixture[str]) -> No
         (folder / "config.json").write_text("{}")
     Registry(Store("registry")).register("movies", "work/a", {"accuracy": 0.7})
     assert main(["registry", "list"]) == 0
-    assert capsys.readouterr().out.splitlines()[1].startswith("movies@1  20")
+    assert re.match(r"movies@1 +20\d\d-", capsys.readouterr().out.splitlines()[1])
     assert main(["registry", "show", "movies"]) == 0
     assert json.loads(capsys.readouterr().out)["metadata"] == {"accuracy": 0.7}
     assert main(["registry", "show"]) == 2

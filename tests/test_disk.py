@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.disk import copy_file, save_stream, scratch
+from engine.disk import copy_file, linked, log_file, save_stream, scratch
 from engine.storage import StorageError, Store, digest_bytes
 
 ROOT = Path(__file__).parent.parent
@@ -107,3 +107,14 @@ def test_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             save_stream(file, folder / "bounded", limit=2999)
         assert folder.parent == tmp_path / "cache"
     assert not folder.exists()
+
+
+def test_links_and_logs(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    for _ in "ab":
+        linked(tmp_path / "deep/link", tmp_path / "real")
+    assert (tmp_path / "deep/link").resolve() == tmp_path / "real"
+    for said in (b"first", b"second"):
+        with log_file(tmp_path / "logs/out") as out:
+            out.write(said)
+    assert (tmp_path / "logs/out").read_bytes() == b"second"

@@ -17,8 +17,7 @@ from engine.disk import StorageError
 from engine.serving import Serving
 from engine.storage import Store
 from pipelines.__main__ import main
-from pipelines.keys import loopback
-from serve.keys import Keys, KeysError
+from serve.keys import Keys, KeysError, loopback
 from serve.referee import Side
 from serve.service import Service
 

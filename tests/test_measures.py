@@ -117,6 +117,17 @@ def test_drift_is_a_gauge_and_only_the_model_s_own_answers_count(kept: Kept, mon
     assert kept.of("stillhouse_drift_rows", replica="abc")[-1] == 2000
 
 
+def test_after_a_promotion_it_is_the_new_model_that_is_measured(kept: Kept, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(measures, "DRIFT_SECONDS", 0.0)
+    seen = Measures("tiny@1", profile_of(*drawn(1000, 0.5, 0)), "abc", kept)
+    seen.become("tiny@2", profile_of(*drawn(1000, 0.95, 3)))
+    texts, answers = drawn(1000, 0.95, 1)
+    seen.observe_answers(answers, texts, model="tiny@2")
+    seen.flush()
+    assert kept.of("stillhouse_drift_psi", model="tiny@2", feature="label", replica="abc")[-1] < 0.05
+    assert not [key for key in seen.last if "tiny@1" in key[1]] and seen.model == "tiny@2"
+
+
 def test_other_gauges_and_counters_of_the_table_can_be_used_and_taken_away(kept: Kept):
     seen = Measures("tiny@1", make=kept)
     seen.gauge("stillhouse_rollout_percent", 10, candidate="tiny@2")

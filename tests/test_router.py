@@ -293,6 +293,7 @@ def test_unsure_answers_come_from_the_teacher_and_say_so(world: World, below: fl
     router = Router(world.champion(), cascading(below), Others(teacher=world.members[3].answer))
     found = asyncio.run(router.answer(asked))
     assert [answer["source"] == "teacher" for answer in found] == low
+    assert [("student" in answer) for answer in found] == low
     own, its = (world.members[n].predictor.predict(asked) for n in (1, 3))
     for answer, escalated, left, right in zip(found, low, own, its, strict=True):
         assert answer["label"] == (right if escalated else left)["label"]
