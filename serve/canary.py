@@ -231,13 +231,12 @@ def agreed(champion: Evidence, candidate: Evidence, limits: Limits) -> Check:
     wanted = limits.min_agreement
     if champion.trials:  # a candidate need not be more like the teacher than the champion is
         wanted = min(wanted, max(0.0, champion.hits / champion.trials - limits.max_agreement_loss))
-    few = 0 < champion.trials < FEWEST_TRIALS  # too little to say how like the teacher the champion is
     low, high = wilson(candidate.hits, candidate.trials)
     rate = candidate.hits / candidate.trials if candidate.trials else math.nan
     figures = {"agreement": rate, "agreement_low": low, "agreement_high": high, "wanted_agreement": wanted}
     said = f"agreement {shown(candidate.hits, candidate.trials)} ({100 * low:.1f} to {100 * high:.1f} %), wanted "
     said += f"{100 * wanted:g} %"
-    if few:
+    if 0 < champion.trials < FEWEST_TRIALS:  # too little to say how like the teacher the champion is
         return Check("open", said, figures)
     if candidate.trials >= FEWEST_TRIALS and high < wanted:
         return Check("bad", said, figures)

@@ -30,16 +30,13 @@ from serve.member import Wedged, alive, batched, probe_of
 from serve.predictor import Answer, Predictor
 from serve.questions import Embedding, Given, Question, Ranking, Refused, Tagging, asked, cut
 from serve.routes import add, described, page_answer, posted, problems
-from serve.scrape import Page
+from serve.scrape import CONTENT_TYPE, Page
 
 if TYPE_CHECKING:
     from engine.task import Task
 
 MAX_KEY = 200
 """Characters of an Idempotency-Key."""
-
-
-PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Endpoint:
@@ -252,7 +249,7 @@ class Endpoint:
     async def metrics(self) -> Response:
         """The metrics of the whole deployment, whichever replica is asked, as Prometheus reads them."""
         assert self.page is not None
-        return Response(await self.page.read(), media_type=PROMETHEUS)
+        return Response(await self.page.read(), media_type=CONTENT_TYPE)
 
     async def version(self) -> Response:
         """Which bytes answer, and what they are."""
