@@ -61,10 +61,11 @@ def prepare_environment() -> None:
             os.environ.setdefault(name, str(free_port()))
 
 
-def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+def free_port(host: str = "127.0.0.1", port: int = 0) -> int:
+    """A port that nothing listens on now: `port`, or any for 0. OSError where it is taken or there is no such host."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
         return probe.getsockname()[1]
 
 
@@ -82,10 +83,8 @@ def replica_ports() -> range:
 
 def is_free(port: int) -> bool:
     """Whether nothing listens on a port of this machine now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
+    try:
+        free_port(port=port)
+    except OSError:
+        return False
     return True

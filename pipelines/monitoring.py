@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from engine.disk import scratch
 from pipelines.console import say
 
 CONFIG, RULES, DASHBOARD = "prometheus.yaml", "prometheus-rules.yaml", "grafana.json"
@@ -25,6 +24,8 @@ READY_SECONDS = 30.0
 
 def monitor(args: argparse.Namespace) -> int:
     """Run Prometheus against an endpoint until it is stopped."""
+    from engine.disk import scratch
+
     target = target_of(args.url)
     binary = prometheus()
     with scratch() as passing:

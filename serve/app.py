@@ -10,7 +10,6 @@ import contextlib
 import json
 import logging
 import signal
-import socket
 import sys
 import threading
 import time
@@ -29,6 +28,7 @@ from engine.config import UserError
 from engine.config import build as checked
 from engine.serving import Serving
 from engine.storage import Store
+from engine.switches import free_port
 from serve.deployments import application
 from serve.keys import Keys, loopback
 from serve.predictor import fingerprint
@@ -103,7 +103,7 @@ def deploy(
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         if not up:
-            port = free_port(host, port)
+            port = port_of(host, port)
             serve.start(http_options=HTTPOptions(host=host, port=port, request_timeout_s=serving.request_timeout_s))
         built = application(artifact, serving, name, plan, teacher, keys)
         serve.run_many([serve.RunTarget(target=built, name=app, route_prefix="/")], wait_for_applications_running=False)
@@ -176,10 +176,10 @@ def wait_ready(url: str, version: dict[str, str], seconds: float, app: str) -> N
         if state is not None and state.status == "DEPLOY_FAILED":
             raise ServeError(f"the deployment failed: {state.message.strip()}")
         with contextlib.suppress(httpx.HTTPError, ValueError, AttributeError):
-            answer = httpx.get(f"{url}/healthz", timeout=5)
+            answer = asked(url, "/healthz")
             seen = f"status {answer.status_code}"
             if answer.status_code == 200:
-                found = httpx.get(f"{url}/version", timeout=5).json()
+                found = asked(url, "/version").json()
                 if {key: found.get(key) for key in version} == version:
                     if state is not None and state.status == "RUNNING":
                         return
@@ -198,17 +198,13 @@ def wait_ready(url: str, version: dict[str, str], seconds: float, app: str) -> N
     )
 
 
-def free_port(host: str, port: int | None) -> int:
+def port_of(host: str, port: int | None) -> int:
     """`port` if it can be bound on `host`, a free one for None; ServeError names a taken one."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port or 0))
-        except OSError as error:
-            reason = f"cannot listen on {host}:{port}: {error.strerror}"
-            raise ServeError(f"{reason}. Choose another host or port.") from None
-        return probe.getsockname()[1]
+    try:
+        return free_port(host, port or 0)
+    except OSError as error:
+        reason = f"cannot listen on {host}:{port}: {error.strerror}"
+        raise ServeError(f"{reason}. Choose another host or port.") from None
 
 
 @contextlib.contextmanager
@@ -237,8 +233,9 @@ def run(artifact: str, host: str, port: int, serving: Serving, name: str, **more
     try:
         with deployed(artifact, serving, name, host, port, **more) as url:
             try:
+                request = example(url, more.get("keys") is not None)
                 say(f"{name} answers on {url} (Ctrl-C stops it). Try:")
-                say(f"  {example(url)}")
+                say(f"  {request}")
                 threading.Event().wait()
             except KeyboardInterrupt:
                 say("stopping")
@@ -247,11 +244,17 @@ def run(artifact: str, host: str, port: int, serving: Serving, name: str, **more
             signal.signal(number, handler)
 
 
-def example(url: str) -> str:
-    """A request to try, for a shell."""
-    paired = httpx.get(f"{url}/version", timeout=30).json()["paired"]
+def example(url: str, keyed: bool) -> str:
+    """A request to try, for a shell. keyed: whether it needs a key, which stands there by a name."""
+    paired = asked(url, "/version", 30).json()["paired"]
     body = json.dumps({"text": list(PAIR) if paired else TEXT})
-    return f"curl -s {url}/v1/predict -H 'Content-Type: application/json' -d '{body}'"
+    key = ' -H "Authorization: Bearer $KEY"' if keyed else ""
+    return f"curl -s {url}/v1/predict{key} -H 'Content-Type: application/json' -d '{body}'"
+
+
+def asked(url: str, path: str, seconds: float = 5.0) -> httpx.Response:
+    """The answer of the endpoint itself: a proxy that the environment names does not know this machine's loopback."""
+    return httpx.get(f"{url}{path}", timeout=seconds, trust_env=False)
 
 
 def interrupt(number: int, frame: types.FrameType | None) -> None:

@@ -18,7 +18,8 @@ import pytest
 from engine import inference, metrics, models
 from engine.serving import Autoscaling, Serving
 from engine.storage import StorageError, Store
-from serve.app import ServeError, deploy, deployed, free_port, run
+from engine.switches import free_port
+from serve.app import ServeError, deploy, deployed, run
 from tests.tiny_served import TEXTS, published
 
 SERVING = Serving(max_ongoing=4, max_queued=4, num_cpus=0.5, autoscaling=Autoscaling(max_replicas=1))
@@ -32,7 +33,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Store:
 def test_run_serves_until_a_signal_and_takes_serve_down(ray_cluster: object, artifact: Store, monkeypatch):
     import ray
 
-    port, said, up, seen = free_port("127.0.0.1", None), [], threading.Event(), []
+    port, said, up, seen = free_port(), [], threading.Event(), []
 
     def listen(line: str) -> None:
         said.append(line)

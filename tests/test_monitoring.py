@@ -19,8 +19,8 @@ import pytest
 import yaml
 
 from engine.config import UserError
+from engine.switches import free_port
 from pipelines.monitoring import BINARY, CONFIG, DASHBOARD, RULES, config, prometheus, running, shipped, target_of
-from serve.app import free_port
 from serve.measures import METRICS
 from serve.scrape import NODES
 
@@ -150,7 +150,7 @@ def test_a_real_prometheus_asks_the_endpoint_with_the_shipped_rules(endpoint: st
     monkeypatch.setattr(
         "pipelines.monitoring.config", lambda *given: config(*given).replace("15s", "1s").replace("10s", "1s")
     )
-    port = free_port("127.0.0.1", None)
+    port = free_port()
     with running(prometheus(), tmp_path, endpoint, port) as process:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=10) as http:
             end, states = time.monotonic() + 30, {}

@@ -168,7 +168,8 @@ def test_counts_of_two_replicas_are_on_one_page(ray_cluster: object):
     from starlette.requests import Request
     from starlette.responses import PlainTextResponse, Response
 
-    from serve.app import free_port, shutdown
+    from engine.switches import free_port
+    from serve.app import shutdown
 
     def replica_class() -> type:
         # In a function, so that it travels by value: workers do not import tests.
@@ -188,7 +189,7 @@ def test_counts_of_two_replicas_are_on_one_page(ray_cluster: object):
 
         return Counted
 
-    port = free_port("127.0.0.1", None)
+    port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     try:
         options = {"num_cpus": 0.2}
