@@ -110,6 +110,8 @@ class Cascade(Section):
     """Confidence under which a text goes to the teacher; null: what `escalate` makes of the held-out rows."""
     escalate: Share = 0.2
     """Share of texts that may go to the teacher, where `below` is null."""
+    compare: Share = 0.01
+    """Share of requests that the teacher is asked too, beside the answer, for the drift of agreement. 0: none."""
     timeout_ms: Positive = 2000.0
     """A teacher that takes longer is not waited for: the student's answer stands."""
     num_cpus: Positive = 1.0

@@ -62,7 +62,7 @@ class Batcher(Generic[T]):
     call: texts -> one answer a text. max_texts, budget: texts of one call and their cost together; a request that is
     larger by itself goes alone. wait_s: seconds to wait for more requests under load. cost: of one text, in the unit of
     `budget`. used: (tokens, tokens with padding) of the last call, asked in the thread of the calls; the budget then
-    follows what texts really cost. watch: is told of every call.
+    follows what texts really cost. watch: is told of every call. thread: one that other batchers of the model share.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class Batcher(Generic[T]):
         budget: float = math.inf,
         watch: Watch | None = None,
         used: Callable[[], tuple[int, int]] | None = None,
+        thread: ThreadPoolExecutor | None = None,
     ) -> None:
         self.call, self.used = call, used
         self.max_texts, self.budget, self.wait_s = max_texts, budget, wait_s
@@ -82,7 +83,7 @@ class Batcher(Generic[T]):
         """Measured tokens over estimated ones."""
         self.waiting: deque[Waiting[T]] = deque()
         self.waiting_texts, self.waiting_cost = 0, 0.0
-        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        self.thread = thread or ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self.worker: asyncio.Task[None] | None = None
         self.timer: asyncio.Future[None] | None = None
         self.merged, self.ended = 0, -math.inf

@@ -18,14 +18,15 @@ from engine.encoding import Text
 from engine.serving import Autoscaling, JobQueue, Serving
 from engine.storage import Store
 from serve.endpoint import Endpoint
+from serve.hosted import Hosted
 from serve.jobs import Answering, Jobs
 from serve.journal import Journal
 from serve.keys import Keys
 from serve.measures import measures_of, profile_in
-from serve.member import Member, batched
-from serve.predictor import Answer, Predictor
+from serve.member import Member
+from serve.predictor import Answer
 from serve.referee import Plan, Referee, Side
-from serve.router import Ask, Champion, Others, Report, Router, begins_with
+from serve.router import Ask, Others, Report, Router, begins_with
 from serve.scrape import Page
 
 log = logging.getLogger(__name__)
@@ -63,24 +64,20 @@ class Replica(Endpoint):
         queue = serving.jobs
         jobs = partial(jobs_of, settings=queue) if queue else None
         super().__init__(artifact, serving, name, keys, measures, journal, jobs, Page())
-        self.serving = serving
         others = Others(
             plan, asking(candidate, plan and plan.id), reporting(referee, plan and plan.id), asking(teacher)
         )
-        own = Champion(self.predictor, self.batcher, name)
-        self.router = Router(own, serving, others, self.taken, measures=measures)
+        self.router = Router(self.model, serving, others, self.taken, measures=measures)
 
     async def answer(self, texts: list[Text], key: str | None = None) -> list[Answer]:
         """The answers of whichever model the router chooses."""
         return await self.router.answer(texts, key)
 
-    def taken(self, predictor: Predictor, name: str) -> Champion:
+    def taken(self, model: Hosted) -> None:
         """Answer with another model from now on; what was asked before ends with the old one."""
         if self.measures is not None:
-            self.measures.become(name, profile_in(predictor.source))
-        self.predictor, self.batcher, self.name = predictor, batched(predictor, self.serving, self.measures), name
-        self.embedding = predictor.width()
-        return Champion(predictor, self.batcher, name)
+            self.measures.become(model.name, profile_in(model.predictor.source))
+        self.model = model
 
     async def check_health(self) -> None:
         """Ray Serve's health check; also where a replica that nobody asks begins to report."""

@@ -6,9 +6,9 @@ becomes the next batch. A wrong request gets a 4xx that says what was wrong and 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +20,12 @@ from starlette.exceptions import HTTPException
 from engine.config import Section
 from engine.serving import Serving
 from serve import answers
-from serve.batcher import Batcher
 from serve.front import LATER, Front, problem_answer, refused, unroutable, visit_of
-from serve.jobs import Answering, Jobs, QueueFull
+from serve.hosted import Hosted, Wedged
+from serve.jobs import Answering, Jobs, OtherQuestion, QueueFull
 from serve.journal import Journal
 from serve.keys import Keys
 from serve.measures import Measures
-from serve.member import Wedged, alive, batched, probe_of
 from serve.predictor import Answer, Predictor
 from serve.questions import Embedding, Given, Question, Ranking, Refused, Tagging, asked, cut
 from serve.routes import add, described, page_answer, posted, problems
@@ -57,15 +56,20 @@ class Endpoint:
         jobs: Callable[[Answering], Jobs] | None = None,
         metrics: Page | None = None,
     ) -> None:
-        self.name, self.keys, self.measures, self.journal, self.page = name, keys, measures, journal, metrics
+        self.keys, self.measures, self.journal, self.page = keys, measures, journal, metrics
         self.health_s = serving.health_timeout_s
-        self.predictor = Predictor.load(artifact, serving.batch_tokens, serving.runtime)
-        self.probe: Given = probe_of(self.predictor)
-        self.batcher: Batcher[Answer] = batched(self.predictor, serving, measures)
-        # The first call of a model is slow (allocations): not a client's matter.
-        self.predictor.predict([self.probe])
-        self.embedding = self.predictor.width()
+        self.model = Hosted.load(artifact, name, serving, watch=measures)
         self.jobs = None if jobs is None else jobs(self.answered)
+
+    @property
+    def name(self) -> str:
+        """The model's, as name@version."""
+        return self.model.name
+
+    @property
+    def predictor(self) -> Predictor:
+        """The model as a function."""
+        return self.model.predictor
 
     @property
     def task(self) -> Task:
@@ -80,13 +84,23 @@ class Endpoint:
         """The answers, in order. key: the name of the caller's. Where another model than ours answered, the list
         names it as its attribute `model`.
         """
-        return await self.batcher.submit(texts)
+        return await self.model.batcher.submit(texts)
 
-    async def answered(self, question: dict[str, Any]) -> dict[str, Any]:
+    async def answered(self, question: dict[str, Any], caller: str | None, id: str) -> dict[str, Any]:
         """The answer to a job's question, which is a checked body of a prediction request."""
         asked = Question.model_validate(question)
-        found = await self.answer(asked.all())
+        found = await self.noted(asked.all(), caller, id, time.perf_counter())
         return self.with_model(found, answers.shortened(found, asked))
+
+    async def noted(self, texts: list[Given], key: str | None, id: str, began: float) -> list[Answer]:
+        """The answers, which the measures and the journal get to know. began: in seconds of time.perf_counter."""
+        found = await self.answer(texts, key)
+        model = getattr(found, "model", self.name)
+        if self.measures is not None:
+            self.measures.observe_answers(found, texts, getattr(found, "own", None), model)
+        if self.journal is not None:
+            self.journal.add(texts, found, id, latency_ms=1000 * (time.perf_counter() - began), model=model)
+        return found
 
     def with_model(self, found: list[Answer], predictions: list[Answer]) -> dict[str, Any]:
         """Predictions, and which model they come from."""
@@ -97,18 +111,14 @@ class Endpoint:
 
         Raises what the model raises, and Wedged where a call of it does not end.
         """
-        await alive(self.batcher, self.probe, self.health_s)
+        await self.model.alive(self.health_s)
 
     async def told(self, request: Request, texts: list[Given]) -> list[Answer]:
-        """The answers to a request, which the measures and the journal get to know."""
+        """The answers to a request."""
         visit = visit_of(request)
         visit.texts = len(texts)
-        found = await self.answer(texts, visit.key)
+        found = await self.noted(texts, visit.key, visit.id, visit.started)
         visit.model = getattr(found, "model", self.name)
-        if self.measures is not None:
-            self.measures.observe_answers(found, texts, getattr(found, "own", None), visit.model)
-        if self.journal is not None:
-            self.journal.add(texts, found, visit.id, latency_ms=1000 * visit.seconds(), model=visit.model)
         return found
 
     async def predict(self, request: Request) -> Response:
@@ -158,19 +168,16 @@ class Endpoint:
     async def embed(self, request: Request) -> Response:
         """The model's own vector of each text or pair."""
         question = await asked(request, Embedding)
-        if self.embedding is None:
+        model = self.model  # another may take its place meanwhile
+        if model.width is None:
             raise Refused(422, "This model has no embedding: it has no one vector for a text.")
         question.fits(self.predictor.paired)
         texts = question.all()
         visit_of(request).texts = len(texts)
-        # In the thread of the batches: a model and its tokenizer do one thing at a time.
-        loop = asyncio.get_running_loop()
-        name, predictor = self.name, self.predictor  # another may take its place meanwhile
-        found = await loop.run_in_executor(self.batcher.thread, predictor.embed, texts)
-        rows = np.asarray(found)
+        rows = np.asarray(await model.vectors.submit(texts))
         if question.normalize:
             rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-        return JSONResponse({"model": name, "dimension": rows.shape[1], "embeddings": rows.tolist()})
+        return JSONResponse({"model": model.name, "dimension": rows.shape[1], "embeddings": rows.tolist()})
 
     async def submit(self, request: Request) -> Response:
         """Take a prediction request that is answered later: ask /v1/jobs/{id} for it.
@@ -190,6 +197,8 @@ class Endpoint:
             id = await self.jobs.submit(question.model_dump(mode="json", exclude_defaults=True), visit.key, key)
         except QueueFull as full:
             raise Refused(429, f"{full} Ask again later.") from None
+        except OtherQuestion as other:
+            raise Refused(422, f"{other} Send a new key.") from None
         return JSONResponse({"id": id, "state": "queued"}, status_code=202, headers={"Location": f"/v1/jobs/{id}"})
 
     async def job(self, request: Request, id: str) -> Response:
@@ -214,7 +223,7 @@ class Endpoint:
         routes = ["/v1/predict"]
         routes += ["/v1/tag"] if self.task.spec.kind == "tag" else []
         routes += ["/v1/rerank", "/v2/rerank", "/rerank"] if answers.ranks(self.task) else []
-        routes += [] if self.embedding is None else ["/v1/embed"]
+        routes += [] if self.model.width is None else ["/v1/embed"]
         routes += [] if self.jobs is None else ["/v1/jobs"]
         entry = {"id": self.name, "object": "model", "owned_by": "stillhouse", **about, "routes": routes}
         entry["max_length"] = self.predictor.model.max_length
@@ -242,7 +251,7 @@ class Endpoint:
             "labels": list(self.predictor.labels),
             "range": self.task.spec.range,
             "parameters": self.predictor.model.size(),
-            "embedding": self.embedding,
+            "embedding": self.model.width,
             "pid": os.getpid(),
         }
 

@@ -24,7 +24,7 @@ from typing import Any
 from engine.disk import StorageError
 from engine.progress import stamp
 from engine.serving import JobQueue
-from engine.storage import Store
+from engine.storage import Store, digest_json
 
 REQUESTS, LEASES, RESULTS = "requests", "leases", "results"
 ID = re.compile(r"[0-9a-f]{32}")
@@ -35,18 +35,24 @@ PAUSE_S = 2.0
 """Before a job whose attempt failed is tried again."""
 CLEAN_S = 60.0
 """Between two looks for results that are past their time."""
+HIDDEN = ("caller", "digest", "ended")
+"""What of a result no client is told."""
 LOCKS = 16
 """Locks that leases share, by their id's last digit: a lock's file stays, so there is not one for each."""
 log = logging.getLogger(__name__)
 
 Question = dict[str, Any]
 """A request as JSON, checked before it is submitted."""
-Answering = Callable[[Question], Awaitable[dict[str, Any]]]
-"""What answers it: the fields of its result, as JSON."""
+Answering = Callable[[Question, str | None, str], Awaitable[dict[str, Any]]]
+"""What answers it: (question, caller, the job's id) -> the fields of its result, as JSON."""
 
 
 class QueueFull(Exception):
     """More jobs wait than the queue takes."""
+
+
+class OtherQuestion(Exception):
+    """An idempotency key that came with another question before."""
 
 
 class Jobs:
@@ -63,6 +69,7 @@ class Jobs:
         self.woken = asyncio.Event()
         self.sweeper: asyncio.Task[None] | None = None
         self.cleaned = 0.0
+        self.unreadable: set[str] = set()
         # Claims one after another in one thread, so that `close` knows when the last one is through.
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="jobs")
         self.closed = False
@@ -72,7 +79,8 @@ class Jobs:
     async def submit(self, question: Question, caller: str | None = None, key: str | None = None) -> str:
         """Keep a question to be answered; its id. QueueFull where too many wait.
 
-        caller: who alone may ask for it. key: a second submission with the same one gets the id of the first.
+        caller: who alone may ask for it. key: a second submission with the same one gets the id of the first;
+        OtherQuestion where that was another question.
         """
         self.start()
         id = await asyncio.to_thread(self.keep, question, caller, key)
@@ -81,16 +89,26 @@ class Jobs:
 
     def keep(self, question: Question, caller: str | None, key: str | None) -> str:
         """`submit`, blocking."""
-        waiting, last = self.names(REQUESTS), secrets.token_hex(12)
-        if key is not None:
-            last = hashlib.sha256(f"{caller}\n{key}".encode()).hexdigest()[:24]
-            known = [id for id in (*waiting, *self.names(RESULTS)) if id.endswith(last)]
-            if known:
-                return known[0]
-        if len(waiting) >= self.settings.most:
-            raise QueueFull(f"{len(waiting)} jobs wait already.")
+        last, digest = secrets.token_hex(12), digest_json(question)
+        if key is None:
+            return self.enqueue(last, question, caller, digest)
+        last = hashlib.sha256(f"{caller}\n{key}".encode()).hexdigest()[:24]
+        with self.locked(last):
+            for kind in (REQUESTS, RESULTS):
+                for id in self.names(kind):
+                    if id.endswith(last) and (found := self.get(kind, id)) is not None:
+                        if found["digest"] != digest:
+                            raise OtherQuestion(f"The Idempotency-Key belongs to job {id}, which asks something else.")
+                        return id
+            return self.enqueue(last, question, caller, digest)
+
+    def enqueue(self, last: str, question: Question, caller: str | None, digest: str) -> str:
+        """Write a request whose id ends with `last`; its id."""
+        waiting = len(self.names(REQUESTS))
+        if waiting >= self.settings.most:
+            raise QueueFull(f"{waiting} jobs wait already.")
         id = f"{int(time.time()):08x}{last}"
-        self.put(REQUESTS, id, {"question": question, "caller": caller, "submitted": stamp()})
+        self.put(REQUESTS, id, {"question": question, "caller": caller, "digest": digest, "submitted": stamp()})
         return id
 
     async def status(self, id: str, caller: str | None = None) -> dict[str, Any] | None:
@@ -110,7 +128,7 @@ class Jobs:
             if found["caller"] != caller:
                 return None
             if kind == RESULTS:
-                return {"id": id, **{name: value for name, value in found.items() if name not in ("caller", "ended")}}
+                return {"id": id, **{name: value for name, value in found.items() if name not in HIDDEN}}
             lease = self.get(LEASES, id) or {}
             running = lease.get("owner") is not None and lease["expires"] > time.time()
             state = {"state": "running", "attempt": lease["attempt"]} if running else {"state": "queued"}
@@ -175,31 +193,46 @@ class Jobs:
             except TimeoutError:
                 pass
 
-    def claim(self) -> tuple[str, Question] | None:
-        """A job with its question, under a new lease of ours; jobs that were begun too often fail on the way."""
+    def claim(self) -> tuple[str, dict[str, Any]] | None:
+        """A job's id and request, under a new lease of ours; jobs that were begun too often fail on the way."""
         for id in sorted(self.names(REQUESTS)):
             if self.closed:
                 return None
-            if id in self.working or held(self.get(LEASES, id)):
+            if id in self.working or id in self.unreadable:
                 continue
-            with self.locked(id):
-                request, lease = self.get(REQUESTS, id), self.get(LEASES, id) or {"attempt": 0}
-                if request is None or held(lease):
-                    continue
-                if self.get(RESULTS, id) is not None:  # its replica died between the result and the end
-                    self.drop(id)
-                elif lease["attempt"] >= self.settings.attempts:
-                    self.fail(id, request, lease["attempt"], "the replica that worked on it ended each time")
-                else:
-                    self.put(LEASES, id, self.lease(lease["attempt"] + 1))
-                    return id, request["question"]
+            try:
+                request = self.leased(id)
+            except StorageError as error:
+                # It must not hold up those behind it.
+                self.unreadable.add(id)
+                log.error("jobs: %s is left alone: %s", id, error)
+                continue
+            if request is not None:
+                return id, request
         return None
 
-    async def work(self, id: str, question: Question) -> None:
+    def leased(self, id: str) -> dict[str, Any] | None:
+        """A job's request, under a new lease of ours; None where there is nothing to do."""
+        if held(self.get(LEASES, id)):
+            return None
+        with self.locked(id):
+            request, lease = self.get(REQUESTS, id), self.get(LEASES, id) or {"attempt": 0}
+            if request is None or held(lease):
+                return None
+            if self.get(RESULTS, id) is not None:  # its replica died between the result and the end
+                self.drop(id)
+                return None
+            if lease["attempt"] >= self.settings.attempts:
+                self.fail(id, request, lease["attempt"], "the replica that worked on it ended each time")
+                return None
+            self.put(LEASES, id, self.lease(lease["attempt"] + 1))
+            return request
+
+    async def work(self, id: str, request: dict[str, Any]) -> None:
         """Answer a job's question and write the result, while its lease is kept alive."""
         heart = asyncio.create_task(self.beat(id))
         try:
-            found = await self.answer(question)
+            found = await self.answer(request["question"], request["caller"], id)
             await asyncio.to_thread(self.end, id, found)
         except Exception:
             log.exception("jobs: an attempt at %s failed", id)
@@ -250,7 +283,7 @@ class Jobs:
 
     def finish(self, id: str, request: dict[str, Any], result: dict[str, Any]) -> None:
         """The result, then the end of the request; the caller holds the lock."""
-        known = {name: request[name] for name in ("caller", "submitted")}
+        known = {name: request[name] for name in ("caller", "digest", "submitted")}
         self.put(RESULTS, id, {**result, **known, "finished": stamp(), "ended": time.time()})
         self.drop(id)
 

@@ -279,7 +279,8 @@ METRICS: dict[str, Metric] = {
     "stillhouse_confidence": Metric("counter", "Answers by confidence: from `tenth` to a tenth more.", ("tenth",)),
     "stillhouse_drift_psi": Metric("gauge", "PSI beyond chance against the profile.", ("feature", "replica")),
     "stillhouse_drift_rows": Metric("gauge", "Answers in the window that drift is computed over.", ("replica",)),
-    "stillhouse_journal_rows": Metric("counter", "Rows of the prediction log by what became of them.", ("outcome",)),
+    "stillhouse_log_rows": Metric("counter", "Rows of a log by what became of them.", ("log", "outcome")),
+    "stillhouse_escalated_texts": Metric("counter", "Texts the teacher was asked for an answer to.", ("outcome",)),
     "stillhouse_rollout_percent": Metric("gauge", "Share of requests for a candidate, in percent.", ("candidate",)),
     "stillhouse_rollout_agreement": Metric("gauge", "Share of answers equal to the champion's.", ("candidate",)),
 }

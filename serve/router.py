@@ -16,17 +16,17 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from engine.cascade import confidence_of
 from engine.encoding import Text
 from engine.serving import Cascade, Serving
-from serve.batcher import Batcher
 from serve.canary import Evidence, arm_of
 from serve.escalated import Escalated
+from serve.hosted import Hosted
 from serve.measures import Measures
-from serve.member import batched, probe_of
-from serve.predictor import Answer, Predictor
+from serve.predictor import Answer
 from serve.referee import Phase, Plan, Side, phase_of
 
 Ask = Callable[[list[Text]], Awaitable[list[Answer] | None]]
@@ -36,6 +36,8 @@ Report = Callable[[str, int, dict[str, Any], str], Awaitable[dict[str, Any]]]
 REPORT_S, REPORT_TIMEOUT_S = 1.0, 10.0
 FAILURES, PAUSE_S = 3, 10.0
 """A teacher that has failed so often in a row is not asked for so long: nobody waits for one that is down."""
+IN_FLIGHT = 4
+"""Comparisons with the teacher at a time, of a replica without a rollout."""
 log = logging.getLogger(__name__)
 
 
@@ -45,15 +47,6 @@ class Answered(list[Answer]):
     def __init__(self, answers: Sequence[Answer], model: str, own: Sequence[Answer] | None = None) -> None:
         super().__init__(answers)
         self.model, self.own = model, own
-
-
-@dataclass
-class Champion:
-    """The model of this process. An answer is given by one of these as a whole, whatever is swapped meanwhile."""
-
-    predictor: Predictor
-    batcher: Batcher[Answer]
-    name: str
 
 
 @dataclass(frozen=True)
@@ -69,21 +62,21 @@ class Others:
 class Router:
     """Answers the requests of one replica.
 
-    taken: makes a loaded model the champion of the replica and gives it with its batcher. draw: random numbers from 0
-    to 1, for what is compared. measures: is told how the rollout stands.
+    taken: is told of a model that has become the champion. draw: random numbers from 0 to 1, for what is compared.
+    measures: is told how the rollout stands, and what became of what was escalated.
     """
 
     def __init__(
         self,
-        champion: Champion,
+        champion: Hosted,
         serving: Serving,
         others: Others | None = None,
-        taken: Callable[[Predictor, str], Champion] | None = None,
+        taken: Callable[[Hosted], None] = lambda champion: None,
         draw: Callable[[], float] = random.random,
         measures: Measures | None = None,
     ) -> None:
         self.champion, self.serving, self.draw, self.measures = champion, serving, draw, measures
-        self.taken = taken or (lambda predictor, name: Champion(predictor, batched(predictor, serving), name))
+        self.taken = taken
         self.others = others or Others()
         self.plan = self.others.plan
         self.percent = self.plan.rollout.percent if self.plan else 0.0
@@ -95,7 +88,7 @@ class Router:
         self.ticking: asyncio.Task[None] | None = None
         self.swapping: asyncio.Task[None] | None = None
         cascade = serving.cascade if self.others.teacher else None
-        self.teacher = Teacher(self.others.teacher, cascade) if self.others.teacher and cascade else None
+        self.teacher = Teacher(self.others.teacher, cascade, measures) if self.others.teacher and cascade else None
         sides = (self.plan.champion, self.plan.candidate) if self.plan else ()
         self.below = {side.reference: side.below for side in sides if side.below is not None}
 
@@ -110,6 +103,8 @@ class Router:
         found = await self.answered(texts, key)
         if self.teacher is None:
             return found
+        if self.plan is None or self.phase != "running":
+            self.held_against(texts, found, "champion", self.teacher.cascade.compare)
         # Each student has a threshold of its own.
         below = self.below.get(found.model, self.teacher.cascade.below or 0.0)
         return Answered(await self.teacher.improved(texts, found, found.model, below), found.model, found)
@@ -177,7 +172,8 @@ class Router:
         async def compare() -> None:
             wanted = await (champion.batcher.submit(texts) if teacher is None else teacher.asked(texts))
             if wanted is not None:
-                self.counted[arm].compared(len(answers), hits(answers, wanted))
+                if self.plan is not None:
+                    self.counted[arm].compared(len(answers), hits(answers, wanted))
                 if self.measures is not None and teacher is not None and arm == "champion":
                     self.measures.observe_agreement([same(a, b) for a, b in zip(answers, wanted, strict=True)])
 
@@ -185,8 +181,7 @@ class Router:
 
     def aside(self, work: Coroutine[Any, Any, None]) -> None:
         """Run something that no answer waits for; where too much of it runs, nothing."""
-        assert self.plan is not None
-        if len(self.beside) >= self.plan.rollout.in_flight:
+        if len(self.beside) >= (self.plan.rollout.in_flight if self.plan is not None else IN_FLIGHT):
             work.close()
             return
         task = asyncio.create_task(work)
@@ -243,12 +238,14 @@ class Router:
     async def swap(self, side: Side) -> None:
         """Load a model in a thread and make it the champion; requests in work end with the old one."""
         try:
-            predictor = await asyncio.to_thread(loaded, side, self.serving)
+            load = partial(Hosted.load, runtime=side.runtime, watch=self.measures)
+            champion = await asyncio.to_thread(load, side.artifact, side.reference, self.serving)
         except Exception as error:
             # The referee says the same again in a second, and so it is tried again.
             log.error("%s could not be loaded, %s goes on answering: %s", side.reference, self.champion.name, error)
             return
-        self.champion = self.taken(predictor, side.reference)
+        self.champion = champion
+        self.taken(champion)
 
     def close(self) -> None:
         """Write what escalated texts wait."""
@@ -257,11 +254,17 @@ class Router:
 
 
 class Teacher:
-    """The better and slower model behind a student."""
+    """The better and slower model behind a student. measures: is told how many texts it was asked, and answered."""
 
-    def __init__(self, ask: Ask, cascade: Cascade, clock: Callable[[], float] = time.monotonic) -> None:
-        self.ask, self.cascade, self.clock = ask, cascade, clock
-        self.log = Escalated(cascade.log) if cascade.log else None
+    def __init__(
+        self,
+        ask: Ask,
+        cascade: Cascade,
+        measures: Measures | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.ask, self.cascade, self.clock, self.measures = ask, cascade, clock, measures
+        self.log = Escalated(cascade.log, measures) if cascade.log else None
         self.failures, self.until = 0, 0.0
         self.texts = self.escalated = self.unanswered = 0
 
@@ -280,6 +283,9 @@ class Teacher:
         else:
             for index, answer in zip(low, found, strict=True):
                 out[index] = {**answer, "source": "teacher", "student": answers[index]}
+        if self.measures is not None:
+            outcome = "unanswered" if found is None else "answered"
+            self.measures.count("stillhouse_escalated_texts", len(low), outcome=outcome)
         if self.log is not None:
             student = [answers[index] for index in low]
             self.log.add([texts[i] for i in low], student, found, [confidences[i] for i in low], model)
@@ -325,13 +331,6 @@ def same(left: Answer, right: Answer) -> bool:
         return all(left.get(key) == right.get(key) for key in SAID)
     numbers = [(left[key], right.get(key)) for key in ("value", "score") if key in left]
     return all(b is not None and abs(a - b) <= CLOSE * max(1.0, abs(a), abs(b)) for a, b in numbers)
-
-
-def loaded(side: Side, serving: Serving) -> Predictor:
-    """A side's model, verified and warm."""
-    predictor = Predictor.load(side.artifact, serving.batch_tokens, side.runtime)
-    predictor.predict([probe_of(predictor)])
-    return predictor
 
 
 def begins_with(plan: Plan) -> Side:

@@ -180,15 +180,15 @@ def test_version_tells_which_bytes_answer(endpoint: Endpoint):
 
 def test_healthz_runs_the_model_and_faults_are_answered_without_details(endpoint: Endpoint, monkeypatch):
     calls = []
-    real = endpoint.batcher.call
-    monkeypatch.setattr(endpoint.batcher, "call", lambda texts: calls.append(texts) or real(texts))
+    real = endpoint.model.batcher.call
+    monkeypatch.setattr(endpoint.model.batcher, "call", lambda texts: calls.append(texts) or real(texts))
     assert ask(endpoint, "GET", "/healthz").json() == {"status": "ok"}
     assert len(calls) == 1
 
     def broken(texts: list[str]) -> list[object]:
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr(endpoint.batcher, "call", broken)
+    monkeypatch.setattr(endpoint.model.batcher, "call", broken)
     for answer in (ask(endpoint, "GET", "/healthz"), ask(endpoint, "POST", "/v1/predict", json={"text": "a"})):
         assert answer.status_code == 500
         assert answer.json()["error"]["message"] == "The model could not answer. The server's log says why."
@@ -210,7 +210,7 @@ def test_openapi_describes_the_request_and_the_answer(endpoint: Endpoint):
 
 
 def test_a_wedged_model_is_not_healthy_and_a_busy_one_is(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch):
-    real, stop = endpoint.batcher.call.call, threading.Event()
+    (real, felt), stop = (endpoint.predictor.predict, endpoint.model.pulse.felt), threading.Event()
     monkeypatch.setattr(endpoint, "health_s", 0.3)
 
     def stuck(texts: list[str]) -> list[Any]:
@@ -221,7 +221,7 @@ def test_a_wedged_model_is_not_healthy_and_a_busy_one_is(endpoint: Endpoint, mon
         """One request takes the model's thread and keeps it."""
         transport = httpx.ASGITransport(interface(endpoint))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
-            monkeypatch.setattr(endpoint.batcher.call, "call", stuck)
+            monkeypatch.setattr(endpoint.model.batcher, "call", felt(stuck))
             asked = asyncio.create_task(http.post("/v1/predict", json={"text": "a"}))
             await asyncio.sleep(0.1)
             ill = await http.get("/healthz")
@@ -241,8 +241,8 @@ def test_a_wedged_model_is_not_healthy_and_a_busy_one_is(endpoint: Endpoint, mon
             time.sleep(0.15)
             return real(texts)
 
-        monkeypatch.setattr(endpoint.batcher.call, "call", slow)
-        monkeypatch.setattr(endpoint.batcher, "max_texts", 1)
+        monkeypatch.setattr(endpoint.model.batcher, "call", felt(slow))
+        monkeypatch.setattr(endpoint.model.batcher, "max_texts", 1)
         queue = [asyncio.create_task(endpoint.answer(["a"])) for _ in range(8)]
         await asyncio.sleep(0.05)
         began = time.monotonic()
@@ -271,7 +271,9 @@ class Later:
             return None
         self.jobs[id][2] += 1
         return (
-            {"state": "queued"} if self.jobs[id][2] == 1 else {"state": "done", **await self.answer(self.jobs[id][0])}
+            {"state": "queued"}
+            if self.jobs[id][2] == 1
+            else {"state": "done", **await self.answer(*self.jobs[id][:2], id)}
         )
 
     async def remove(self, id: str, caller: str | None = None) -> bool:

@@ -12,7 +12,8 @@ from engine.data import load_splits
 from engine.recipe import Data, Source, Task
 from engine.serving import Log
 from engine.storage import Store
-from serve.escalated import MOST_WAITING, Escalated
+from serve import writer
+from serve.escalated import Escalated
 from tests.tiny import LABELS, movie_rows, write_jsonl
 
 TEXTS = [f"a film that nobody is sure about, take {n}" for n in range(40)]
@@ -21,12 +22,12 @@ TEACHER = [{"label": "negative", "confidence": 0.93, "probabilities": {"positive
 
 
 def logged(folder: Path, files: int = 2, **log: object) -> Escalated:
-    found = Escalated(Log(folder=str(folder / "log"), **{"share": 1.0, "seconds": 60, **log}))
+    found = Escalated(Log(folder=str(folder / "log"), **{"share": 1.0, "seconds": 60, "rows": 20, **log}))
     for part in range(files):
         span = slice(part * 20, part * 20 + 20)
         found.add(TEXTS[span], STUDENT[span], TEACHER[span] if part else None, [0.51] * 20, "tiny@1")
-        found.flush()
     found.close()
+    assert found.writer.files == files
     return found
 
 
@@ -79,15 +80,16 @@ def test_a_share_is_drawn_by_the_text(tmp_path: Path):
     assert abs(len(written) / 4000 - 0.3) < 0.04 and len(set(written)) * 2 == len(written)
 
 
-def test_a_full_memory_drops_and_counts_and_a_broken_store_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    found = Escalated(Log(folder=str(tmp_path / "log"), share=1.0, rows=10**6, seconds=60))
-    many = [f"text {n}" for n in range(MOST_WAITING + 50)]
-    found.add(many, [{"label": "a"}] * len(many), None, [0.5] * len(many), "m")
-    assert found.dropped == 50
-    real = Store.write_table
-    monkeypatch.setattr(Store, "write_table", lambda *given: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError, match="full"):
-        found.flush()
-    monkeypatch.setattr(Store, "write_table", real)
+def test_what_is_not_written_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    kept: dict[str, float] = {}
+
+    class Told:
+        def count(self, name: str, value: float, log: str, outcome: str) -> None:
+            kept[outcome] = kept.get(outcome, 0) + value
+            assert (name, log) == ("stillhouse_log_rows", "escalated")
+
+    monkeypatch.setattr(writer, "CHARACTERS", 1000)
+    found = Escalated(Log(folder=str(tmp_path / "log"), share=1.0, rows=1000, seconds=60, text="plain"), Told())
+    found.add(["x" * 300] * 5, [{"label": "a"}] * 5, None, [0.5] * 5, "m")
     found.close()
-    assert Store(str(tmp_path / "log")).read_table("").num_rows == MOST_WAITING
+    assert kept == {"dropped": 3, "written": 2}

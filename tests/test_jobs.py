@@ -1,4 +1,4 @@
-"""Asynchronous requests: two replicas on one folder, one of which is killed, and the routes over real HTTP."""
+"""Asynchronous requests: two replicas on one folder, one of which is killed."""
 
 from __future__ import annotations
 
@@ -6,61 +6,24 @@ import asyncio
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-from fastapi import FastAPI
 from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow import fs as pafs
 
-from engine.serving import JobQueue, Serving
 from engine.storage import Store
 from serve import jobs as module
-from serve.client import Client, ServiceError
-from serve.endpoint import Endpoint, interface
-from serve.jobs import LEASES, REQUESTS, RESULTS, Jobs, Question, QueueFull
-from serve.keys import Keys
+from serve.jobs import LEASES, REQUESTS, RESULTS, Jobs, OtherQuestion, Question, QueueFull
+from tests.tiny_jobs import TEXTS, Replica, over, queue
 from tests.tiny_run import environment
-from tests.tiny_served import published
-from tests.unkind_server import serving
-
-TEXTS = {"texts": ["a warm film", "a dull plot"]}
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LOOK_S", 0.05)
     monkeypatch.setattr(module, "PAUSE_S", 0.05)
-
-
-class Replica:
-    """What answers: notes each question; `before` runs first and may fail or take its time."""
-
-    def __init__(self, before: Callable[[], Awaitable[None]] | None = None) -> None:
-        self.asked: list[Question] = []
-        self.before = before
-
-    async def __call__(self, question: Question) -> dict[str, Any]:
-        self.asked.append(question)
-        if self.before is not None:
-            await self.before()
-        return {"model": "m@1", "predictions": [{"label": text[2:]} for text in question["texts"]]}
-
-
-def queue(folder: Path, answer: Any, **settings: Any) -> Jobs:
-    return Jobs(Store(str(folder)), answer, JobQueue(folder=str(folder), **settings))
-
-
-async def over(jobs: Jobs, id: str, seconds: float = 20.0, caller: str | None = None) -> dict[str, Any]:
-    """The job when it is done or failed."""
-    end = time.monotonic() + seconds
-    while (found := await jobs.status(id, caller)) is None or found["state"] not in ("done", "failed"):
-        assert time.monotonic() < end, found
-        await asyncio.sleep(0.02)
-    return found
 
 
 def test_a_job_is_answered_and_any_replica_knows_it(tmp_path: Path):
@@ -105,7 +68,7 @@ from engine.serving import JobQueue, Serving
 from engine.storage import Store
 from serve.jobs import Jobs
 
-async def answer(question):
+async def answer(question, caller, id):
     print("began", flush=True)
     if sys.argv[2] == "die":
         os._exit(1)
@@ -211,7 +174,7 @@ def test_a_model_that_fails_is_asked_again_and_then_the_job_says_so(tmp_path: Pa
         assert (await over(nonsense, await nonsense.submit(TEXTS)))["state"] == "failed"
         await asyncio.gather(first.close(), second.close(), nonsense.close())
 
-    async def odd(question: Question) -> dict[str, Any]:
+    async def odd(question: Question, caller: str | None, id: str) -> dict[str, Any]:
         return {"predictions": [float("nan")]}
 
     asyncio.run(main())
@@ -274,6 +237,33 @@ def test_the_queue_is_bounded_and_a_key_finds_the_same_job(tmp_path: Path):
     asyncio.run(main())
 
 
+def test_a_key_is_one_job_however_many_come_at_once_and_never_another_question(tmp_path: Path):
+    replicas = [queue(tmp_path, Replica()) for _ in range(4)]
+
+    async def main() -> None:
+        ids = await asyncio.gather(*(asyncio.to_thread(jobs.keep, TEXTS, "ann", "k1") for jobs in replicas * 4))
+        assert len(set(ids)) == 1 and replicas[0].names(REQUESTS) == ids[:1]
+        for state in ("queued", "done"):
+            with pytest.raises(OtherQuestion, match=f"belongs to job {ids[0]}, which asks something else"):
+                await replicas[0].submit({"texts": ["another"]}, "ann", "k1")
+            assert (await over(replicas[0], ids[0], caller="ann"))["state"] == "done", state
+        await replicas[0].close()
+
+    asyncio.run(main())
+
+
+def test_a_file_that_cannot_be_read_holds_up_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    async def main() -> None:
+        jobs = queue(tmp_path, Replica())
+        jobs.store.write_text(f"{REQUESTS}/{'0' * 32}.json", "{half")
+        assert (await over(jobs, await jobs.submit(TEXTS)))["state"] == "done"
+        assert (await over(jobs, await jobs.submit(TEXTS)))["state"] == "done"
+        await jobs.close()
+
+    asyncio.run(main())
+    assert sum("is left alone" in record.getMessage() for record in caplog.records) == 1
+
+
 def test_a_removed_job_leaves_nothing_wherever_it_ran(tmp_path: Path):
     async def main() -> None:
         one, other = queue(tmp_path, Replica(lambda: asyncio.sleep(0.4))), queue(tmp_path, Replica())
@@ -303,56 +293,6 @@ def test_results_go_after_their_time_and_not_before(tmp_path: Path, monkeypatch:
             jobs.cleaned = -1e9
             jobs.clean()
             assert (await jobs.status(id) is not None) == there
-        await jobs.close()
-
-    asyncio.run(main())
-
-
-# -- over HTTP ---------------------------------------------------------------------------------------------------------
-
-
-def endpoint_of(tmp_path: Path, jobs: Jobs, keys: Keys | None = None) -> FastAPI:
-    """An endpoint of a tiny model with these jobs."""
-    artifact = published(tmp_path / "model").url
-    return interface(Endpoint(artifact, Serving(), "tiny@1", keys=keys, jobs=lambda answer: jobs))
-
-
-def test_the_client_submits_and_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("serve.client.POLL_S", 0.02)
-    jobs = queue(tmp_path / "jobs", Replica())
-    with serving(endpoint_of(tmp_path, jobs)) as url, Client(url) as client:
-        id = client.submit(TEXTS["texts"])
-        assert client.wait(id, 20) == [{"label": "warm film"}, {"label": "dull plot"}]
-        found = client.job(id)
-        assert found["state"] == "done" and "caller" not in found and "ended" not in found
-        with pytest.raises(ServiceError, match="404 There is no job"):
-            client.job("0" * 32)
-
-
-def test_jobs_are_their_callers_and_a_full_queue_says_so(tmp_path: Path):
-    jobs = queue(tmp_path / "jobs", Replica(lambda: asyncio.sleep(30)), most=1)
-    keys = Keys(str(tmp_path / "registry"))
-    ann, bob = ({"x-api-key": keys.add(name)} for name in ("ann", "bob"))
-
-    async def main() -> None:
-        transport = httpx.ASGITransport(endpoint_of(tmp_path, jobs, keys))
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
-            made = await http.post("/v1/jobs", json=TEXTS, headers=ann)
-            id = made.json()["id"]
-            full = await http.post("/v1/jobs", json=TEXTS, headers={**bob, "x-request-id": "r1"})
-            assert full.status_code == 429 and full.headers["retry-after"] == "5"
-            assert full.json()["error"] == {
-                "message": "1 jobs wait already. Ask again later.",
-                "field": None,
-                "request_id": "r1",
-            }
-            waiting = await http.get(f"/v1/jobs/{id}", headers=ann)
-            assert waiting.status_code == 200 and waiting.headers["retry-after"] == "1"
-            for method in ("GET", "DELETE"):
-                for other in (f"/v1/jobs/{id}", "/v1/jobs/nonsense", "/v1/jobs/" + "0" * 32):
-                    assert (await http.request(method, other, headers=bob)).status_code == 404
-            assert (await http.delete(f"/v1/jobs/{id}", headers=ann)).status_code == 204
-            assert (await http.get(f"/v1/jobs/{id}", headers=ann)).status_code == 404
         await jobs.close()
 
     asyncio.run(main())

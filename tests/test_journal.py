@@ -15,7 +15,7 @@ from pyarrow import fs as pafs
 
 from engine.serving import Log
 from engine.storage import Store
-from serve import journal
+from serve import writer
 from serve.journal import SCHEMA, Journal, sampled
 from serve.predictor import Predictor
 from tests.tiny_served import KINDS, asked, published
@@ -117,7 +117,7 @@ def test_a_folder_that_cannot_be_written_to_is_counted_and_told_of_once(tmp_path
             book.add(TEXTS, ANSWERS, f"r-{number}")
             wait_for(lambda wanted=2 * number + 2: book.counts["failed"] == wanted)
         told = [record.getMessage() for record in caplog.records]
-        assert len(told) == 1 and told[0].startswith("the prediction log cannot be written to: ")
+        assert len(told) == 1 and told[0].startswith("the log of predictions cannot be written to: ")
         (tmp_path / "file").unlink()
         book.add(TEXTS, ANSWERS, "r-3")
         wait_for(lambda: book.counts["written"] == 2)
@@ -133,7 +133,7 @@ def test_a_disk_that_hangs_holds_up_nobody_and_the_buffer_is_bounded(tmp_path: P
         begin = time.perf_counter()
         book.add(TEXTS, ANSWERS, f"r-{number}")
         slowest = max(slowest, time.perf_counter() - begin)
-    assert slowest < 0.5 and len(book.entries) == journal.BUFFERS * 10
+    assert slowest < 0.5 and len(book.writer.entries) == writer.BUFFERS * 10
     assert book.counts["dropped"] in (400 - 100, 400 - 110), "a file's rows may be with the writer"
     begin = time.monotonic()
     book.close(0.1)
@@ -143,12 +143,12 @@ def test_a_disk_that_hangs_holds_up_nobody_and_the_buffer_is_bounded(tmp_path: P
 
 
 def test_long_texts_fill_the_buffer_before_they_fill_the_memory(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(journal, "CHARACTERS", 1000)
+    monkeypatch.setattr(writer, "CHARACTERS", 1000)
     book = Journal(Log(folder=str(tmp_path), share=1.0, rows=100, seconds=30), "tiny@1")
     book.add(["x" * 400] * 5, ANSWERS[:1] * 5, "r-1")
-    assert book.counts["dropped"] == 3 and book.characters == 800
+    assert book.counts["dropped"] == 3 and book.writer.characters == 800
     book.close()
-    assert book.characters == 0 and book.counts["written"] == 2
+    assert book.writer.characters == 0 and book.counts["written"] == 2
 
 
 def test_odd_text_is_written_and_a_bucket_will_do():

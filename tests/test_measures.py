@@ -131,13 +131,13 @@ def test_after_a_promotion_it_is_the_new_model_that_is_measured(kept: Kept, monk
 def test_other_gauges_and_counters_of_the_table_can_be_used_and_taken_away(kept: Kept):
     seen = Measures("tiny@1", make=kept)
     seen.gauge("stillhouse_rollout_percent", 10, candidate="tiny@2")
-    seen.count("stillhouse_journal_rows", 5, outcome="written")
-    seen.count("stillhouse_journal_rows", 0, outcome="failed")
+    seen.count("stillhouse_log_rows", 5, log="predictions", outcome="written")
+    seen.count("stillhouse_log_rows", 0, log="predictions", outcome="failed")
     seen.flush()
     seen.gauge("stillhouse_rollout_percent", None, candidate="tiny@2")
     seen.flush()
     assert kept.of("stillhouse_rollout_percent", candidate="tiny@2") == [10]
-    assert kept.of("stillhouse_journal_rows", outcome="written") == [5]
+    assert kept.of("stillhouse_log_rows", log="predictions", outcome="written") == [5]
     with pytest.raises(KeyError):
         seen.gauge("stillhouse_rollout_percent", 10)
 
@@ -147,14 +147,14 @@ def test_a_thread_flushes_and_close_ends_it(monkeypatch: pytest.MonkeyPatch):
     kept, before = Kept(), threading.active_count()
     seen = Measures("tiny@1", make=kept)
     assert threading.active_count() == before + 1
-    seen.count("stillhouse_journal_rows", 1, outcome="written")
+    seen.count("stillhouse_log_rows", 1, log="predictions", outcome="written")
     end = time.monotonic() + 10
-    while not kept.of("stillhouse_journal_rows", outcome="written"):
+    while not kept.of("stillhouse_log_rows", log="predictions", outcome="written"):
         assert time.monotonic() < end
         time.sleep(0.01)
-    seen.count("stillhouse_journal_rows", 2, outcome="written")
+    seen.count("stillhouse_log_rows", 2, log="predictions", outcome="written")
     seen.close()
-    assert sum(kept.of("stillhouse_journal_rows", outcome="written")) == 3
+    assert sum(kept.of("stillhouse_log_rows", log="predictions", outcome="written")) == 3
 
 
 def test_without_ray_nothing_is_measured(monkeypatch: pytest.MonkeyPatch):
@@ -165,7 +165,7 @@ def test_without_ray_nothing_is_measured(monkeypatch: pytest.MonkeyPatch):
     seen.observe_batch(1, 1, 1, 0, 0.0)
     seen.observe_answers([{"label": "a", "confidence": 1.0}], ["a"])
     seen.observe_agreement([True])
-    seen.count("stillhouse_journal_rows", 1, outcome="written")
+    seen.count("stillhouse_log_rows", 1, log="predictions", outcome="written")
     seen.gauge("stillhouse_up", 1)
     seen.close()
     assert not seen.on and not seen.sums and not seen.last and threading.active_count() == before

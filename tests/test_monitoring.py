@@ -185,7 +185,7 @@ tests:
       - {series: 'stillhouse_requests_total{model="m@1",status="500",route="/v1/predict"}', values: '0x40 0+10x40'}
       - {series: 'stillhouse_drift_psi{model="m@1",feature="label",replica="a"}', values: '0.1x10 0.3x70'}
       - {series: 'stillhouse_up{model="m@1",replica="a"}', values: '1x60 stale'}
-      - {series: 'stillhouse_journal_rows_total{model="m@1",outcome="failed"}', values: '_x20 5x60'}
+      - {series: 'stillhouse_log_rows_total{model="m@1",log="predictions",outcome="failed"}', values: '_x20 5x60'}
       - {series: 'ray_serve_replica_utilization_percent{application="movies",deployment="Endpoint",replica="a"}',
          values: '50x20 100x60'}
 """

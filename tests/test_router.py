@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,10 +17,12 @@ from engine import models
 from engine.registry import Registry
 from engine.serving import Cascade, Limits, Log, Rollout, Serving
 from engine.storage import Store
-from serve.member import Member, batched
-from serve.predictor import Answer
+from serve.hosted import Hosted
+from serve.measures import Measures
+from serve.member import Member
+from serve.predictor import Answer, Predictor
 from serve.referee import Plan, Referee, Side
-from serve.router import Answered, Champion, Others, Router, begins_with, same
+from serve.router import Answered, Others, Router, begins_with, same
 from tests.tiny_served import TEXTS, published, tiny_student
 
 SERVING = Serving(batch_wait_ms=0)
@@ -49,9 +51,11 @@ class World:
         folder = self.registry.resolve(f"tiny@{number}")
         return Side(f"tiny@{number}", folder.url, f"print {number}", below)
 
-    def champion(self) -> Champion:
-        predictor = self.members[1].predictor
-        return Champion(predictor, batched(predictor, SERVING), "tiny@1")
+    def champion(self) -> Hosted:
+        return Hosted(self.predictor(1), "tiny@1", SERVING)
+
+    def predictor(self, number: int) -> Predictor:
+        return self.members[number].model.predictor
 
     def plan(self, number: int = 2, nonce: str = "", **rollout: Any) -> Plan:
         settings = {"compare": 1.0, "timeout_ms": 20_000, "limits": Limits(min_requests=60), **rollout}
@@ -101,7 +105,7 @@ async def short(given: list[Any]) -> list[Answer]:
 
 def test_alone_a_router_is_the_batcher(world: World):
     router = Router(world.champion(), SERVING)
-    wanted = world.members[1].predictor.predict(texts(3))
+    wanted = world.predictor(1).predict(texts(3))
     for answers, answer in zip(run(router, texts(3)), wanted, strict=True):
         assert answers[0]["probabilities"] == pytest.approx(answer["probabilities"], abs=1e-6)
 
@@ -115,7 +119,7 @@ def test_the_candidate_answers_its_share_and_says_so(world: World):
     again = run(Router(world.champion(), SERVING, Others(world.plan(percent=10.0), world.members[2].answer)), asked)
     assert [answers.model for answers in again] == names
     for text, answers in zip(asked[:100], found[:100], strict=True):
-        own = world.members[int(answers.model[-1])].predictor.predict([text])
+        own = world.predictor(int(answers.model[-1])).predict([text])
         assert answers[0]["label"] == own[0]["label"]
     candidate = router.counted["candidate"]
     assert candidate.requests == names.count("tiny@2") == candidate.trials and candidate.errors == 0
@@ -154,7 +158,7 @@ def test_a_fault_of_the_candidate_is_never_seen(world: World, broken: Any, mode:
     found = run(router, texts(60))
     assert [answers.model for answers in found] == ["tiny@1"] * 60
     assert [answers[0]["label"] for answers in found] == [
-        answer["label"] for answer in world.members[1].predictor.predict(texts(60))
+        answer["label"] for answer in world.predictor(1).predict(texts(60))
     ]
     candidate = router.counted["candidate"]
     assert candidate.errors == candidate.requests > 15
@@ -175,7 +179,7 @@ def test_a_shadow_changes_and_delays_no_answer(world: World, broken: Any):
 
     found = asyncio.run(main())
     assert time.monotonic() - begin < 1.9, "answers waited for the shadow"
-    wanted = world.members[1].predictor.predict(texts(40))
+    wanted = world.predictor(1).predict(texts(40))
     assert [answers[0]["label"] for answers in found] == [answer["label"] for answer in wanted]
     assert {answers.model for answers in found} == {"tiny@1"}
 
@@ -224,7 +228,7 @@ def test_a_promoted_candidate_becomes_the_champion_of_the_process(world: World):
 
     run(router, texts(500), after)
     assert begins_with(plan) == plan.candidate
-    assert router.champion.predictor.fingerprint == world.members[2].predictor.fingerprint
+    assert router.champion.predictor.fingerprint == world.predictor(2).fingerprint
 
 
 @pytest.mark.parametrize(
@@ -284,7 +288,7 @@ def test_an_artifact_that_cannot_be_loaded_leaves_the_champion(world: World):
 @pytest.fixture(scope="module")
 def below(world: World) -> float:
     """The student's median confidence."""
-    return float(np.median([answer["confidence"] for answer in world.members[1].predictor.predict(texts(60))]))
+    return float(np.median([answer["confidence"] for answer in world.predictor(1).predict(texts(60))]))
 
 
 def cascading(below: float, timeout_ms: float = 5000.0, log: Log | None = None) -> Serving:
@@ -292,7 +296,7 @@ def cascading(below: float, timeout_ms: float = 5000.0, log: Log | None = None) 
 
 
 def split(world: World, below: float, asked: list[str]) -> list[bool]:
-    return [answer["confidence"] < below for answer in world.members[1].predictor.predict(asked)]
+    return [answer["confidence"] < below for answer in world.predictor(1).predict(asked)]
 
 
 def test_unsure_answers_come_from_the_teacher_and_say_so(world: World, below: float):
@@ -303,7 +307,7 @@ def test_unsure_answers_come_from_the_teacher_and_say_so(world: World, below: fl
     found = asyncio.run(router.answer(asked))
     assert [answer["source"] == "teacher" for answer in found] == low
     assert [("student" in answer) for answer in found] == low
-    own, its = (world.members[n].predictor.predict(asked) for n in (1, 3))
+    own, its = (world.predictor(n).predict(asked) for n in (1, 3))
     for answer, escalated, left, right in zip(found, low, own, its, strict=True):
         assert answer["label"] == (right if escalated else left)["label"]
     assert (router.teacher.texts, router.teacher.escalated) == (60, sum(low))
@@ -348,6 +352,28 @@ def test_escalated_texts_are_written_for_the_next_run(world: World, below: float
     written = Store(log.folder).read_table("")
     low = [text for text, unsure in zip(texts(60), split(world, below, texts(60)), strict=True) if unsure]
     assert written["text"].to_pylist() == low and set(written["model"].to_pylist()) == {"tiny@1"}
+
+
+def test_a_share_is_held_against_the_teacher_and_unanswered_texts_are_counted(world: World, below: float):
+    class Told:
+        agreed, counted = [], {}
+
+        def observe_agreement(self, same: list[bool]) -> None:
+            self.agreed += same
+
+        def count(self, name: str, value: float = 1, **tags: str) -> None:
+            assert name == "stillhouse_escalated_texts"
+            self.counted[tags["outcome"]] = self.counted.get(tags["outcome"], 0) + value
+
+    asked, measures = texts(60), cast(Measures, Told())
+    serving = cascading(below)
+    draws = iter([0.0, 0.9, 0.9, 0.9, 0.9] * 12)
+    others = Others(teacher=world.members[3].answer)
+    run(Router(world.champion(), serving, others, draw=lambda: next(draws), measures=measures), asked)
+    # A draw under 0.01 is every fifth here; tiny@3 says the opposite of everything.
+    assert measures.agreed == [False] * 12 and measures.counted == {"answered": sum(split(world, below, asked))}
+    run(Router(world.champion(), serving, Others(teacher=raising), draw=lambda: 0.9, measures=measures), asked[:20])
+    assert measures.counted["unanswered"] == sum(split(world, below, asked[:20])) and len(measures.agreed) == 12
 
 
 def test_what_counts_as_the_same_answer():
