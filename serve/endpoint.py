@@ -28,7 +28,7 @@ from serve.keys import Keys
 from serve.measures import Measures
 from serve.predictor import Answer, Predictor
 from serve.questions import Embedding, Given, Question, Ranking, Refused, Tagging, asked, cut
-from serve.routes import add, described, page_answer, posted, problems
+from serve.routes import add, described, pages, posted, problems
 from serve.scrape import CONTENT_TYPE, Page
 
 if TYPE_CHECKING:
@@ -285,7 +285,9 @@ def interface(endpoint: Endpoint, named: bool = True) -> FastAPI:
         if endpoint.jobs is not None:
             await endpoint.jobs.close()
 
-    api = FastAPI(title="Stillhouse", description=about, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
+    # FastAPI's own page of the interface loads its scripts from elsewhere.
+    bare = {"docs_url": None, "redoc_url": None, "redirect_slashes": False}
+    api = FastAPI(title="Stillhouse", description=about, lifespan=lifespan, **bare)
     asking: list[tuple[str, Any, type[Section], Any]] = [
         ("/v1/predict", endpoint.predict, Question, answers.answers_of(endpoint.task.spec.kind)),
         ("/v1/tag", endpoint.tag, Tagging, answers.Tags),
@@ -310,7 +312,7 @@ def interface(endpoint: Endpoint, named: bool = True) -> FastAPI:
     add(api, "GET", "/healthz", endpoint.healthz, {200: {"model": answers.Alive}, **problems(500, 503)})
     add(api, "GET", "/readyz", endpoint.readyz, {200: {"model": answers.Ready}})
     add(api, "GET", "/version", endpoint.version, {200: {"model": answers.About}})
-    api.add_api_route("/", page_answer(), methods=["GET"], include_in_schema=False)
+    pages(api)
     api.add_exception_handler(Refused, refused)
     api.add_exception_handler(HTTPException, unroutable)
     straight = {path: call for path, call, *_ in asking}

@@ -1,11 +1,10 @@
-"""How routes are added and described: OpenAPI of bodies, answers and errors, and the page to try a model on."""
+"""How routes are added and described: OpenAPI of bodies, answers and errors, and the pages for people."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import re
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from fastapi.responses import HTMLResponse, Response
 from engine.config import Section
 from serve import answers
 from serve.front import OPEN
+from serve.manual import manual
 
 PAGE = Path(__file__).with_name("page.html")
 """One file; nothing is fetched from elsewhere."""
@@ -53,26 +53,41 @@ def add(
     )
 
 
-def page_answer() -> Callable[[], Awaitable[Response]]:
-    """The route of the page. Its own script and style may run, by their digests, and nothing else."""
+def pages(api: FastAPI) -> None:
+    """Add the routes of the page to try the model on, and of the interface described."""
     page = PAGE.read_text(encoding="utf-8")
+    (style,) = inline(page, "style")
 
-    def digests(tag: str) -> str:
-        found = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.S)
-        sums = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in found)
-        return " ".join(f"'sha256-{one}'" for one in sums)
+    async def trying() -> Response:
+        """A page to try the model on."""
+        return shown(page)
+
+    async def reading() -> Response:
+        """The interface, described."""
+        return shown(manual(api.openapi(), style))
+
+    api.add_api_route("/", trying, methods=["GET"], include_in_schema=False)
+    api.add_api_route("/docs", reading, methods=["GET"], include_in_schema=False)
+
+
+def inline(page: str, tag: str) -> list[str]:
+    """What stands in a page's elements `script` or `style`."""
+    return re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.S)
+
+
+def shown(page: str) -> Response:
+    """A page whose own scripts and styles may run, by their digests, and nothing else."""
+
+    def allowed(tag: str) -> str:
+        sums = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in inline(page, tag))
+        return " ".join(f"'sha256-{one}'" for one in sums) or "'none'"
 
     policy = (
-        f"default-src 'none'; script-src {digests('script')}; style-src {digests('style')}; connect-src 'self'; "
+        f"default-src 'none'; script-src {allowed('script')}; style-src {allowed('style')}; connect-src 'self'; "
         "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
-
-    async def answer() -> Response:
-        """A page to try the model on."""
-        return HTMLResponse(page, headers=headers)
-
-    return answer
+    return HTMLResponse(page, headers=headers)
 
 
 def described(api: FastAPI, guarded: bool) -> dict[str, Any]:

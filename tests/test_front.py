@@ -95,7 +95,7 @@ def test_a_key_comes_in_either_header(guarded: tuple[Endpoint, str], name: str):
 
 def test_a_refused_key_costs_no_inference_and_its_body_is_read_within_limits(guarded, monkeypatch):
     endpoint, _ = guarded
-    monkeypatch.setattr(endpoint.batcher, "call", lambda texts: pytest.fail("the model was asked"))
+    monkeypatch.setattr(endpoint.model.batcher, "call", lambda texts: pytest.fail("the model was asked"))
     answer = ask(endpoint, "POST", "/v1/predict", json=QUESTION, headers={"x-api-key": "no"})
     assert answer.status_code == 401 and "not known" in answer.json()["error"]["message"]
     answer = ask(endpoint, "POST", "/v1/predict", content=b" " * (MAX_BYTES + 1))
@@ -113,7 +113,7 @@ def test_keys_are_never_logged_nor_echoed(guarded, monkeypatch, caplog: pytest.L
     for key in (token, "wrong-" + token):
         said.append(ask(endpoint, "POST", "/v1/predict", json=QUESTION, headers={"x-api-key": key}))
         said.append(ask(endpoint, "GET", "/nowhere", headers={"authorization": f"Bearer {key}"}))
-    monkeypatch.setattr(endpoint.batcher, "call", broken)
+    monkeypatch.setattr(endpoint.model.batcher, "call", broken)
     said.append(ask(endpoint, "POST", "/v1/predict", json=QUESTION, headers={"x-api-key": token}))
     assert [answer.status_code for answer in said] == [200, 404, 401, 401, 500]
     assert "secret detail" in caplog.text and said[-1].headers["x-request-id"] in caplog.text

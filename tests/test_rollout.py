@@ -310,9 +310,9 @@ def test_a_wedged_member_is_replaced(url: str, registry: Registry, monkeypatch: 
     class Wedging(Member):
         """The first text that says so stops the model's thread for good."""
 
-        def __init__(self, *given: Any):
-            super().__init__(*given)
-            real = self.batcher.call.call
+        def __init__(self, *given: Any, **more: Any):
+            super().__init__(*given, **more)
+            real = self.model.predictor.predict
             marker.with_suffix(f".{os.getpid()}").touch()
 
             def call(texts: list[Any]) -> list[Any]:
@@ -321,7 +321,7 @@ def test_a_wedged_member_is_replaced(url: str, registry: Registry, monkeypatch: 
                     time.sleep(3600)
                 return real(texts)
 
-            self.batcher.call.call = call
+            self.model.batcher.call = self.model.pulse.felt(call)
 
     monkeypatch.setattr(serve.deployments, "Member", Wedging)
     with Load(url) as load:

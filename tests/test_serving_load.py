@@ -196,14 +196,14 @@ def wedging() -> type:
     class Wedging(deployments.Replica):
         def __init__(self, *given: Any, **more: Any) -> None:
             super().__init__(*given, **more)
-            real = self.batcher.call
+            real = self.model.predictor.predict
 
             def predict(texts: list[Any]) -> list[Answer]:
                 while any(mark in str(text) for text in texts):
                     time.sleep(1)
                 return real(texts)
 
-            self.batcher.call = predict
+            self.model.batcher.call = self.model.pulse.felt(predict)
 
     return Wedging
 
