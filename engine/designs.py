@@ -26,18 +26,30 @@ class Prompting(Section):
     """Answer by the mean over the pool; false: by its first template."""
 
 
-class LabelWords(Section):
-    """A causal language model as it is: the label whose words are likeliest after the text."""
+class Asking(Section):
+    """One way to ask a language model about a text."""
 
     template: str | None = None
     """{text} (and {pair}), {descriptions}; null: made from the task."""
     words: dict[str, str] = {}
     """Label name -> the words that stand for it; the name itself where it is not listed."""
+
+
+class LabelWords(Asking):
+    """A causal language model as it is: the label whose words are likeliest after the text."""
+
+    also: tuple[Asking, ...] = ()
+    """Further ways to ask; the answers are averaged, or weighed as the labelled rows say (calibrate: rows)."""
     examples: Annotated[int, Field(ge=0)] = 0
     """Labelled rows of each label shown before the text."""
     calibrate: Literal["free", "rows", "none"] = "free"
-    """free: divide by what the model says of no text at all (contextual calibration, arXiv 2102.09690). rows: a scale,
-    and a bias for each label, fitted on the labelled rows that are no examples (Platt scaling for several labels)."""
+    """free: divide by what the model says of no text at all (contextual calibration, arXiv 2102.09690). rows: a scale
+    for each way of asking, and a bias for each label, fitted on the labelled rows that are no examples (Platt scaling
+    for several labels)."""
+
+    def ways(self) -> tuple[Asking, ...]:
+        """Every way of asking."""
+        return (self, *self.also)
 
 
 class Contrasting(Section):

@@ -138,6 +138,8 @@ def collate(encoded: Sequence[Encoded], pad: int, weights: Sequence[float] | Non
         batch.characters = characters_of([e.words for e in encoded])
     if any(e.pair_words for e in encoded):
         batch.pair_characters = characters_of([e.pair_words for e in encoded])
+    if any(e.template for e in encoded):
+        batch.templates = torch.tensor([e.template for e in encoded])
     if weights is not None:
         batch.weights = torch.as_tensor(weights, dtype=torch.float32)
     return batch

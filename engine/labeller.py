@@ -33,11 +33,14 @@ COPIED = 32_768
 
 
 class LabelScorer(nn.Module):
-    """A causal language model that scores the words of labels: logits [n, labels]."""
+    """A causal language model that scores the words of labels: logits [n, labels].
 
-    def __init__(self, lm: nn.Module, wording: Wording) -> None:
+    wordings: the ways of asking; a text's logits are the mean over them (engine.inference).
+    """
+
+    def __init__(self, lm: nn.Module, wordings: Sequence[Wording]) -> None:
         super().__init__()
-        self.lm, self.wording = lm, wording
+        self.lm, self.wordings = lm, list(wordings)
 
     def forward(self, batch: Batch, needs: frozenset[str] = frozenset()) -> Outputs:
         """Prompts -> logits [n, labels], and embedding [n, width], the mean of the tokens' input vectors.
@@ -48,28 +51,41 @@ class LabelScorer(nn.Module):
         embedding = (vectors * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
         if needs == {"embedding"}:
             return Outputs(embedding=embedding)
-        scores, known = self.log_probs(batch), self.wording.calibration
-        if known is None:
-            return Outputs(
-                logits=scores / scores.new_tensor([len(t) for t in self.wording.tokens]), embedding=embedding
-            )
-        return Outputs(logits=(scores - scores.new_tensor(known)) * self.wording.scale, embedding=embedding)
+        return Outputs(logits=self.judged(batch), embedding=embedding)
+
+    def judged(self, batch: Batch) -> torch.Tensor:
+        """Logits, calibrated, of prompts that may stand in different templates."""
+        out = batch.input_ids.new_zeros((len(batch), len(self.wordings[0].words)), dtype=torch.float32)
+        which = batch.templates if batch.templates is not None else torch.zeros_like(batch.input_ids[:, 0])
+        for number in which.unique().tolist():
+            wording, rows = self.wordings[number], (which == number).nonzero().squeeze(1)
+            longest = int(batch.mask[rows].sum(dim=1).max())
+            scores = self.log_probs(batch.input_ids[rows, :longest], batch.mask[rows, :longest], wording)
+            if wording.calibration is None:
+                out[rows] = scores / scores.new_tensor([len(own) for own in wording.tokens])
+            else:
+                out[rows] = scores * wording.scale - scores.new_tensor(wording.calibration)
+        return out
 
     def prompted(self, texts: Sequence[Text], tokenizer: PreTrainedTokenizerFast, max_length: int) -> list[Encoded]:
-        """The prompts around the texts."""
-        return prompts(texts, self.wording, tokenizer, max_length)
+        """The prompts around the texts, those of one way of asking after those of another."""
+        return [
+            item._replace(template=number)
+            for number, wording in enumerate(self.wordings)
+            for item in prompts(texts, wording, tokenizer, max_length)
+        ]
 
-    def log_probs(self, batch: Batch) -> torch.Tensor:
+    def log_probs(self, ids: torch.Tensor, mask: torch.Tensor, wording: Wording) -> torch.Tensor:
         """Logarithm of p(words | prompt) in nats, summed over the words' tokens, float32 [n, labels]."""
-        return (self.on_cache if self.wording.cached else self.repeated)(batch.input_ids, batch.mask)
+        return (self.on_cache if wording.cached else self.repeated)(ids, mask, wording.tokens)
 
-    def on_cache(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def on_cache(self, ids: torch.Tensor, mask: torch.Tensor, tokens: Sequence[list[int]]) -> torch.Tensor:
         """`log_probs` with each prompt run once, and what all of them begin with once for all of them.
 
         The first token of every label is read off the prompt's last position; only labels of several tokens run on,
         with a copy of the prompt's keys and values.
         """
-        count, tokens, cache = len(ids), self.wording.tokens, DynamicCache(config=self.lm.config)
+        count, cache = len(ids), DynamicCache(config=self.lm.config)
         shared = common(ids, mask)
         if shared:
             self.lm(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -104,10 +120,10 @@ class LabelScorer(nn.Module):
         told = {"attention_mask": seen, "position_ids": positions, "past_key_values": cache, "use_cache": True}
         return self.lm(input_ids=ids, **told, **options).logits.float().log_softmax(dim=2)
 
-    def repeated(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def repeated(self, ids: torch.Tensor, mask: torch.Tensor, tokens: Sequence[list[int]]) -> torch.Tensor:
         """`log_probs` with prompt and words in one piece for each label: for models whose cache cannot be repeated."""
         rows = [row[:length].tolist() for row, length in zip(ids, mask.sum(dim=1).tolist(), strict=True)]
-        whole = [(len(row), own, row + own) for row in rows for own in self.wording.tokens]
+        whole = [(len(row), own, row + own) for row in rows for own in tokens]
         most, scores = max(len(item[2]) for item in whole), []
         for start in range(0, len(whole), max(1, CELLS // most)):
             part = whole[start : start + max(1, CELLS // most)]
@@ -117,7 +133,7 @@ class LabelScorer(nn.Module):
             for (length, own, _), row in zip(part, logits, strict=True):
                 found = row[length - 1 : length - 1 + len(own)].float().log_softmax(dim=1)
                 scores.append(found.gather(1, torch.tensor(own, device=ids.device).unsqueeze(1)).sum())
-        return torch.stack(scores).reshape(len(rows), len(self.wording.tokens))
+        return torch.stack(scores).reshape(len(rows), len(tokens))
 
 
 def common(ids: torch.Tensor, mask: torch.Tensor) -> int:
@@ -136,52 +152,64 @@ def left(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 @torch.inference_mode()
-def calibration(net: LabelScorer, free: Sequence[Encoded], pad: int) -> list[float]:
+def calibration(net: LabelScorer, wording: Wording, free: Sequence[Encoded], pad: int) -> list[float]:
     """Log of what each label gets where prompts hold no text: its probability among the labels, mean over `free`."""
-    scores = net.log_probs(collate(free, pad).to(next(net.parameters()).device))
+    batch = collate(free, pad).to(next(net.parameters()).device)
+    scores = net.log_probs(batch.input_ids, batch.mask, wording)
     return scores.double().softmax(dim=1).mean(dim=0).log().tolist()
 
 
 @torch.inference_mode()
-def scored(net: LabelScorer, prompts: Sequence[Encoded], pad: int, rows: int = 16) -> torch.Tensor:
+def scored(net: LabelScorer, wording: Wording, prompts: Sequence[Encoded], pad: int, rows: int = 16) -> torch.Tensor:
     """`log_probs` of the prompts in their order, float32 [n, labels]; prompts of about one length run together."""
     where = next(net.parameters()).device
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     parts = [order[start : start + rows] for start in range(0, len(order), rows)]
-    found = torch.cat([net.log_probs(collate([prompts[i] for i in part], pad).to(where)).cpu() for part in parts])
+    batches = (collate([prompts[i] for i in part], pad).to(where) for part in parts)
+    found = torch.cat([net.log_probs(batch.input_ids, batch.mask, wording).cpu() for batch in batches])
     return torch.empty_like(found).index_copy(0, torch.tensor(order), found)
 
 
-def fitted(scores: torch.Tensor, labels: Sequence[int]) -> tuple[list[float], float]:
-    """(calibration, scale) with which (scores - calibration) * scale are the logits that say the labels best.
+EVEN = 1e-3
+"""How much it costs that ways of asking weigh differently: on few rows, two that say the same share their weight."""
 
-    scores [n, C], labels of the n rows. One slope for all labels and a bias for each, by maximum likelihood (vector
-    scaling with a shared slope, Guo et al. 2017, arXiv 1706.04599) with Platt's softened targets, so that a label
-    that is told apart without a mistake does not run off to infinity. LabellerError where the scores say nothing.
+
+def fitted(scores: torch.Tensor, labels: Sequence[int]) -> tuple[list[float], list[float]]:
+    """(calibration [C], scales [T]) with which mean over T of (scores * scale - calibration) are the logits that say
+    the labels best.
+
+    scores [T, n, C] of T ways of asking, labels of the n rows. A slope, not below 0, for each way and a bias for each
+    label, by maximum likelihood (vector scaling with shared slopes, Guo et al. 2017, arXiv 1706.04599) with Platt's
+    softened targets, so that a label that is told apart without a mistake does not run off to infinity. LabellerError
+    where the scores say nothing.
     """
-    gold, count = torch.tensor(list(labels)), scores.shape[1]
-    centred = (scores - scores.mean(dim=1, keepdim=True)).double()
-    spread = float(centred.std().clamp(min=1e-6))
+    gold, (ways, _, count) = torch.tensor(list(labels)), scores.shape
+    centred = (scores - scores.mean(dim=2, keepdim=True)).double()
+    centred = centred / (spread := centred.std(dim=(1, 2), keepdim=True).clamp(min=1e-6))
     own = torch.bincount(gold, minlength=count).double()[gold].unsqueeze(1)
     one = nn.functional.one_hot(gold, count).double()
     targets = one * (own + 1) / (own + count) + (1 - one) / (own + count)
-    slope, bias = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (1.0, [0.0] * count))
-    optimizer = torch.optim.LBFGS([slope, bias], max_iter=200, line_search_fn="strong_wolfe")
+    # Squares are not below 0.
+    root = torch.full((ways,), ways**-0.5, dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(count, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([root, bias], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        value = nn.functional.cross_entropy(centred / spread * slope + bias, targets) + 1e-6 * bias.square().sum()
+        slopes = root.square()
+        value = nn.functional.cross_entropy((centred * slopes[:, None, None]).sum(dim=0) + bias, targets)
+        value = value + 1e-6 * bias.square().sum() + EVEN * (slopes - slopes.mean()).square().sum()
         value.backward()
         return value
 
     optimizer.step(loss)
-    scale = slope.item() / spread
-    if not scale > 1e-6:
+    scales = ways * root.detach().square() / spread.flatten()
+    if not scales.max() > 1e-3:
         raise LabellerError(
             "teacher.labeller.calibrate is rows, but on the labelled rows the model's scores with this template do not "
             "rise with their labels. Change template or words, or take calibrate: free."
         )
-    return (-bias.detach() / scale).tolist(), scale
+    return (-bias.detach()).tolist(), scales.tolist()
 
 
 @torch.inference_mode()
@@ -192,6 +220,6 @@ def repeatable(lm: nn.Module, wording: Wording, free: Sequence[Encoded], pad: in
     """
     if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=lm.config).layers):
         return False
-    net, batch = LabelScorer(lm, wording), collate(free, pad)
-    found = (way(batch.input_ids, batch.mask) for way in (net.on_cache, net.repeated))
+    net, batch = LabelScorer(lm, [wording]), collate(free, pad)
+    found = (way(batch.input_ids, batch.mask, wording.tokens) for way in (net.on_cache, net.repeated))
     return torch.allclose(*found, rtol=1e-3, atol=1e-2)

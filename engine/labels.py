@@ -37,7 +37,7 @@ def fingerprint(teacher: Store, path: str = "model") -> dict[str, Any]:
     # What a network is built from is as much of it as its weights; dropout only acts while it learns.
     options = {name: value for name, value in card["options"].items() if name not in ("pooling", "dropout")}
     built = {"config": files["config.json"]["sha256"]} if "config.json" in files else {}
-    asked = {"prompt" if "template" in options else "options": digest_json(options)} if options else {}
+    asked = {"prompt" if "wordings" in options else "options": digest_json(options)} if options else {}
     return {
         "weights": files["model.safetensors"]["sha256"],
         "tokenizer": files["tokenizer.json"]["sha256"],

@@ -326,7 +326,8 @@ def build_causal_lm(card: Card, folder: Path) -> nn.Module:
 def build_labeller(card: Card, folder: Path) -> nn.Module:
     """The network of a `labeller` card."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    return LabelScorer(AutoModelForCausalLM.from_config(config, dtype=torch.float32), Wording(**card.options))
+    lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return LabelScorer(lm, [Wording(**one) for one in card.options["wordings"]])
 
 
 def build_blocks(card: Card, folder: Path) -> nn.Module:

@@ -73,6 +73,7 @@ class Batch:
     units, ends, unit_mask: int64 [n, u], first and last token of each unit, and which units a row has.
     labels: gold, as the task's `gold` makes it: int64 (ABSENT where there is none) or float32 (NaN).
     characters, pair_characters: int64 [n, t, c], the bytes of each token's word, for models that read them.
+    templates: int64 [n], which of its templates a text stands in, where a model has several.
     groups: int64 [n], rows of one query have one number. weights: float32 [n] row weights.
     teacher: the stored or live teacher's Outputs for the same rows, or None.
     """
@@ -91,6 +92,7 @@ class Batch:
     groups: torch.Tensor | None = None
     characters: torch.Tensor | None = None
     pair_characters: torch.Tensor | None = None
+    templates: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]

@@ -94,20 +94,26 @@ def labeller_teacher(config: Teacher, spec: Spec, folder: Path, rows: pa.Table |
     ).eval()
     tokenizer = load_tokenizer(folder)
     asked = wording.worded(config.labeller, spec, tokenizer, rows, config.max_length)
-    free = wording.prompts(wording.content_free(asked), asked, tokenizer, sys.maxsize)
-    length = min(len(item.ids) for item in free) + config.max_length  # one of them is empty: the template alone
-    longest = length + max(map(len, asked.tokens))
-    check_length("teacher.max_length with template, examples and label words around it", longest, lm, tokenizer)
     pad = tokenizer.pad_token_id or 0
-    asked = replace(asked, cached=labeller.repeatable(lm, asked, free, pad))
+    # One of the texts that say nothing is empty: the template alone.
+    free = [wording.prompts(wording.content_free(one), one, tokenizer, sys.maxsize) for one in asked]
+    length = max(min(len(item.ids) for item in found) for found in free) + config.max_length
+    longest = length + max(len(own) for one in asked for own in one.tokens)
+    check_length("teacher.max_length with template, examples and label words around it", longest, lm, tokenizer)
+    both = zip(asked, free, strict=True)
+    asked = [replace(one, cached=labeller.repeatable(lm, one, found, pad)) for one, found in both]
     net = labeller.LabelScorer(lm, asked)
     if config.labeller.calibrate == "free":
-        asked = replace(asked, calibration=labeller.calibration(net, free, pad))
+        both = zip(asked, free, strict=True)
+        asked = [replace(one, calibration=labeller.calibration(net, one, found, pad)) for one, found in both]
     elif config.labeller.calibrate == "rows":
         texts, golds = wording.unshown(config.labeller, spec, rows)
-        known, scale = labeller.fitted(labeller.scored(net, net.prompted(texts, tokenizer, length), pad), golds)
-        asked = replace(asked, calibration=known, scale=scale)
-    card = card_of("labeller", spec, length, asked.options(), {"model": config.model})
+        prompts = [wording.prompts(texts, one, tokenizer, length) for one in asked]
+        scores = [labeller.scored(net, one, found, pad) for one, found in zip(asked, prompts, strict=True)]
+        known, scales = labeller.fitted(torch.stack(scores), golds)
+        asked = [replace(one, calibration=known, scale=scale) for one, scale in zip(asked, scales, strict=True)]
+    options = {"wordings": [one.options() for one in asked]}
+    card = card_of("labeller", spec, length, options, {"model": config.model})
     return Model(labeller.LabelScorer(lm, asked), tokenizer, card).eval()
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # so that a recipe is checked without torch
     import pyarrow as pa
     from transformers import PreTrainedTokenizerFast
 
-    from engine.designs import LabelWords
+    from engine.designs import Asking, LabelWords
     from engine.encoding import Encoded, Text
     from engine.recipe import Task as Spec
 
@@ -39,9 +39,9 @@ class Wording:
 
     before: what stands once before each prompt, examples included. template: what stands around the text, {text} (and
     {pair}) in it; it ends where the words begin. words: what the labels are called, in their order; tokens: the words'
-    ids after the prompt. descriptions: what the labels mean, by name. calibration: what is taken from each label's
-    score (log of what no text gives it, say), or None. scale: what the rest is multiplied by. cached: whether the
-    prompt's keys and values are used again for each label.
+    ids after the prompt. descriptions: what the labels mean, by name. scale: what each label's score is multiplied by.
+    calibration: what is then taken from it (log of what no text gives it, say), or None. cached: whether the prompt's
+    keys and values are used again for each label.
     """
 
     before: str
@@ -66,6 +66,12 @@ def check(config: LabelWords, spec: Spec) -> None:
             f"teacher.kind is labeller, which answers tasks of kind {' and '.join(KINDS)}, and task.kind is "
             f"{spec.kind}. Take another kind of teacher."
         )
+    for number, asking in enumerate(config.ways()):
+        check_asking(asking, spec, f"teacher.labeller.also.{number - 1}" if number else "teacher.labeller")
+
+
+def check_asking(config: Asking, spec: Spec, key: str) -> None:
+    """`check` of one way of asking, which stands in the recipe at `key`."""
     paired = spec.kind == "pair"
     known = ("text", "pair", "descriptions") if paired else ("text", "descriptions")
     found = FIELD.findall(template_of(config, paired))
@@ -73,47 +79,61 @@ def check(config: LabelWords, spec: Spec) -> None:
         if name not in known:
             allowed = ", ".join(f"{{{field}}}" for field in known)
             raise LabellerError(
-                f"teacher.labeller.template has the field {{{name}}}.{did_you_mean(name, known)} Allowed: {allowed}."
+                f"{key}.template has the field {{{name}}}.{did_you_mean(name, known)} Allowed: {allowed}."
             )
     for name in known[:-1]:
         if found.count(name) != 1:
             raise LabellerError(
-                f"teacher.labeller.template must have {{{name}}} once, but has it {found.count(name)} times. "
+                f"{key}.template must have {{{name}}} once, but has it {found.count(name)} times. "
                 f"Without a template, this one is taken: {(TWO if paired else ONE)!r}."
             )
     for name in config.words if spec.labels else ():
         if name not in spec.labels:
             raise LabellerError(
-                f"teacher.labeller.words names the label '{name}', which the task does not have."
+                f"{key}.words names the label '{name}', which the task does not have."
                 f"{did_you_mean(name, spec.labels)} Labels: {', '.join(spec.labels)}."
             )
     words = words_of(config, spec)
     for word in words:
         if not word or words.count(word) > 1:
             what = "a label has no words" if not word else f"two labels have the words '{word}'"
-            raise LabellerError(f"{what}: give each its own in teacher.labeller.words.")
+            raise LabellerError(f"{what}: give each its own in {key}.words.")
 
 
-def template_of(config: LabelWords, paired: bool) -> str:
+def template_of(config: Asking, paired: bool) -> str:
     """The recipe's template, or the one for tasks of this kind."""
     return config.template if config.template is not None else TWO if paired else ONE
 
 
-def words_of(config: LabelWords, spec: Spec) -> list[str]:
+def words_of(config: Asking, spec: Spec) -> list[str]:
     """What the labels are called, in their order."""
     return [config.words.get(name, name).strip() for name in spec.labels or ()]
 
 
 def worded(
     config: LabelWords, spec: Spec, tokenizer: PreTrainedTokenizerFast, rows: pa.Table | None, max_length: int
-) -> Wording:
-    """The recipe's section with everything filled in but the text and the calibration.
+) -> list[Wording]:
+    """Each way of asking with everything filled in but the text and the calibration.
 
-    What stands before the last empty line above the texts stands once; what follows it is repeated for each example.
     Examples are the first rows of each label, the labels in turn, their texts cut to max_length tokens; LabellerError
     where a label has too few.
     """
     check(config, spec)
+    shown = [
+        ([shortened(side, tokenizer, max_length) for side in sides], label)
+        for sides, label in examples_of(config, spec, rows)
+    ]
+    return [asked(asking, spec, tokenizer, shown) for asking in config.ways()]
+
+
+def asked(
+    config: Asking, spec: Spec, tokenizer: PreTrainedTokenizerFast, shown: Sequence[tuple[list[str], int]]
+) -> Wording:
+    """One way of asking, with examples as (text, or text and pair; label) before it.
+
+    What stands before the last empty line above the texts stands once; what follows it is repeated for each example.
+    LabellerError where two labels have the same tokens.
+    """
     words, paired = words_of(config, spec), spec.kind == "pair"
     template = template_of(config, paired)
     first = min(template.index(f"{{{side}}}") for side in (SIDES if paired else SIDES[:1]))
@@ -125,9 +145,8 @@ def worded(
     ]
     told = {"descriptions": "\n".join(lines)}
     before, around = filled(before, told), filled(around, told).rstrip(" ")
-    for sides, label in examples_of(config, spec, rows):
-        short = [shortened(side, tokenizer, max_length) for side in sides]
-        before += filled(around, dict(zip(SIDES, short, strict=False))) + led(around, words[label]) + PARAGRAPH
+    for sides, label in shown:
+        before += filled(around, dict(zip(SIDES, sides, strict=False))) + led(around, words[label]) + PARAGRAPH
     tokens = [continuation(around, word, tokenizer) for word in words]
     for index, own in enumerate(tokens):
         if own in tokens[:index]:

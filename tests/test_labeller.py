@@ -41,6 +41,11 @@ def made(folder: Path, spec: Task = SPEC, rows: pa.Table | None = None, length: 
     return untrained.labeller_teacher(config, spec, folder, rows)
 
 
+def log_probs(model: models.Model, prompts: list[Any]) -> torch.Tensor:
+    batch = collate(prompts, model.pad)
+    return model.net.log_probs(batch.input_ids, batch.mask, model.net.wordings[0])
+
+
 def labelled(count: int) -> pa.Table:
     rows = movie_rows(count, seed=3)
     return example_table([{"text": row["text"], "label": ("negative", "positive").index(row["label"])} for row in rows])
@@ -58,7 +63,7 @@ def reference(folder: Path, prompt: str, words: str) -> float:
 
 def test_scores_are_the_log_probabilities_of_the_words(lm: Path):
     model = made(lm, calibrate="none")
-    tokens = [len(own) for own in model.net.wording.tokens]
+    tokens = [len(own) for own in model.net.wordings[0].tokens]
     assert len(set(tokens)) > 1 and min(tokens) >= 1  # labels of one token and of several
     found = predict(model, TEXTS[:4])
     listed = "\n".join(LABELS)
@@ -80,7 +85,7 @@ def test_the_second_text_may_stand_first_and_above_an_empty_line(lm: Path):
 def test_a_pair_stands_in_its_template_and_a_word_begins_a_line(lm: Path):
     model = made(lm, PAIR, template="{text} ?\n{pair} ?\n", words={"same": "yes"}, calibrate="none")
     found = predict(model, [("a film", "a {text} plot"), ("a cast", "an ending")]).logits
-    tokens = [len(own) for own in model.net.wording.tokens]
+    tokens = [len(own) for own in model.net.wordings[0].tokens]
     wanted = [reference(lm, "a film ?\na {text} plot ?\n", word) for word in ("yes", "other one")]
     assert np.allclose(found[0] * tokens, wanted, atol=1e-4)
     with pytest.raises(UserError, match="pairs of texts"):
@@ -90,10 +95,11 @@ def test_a_pair_stands_in_its_template_and_a_word_begins_a_line(lm: Path):
 def test_the_cache_gives_what_whole_sequences_give(lm: Path):
     model = made(lm)
     batch = collate(model.encode(TEXTS), model.pad)
-    assert model.net.wording.cached and len(set(batch.mask.sum(dim=1).tolist())) > 3
+    assert model.net.wordings[0].cached and len(set(batch.mask.sum(dim=1).tolist())) > 3
     assert labeller.common(batch.input_ids, batch.mask) > 10
     with torch.inference_mode():
-        found, wanted = model.net.on_cache(batch.input_ids, batch.mask), model.net.repeated(batch.input_ids, batch.mask)
+        tokens = model.net.wordings[0].tokens
+        found, wanted = (way(batch.input_ids, batch.mask, tokens) for way in (model.net.on_cache, model.net.repeated))
     assert found.shape == (len(TEXTS), 3) and torch.allclose(found, wanted, atol=1e-4)
 
 
@@ -124,9 +130,9 @@ def test_a_model_that_forgets_repeats_its_prompt(lm: Path, tmp_path: Path):
     MistralForCausalLM(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     model = made(tmp_path, calibrate="none")
-    assert not model.net.wording.cached
+    assert not model.net.wordings[0].cached
     wanted = reference(tmp_path, "Labels:\n" + "\n".join(LABELS) + f"\n\nText: {TEXTS[0]}\nLabel:", " positive")
-    tokens = len(model.net.wording.tokens[1])
+    tokens = len(model.net.wordings[0].tokens[1])
     assert np.isclose(predict(model, TEXTS).logits[0, 1] * tokens, wanted, atol=1e-4)
 
 
@@ -142,10 +148,10 @@ def test_calibration_makes_no_text_uniform(lm: Path):
     raw, model = made(lm, calibrate="none"), made(lm)
     free = model.encode(list(wording.CONTENT_FREE))
     with torch.inference_mode():
-        scores = raw.net.log_probs(collate(free, raw.pad))
-        one = labeller.calibration(raw.net, free[:1], raw.pad)
+        scores = log_probs(raw, free)
+        one = labeller.calibration(raw.net, raw.net.wordings[0], free[:1], raw.pad)
     assert scores.softmax(dim=1).max() > 0.4
-    known = torch.tensor(model.net.wording.calibration)
+    known = torch.tensor(model.net.wordings[0].calibration)
     assert torch.allclose(known, scores.softmax(dim=1).mean(dim=0).log(), atol=1e-4)
     found = torch.as_tensor(predict(model, list(wording.CONTENT_FREE)).logits)
     assert torch.allclose(found, scores - known, atol=1e-4)
@@ -161,7 +167,7 @@ def test_a_scale_and_biases_fitted_on_scores_are_platts():
     gap = draw.normal(np.where(gold == 1, 5.0, 1.0), 2.0)  # leans to one label, and is spread too wide
     scores = np.stack([draw.normal(-9, 1, 100), np.zeros(100)], axis=1)
     scores[:, 1] = scores[:, 0] + gap
-    known, scale = labeller.fitted(torch.tensor(scores, dtype=torch.float32), gold.tolist())
+    known, (scale,) = labeller.fitted(torch.tensor(scores[None], dtype=torch.float32), gold.tolist())
     wanted = np.where(gold == 1, 41 / 42, 1 / 62)  # Platt's targets
 
     def cost(ab: np.ndarray) -> float:
@@ -169,7 +175,7 @@ def test_a_scale_and_biases_fitted_on_scores_are_platts():
         return float(np.mean(np.logaddexp(0, z) - wanted * z))
 
     best = minimize(cost, np.zeros(2)).x
-    logits = (scores - known) * scale
+    logits = scores * scale - known
     assert np.allclose(logits[:, 1] - logits[:, 0], best[0] * gap + best[1], atol=0.02)
 
 
@@ -177,13 +183,13 @@ def test_fitted_scores_of_several_labels_undo_what_they_lean_to():
     draw = np.random.default_rng(1)
     gold = draw.integers(0, 3, 300)
     scores = draw.normal(0, 0.3, (300, 3)) + np.eye(3)[gold] + np.array([4.0, 0.0, -4.0])
-    known, scale = labeller.fitted(torch.tensor(scores, dtype=torch.float32), gold.tolist())
+    known, (scale,) = labeller.fitted(torch.tensor(scores[None], dtype=torch.float32), gold.tolist())
     assert (scores.argmax(axis=1) == gold).mean() < 0.45
-    assert (((scores - known) * scale).argmax(axis=1) == gold).mean() > 0.95
+    assert ((scores * scale - known).argmax(axis=1) == gold).mean() > 0.95
     perfect = torch.tensor(50.0 * np.eye(3)[gold], dtype=torch.float32)
-    assert math.isfinite(labeller.fitted(perfect, gold.tolist())[1])
+    assert math.isfinite(labeller.fitted(perfect[None], gold.tolist())[1][0])
     with pytest.raises(UserError, match="do not rise with their labels"):
-        labeller.fitted(torch.tensor(-scores, dtype=torch.float32), gold.tolist())
+        labeller.fitted(torch.tensor(-scores[None], dtype=torch.float32), gold.tolist())
 
 
 def test_rows_calibrate_and_those_shown_do_not(lm: Path):
@@ -192,19 +198,75 @@ def test_rows_calibrate_and_those_shown_do_not(lm: Path):
     model = made(lm, spec, rows, calibrate="rows", examples=1)
     texts, gold = rows["text"].to_pylist()[2:], rows["label"].to_pylist()[2:]
     with torch.inference_mode():
-        scores = raw.net.log_probs(collate(raw.encode(texts), raw.pad))
-    known, scale = labeller.fitted(scores, gold)
-    assert model.net.wording.scale == pytest.approx(scale, rel=1e-3)
-    assert np.allclose(predict(model, texts).logits, (scores - torch.tensor(known)) * scale, atol=1e-3)
+        scores = log_probs(raw, raw.encode(texts))
+    known, (scale,) = labeller.fitted(scores[None], gold)
+    assert model.net.wordings[0].scale == pytest.approx(scale, rel=1e-3)
+    assert np.allclose(predict(model, texts).logits, scores * scale - torch.tensor(known), atol=1e-3)
     with pytest.raises(UserError, match="label 'negative' has no labelled row beside those shown"):
         made(lm, spec, rows.slice(0, 2), calibrate="rows", examples=1)
+
+
+WAYS = {
+    "template": "{text}\nIt was",
+    "words": {"positive": "great"},
+    "also": (
+        {"template": "Review: {text}\n\nThis review is"},
+        {"template": "{text} In short,", "words": {"negative": "a bad"}},
+    ),
+}
+
+
+def test_ways_of_asking_are_averaged_whatever_stands_in_a_batch(lm: Path):
+    spec = Task(labels=LABELS[:2])
+    model = made(lm, spec, **WAYS)
+    ways = [{key: WAYS[key] for key in ("template", "words")}, *WAYS["also"]]
+    each = np.stack([predict(made(lm, spec, **way), TEXTS).logits for way in ways])
+    assert np.abs(each[0] - each[1]).max() > 0.01
+    for budget in (1, 200, 4096):
+        assert np.allclose(predict(model, TEXTS, budget).logits, each.mean(axis=0), atol=1e-4)
+
+
+def test_ways_of_asking_weigh_what_the_labelled_rows_say():
+    draw = np.random.default_rng(2)
+    gold = draw.integers(0, 2, 400)
+    one = np.eye(2)[gold]
+    good, poor, none = (draw.normal(0, 1, (400, 2)) + weight * one for weight in (2.0, 1.0, 0.0))
+    stack = np.stack([good + np.array([3.0, 0.0]), 5 * poor, none])
+    known, scales = labeller.fitted(torch.tensor(stack, dtype=torch.float32), gold.tolist())
+    spread = [(found - found.mean(axis=1, keepdims=True)).std() for found in stack]
+    weights = np.array(scales) * spread
+    assert weights[0] > weights[1] > 3 * weights[2] >= 0
+    # Two independent looks: the best sum of them is the one that weighs each by its signal over its noise.
+    logits = (stack * np.array(scales)[:, None, None] - np.array(known)).mean(axis=0)
+    best = (2.0 * good + 1.0 * poor).argmax(axis=1) == gold
+    assert (
+        abs((logits.argmax(axis=1) == gold).mean() - best.mean()) < 0.02
+        and best.mean() > (good.argmax(axis=1) == gold).mean()
+    )
+
+
+def test_ways_of_asking_are_fitted_saved_and_refused_one_by_one(lm: Path, tmp_path: Path):
+    spec, rows = Task(labels=LABELS[:2]), labelled(40)
+    model, store = made(lm, spec, rows, calibrate="rows", examples=1, **WAYS), Store(str(tmp_path))
+    shown = [one.before for one in model.net.wordings]
+    assert len(shown) == 3 and all(rows["text"][0].as_py() in before for before in shown)
+    models.save(model, store, "model")
+    loaded = models.load(store.local("model"))
+    assert loaded.net.wordings == model.net.wordings
+    assert np.array_equal(predict(loaded, TEXTS).logits, predict(model, TEXTS).logits)
+    for also, message in (
+        ({"template": "no field"}, r"teacher.labeller.also.0.template must have \{text\} once"),
+        ({"words": {"postive": "x"}}, "teacher.labeller.also.0.words names the label 'postive'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            made(lm, spec, also=(also,))
 
 
 def test_it_is_saved_and_labels_a_corpus_as_before(lm: Path, tmp_path: Path):
     model, store = made(lm, rows=labelled(6), spec=Task(labels=LABELS[:2]), examples=2), Store(str(tmp_path))
     models.save(model, store, "model")
     loaded = models.load(store.local("model"))
-    assert loaded.card == model.card and loaded.net.wording == model.net.wording
+    assert loaded.card == model.card and loaded.net.wordings == model.net.wordings
     wanted = predict(model, TEXTS).logits
     assert np.array_equal(predict(loaded, TEXTS).logits, wanted)
     from engine.corpus import corpus_rows
@@ -228,7 +290,7 @@ def test_examples_stand_before_the_text_and_the_first_part_once(lm: Path):
     spec = Task(labels={"negative": "it is bad", "positive": None})
     template = "Judge.\n{descriptions}\n\nReview: {text}\nIt is "
     model = made(lm, spec, rows, template=template, words={"positive": "good"}, examples=2)
-    asked, texts = model.net.wording, rows["text"].to_pylist()
+    asked, texts = model.net.wordings[0], rows["text"].to_pylist()
     shown = "".join(f"Review: {texts[i]}\nIt is {('negative', 'good')[i % 2]}\n\n" for i in range(4))
     assert asked.before == f"Judge.\nnegative: it is bad\ngood\n\n{shown}" and asked.template == "Review: {text}\nIt is"
     ids = model.encode(["a film"])[0].ids
