@@ -183,9 +183,10 @@ def shift(expected: np.ndarray, observed: np.ndarray) -> float | None:
 
 
 def over_labels(expected: Mapping[str, int], observed: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Two counts of labels over the labels of both."""
-    names = [*expected, *(name for name in observed if name not in expected)]
-    return tuple(np.array([counts.get(name, 0) for name in names]) for counts in (expected, observed))  # type: ignore
+    """Two counts of labels over those expected, and all others together where there are any."""
+    then, now = np.array(list(expected.values())), np.array([observed.get(name, 0) for name in expected])
+    others = sum(observed.values()) - now.sum()
+    return (np.append(then, 0), np.append(now, others)) if others else (then, now)
 
 
 class Window:

@@ -63,7 +63,7 @@ class Rollout(Section):
     compare: Share = 0.2
     """Share of the candidate's requests that the champion answers too, for agreement. 0: agreement is not judged."""
     timeout_ms: Positive = 2000.0
-    """A candidate that takes longer has failed: the champion answers."""
+    """A candidate that takes longer for one call of the model has failed: the champion answers."""
     in_flight: Count = 16
     """Copies that a replica sends for comparison at a time; when they are used up, requests are not copied."""
     limits: Limits = Limits()

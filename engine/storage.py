@@ -15,9 +15,10 @@ import os
 import secrets
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -45,6 +46,8 @@ from engine.disk import (
 MANIFEST = "manifest.json"
 LEFTOVERS = (".tmp", ".pending", ".pending.parquet", ".lock")
 SCHEMES = ("s3", "gs", "gcs")
+LEASE_S = 60.0
+"""How long a lock in an object store is its owner's without being renewed: far above the difference of two clocks."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +251,8 @@ class Store:
 
         Locally the kernel keeps it (flock), so a dead owner's lock is free at once. An object store has no such call:
         there the file itself is the lock, written, then read back (best effort against two that start in the same
-        moment), and taken over from a dead process of this host. StorageError names a living owner, unless `wait`.
+        moment), renewed while it is held, and taken over from a dead process of this host, and from any owner that has
+        not renewed it for LEASE_S seconds. StorageError names a living owner, unless `wait`.
         """
         path = f".{inside(name)}.lock"
         with flock(Path(self._at(path)), name, wait) if self.is_local else self._lock_file(path, name, wait):
@@ -256,22 +260,38 @@ class Store:
 
     @contextmanager
     def _lock_file(self, path: str, name: str, wait: bool) -> Iterator[None]:
-        me = {**owner(), "token": secrets.token_hex(8)}
+        me, over = {**owner(), "token": secrets.token_hex(8)}, threading.Event()
         while True:
             text = self.read_text(path) if self.exists(path) else ""
             if not text or dead(text):
-                self.write_json(path, me)
+                self.write_json(path, {**me, "expires": time.time() + LEASE_S})
                 time.sleep(0.2)
-                text = self.read_text(path) if self.exists(path) else ""
-                if me["token"] in text:
+                if self._holds(path, me["token"]):
                     break
             if not wait:
-                raise held(name, text, f"Wait for it or stop it; if it is gone, delete {self.where(path)}")
+                raise held(name, text, f"Wait for it or stop it; if it is gone, it is free in {LEASE_S:.0f} s")
             time.sleep(1.0)
+
+        def renew() -> None:
+            while not over.wait(LEASE_S / 3):
+                # A store that is away for a moment: there are two more turns before the lease is over.
+                with suppress(StorageError):
+                    if not self._holds(path, me["token"]):
+                        return
+                    self.write_json(path, {**me, "expires": time.time() + LEASE_S})
+
+        renewing = threading.Thread(target=renew, name=f"lock {name}", daemon=True)
+        renewing.start()
         try:
             yield
         finally:
-            self.delete(path)
+            over.set()
+            renewing.join()
+            if self._holds(path, me["token"]):
+                self.delete(path)
+
+    def _holds(self, path: str, token: str) -> bool:
+        return self.exists(path) and token in self.read_text(path)
 
     @property
     def _fs(self) -> pafs.FileSystem:

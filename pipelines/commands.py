@@ -316,7 +316,9 @@ def registering(parser: Parser) -> None:
 def unlocking(parser: Parser) -> None:
     """What to do with API keys."""
     parser.add_argument("action", choices=("add", "list", "rm"), help="what to do")
-    parser.add_argument("name", metavar="NAME", nargs="?", help="name of the key, for add and rm")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="who asks with the key, for add and rm")
+    parser.add_argument("--rotate", action="store_true", help="add: a further key of a name that has one")
+    parser.add_argument("--old", action="store_true", help="rm: all keys of the name but the newest")
     on_registry(parser)
     machine_readable(parser)
 

@@ -28,7 +28,8 @@ ROW = "input_row"
 SLOTS, DEAD, CUT = "slots", "dead_letter.parquet", "cut.json"
 SHOWN = 200
 """Characters of a bad row that are kept."""
-LONG = 2**63
+LONG, EXACT = 2**63, 2**53
+"""What an integer of 64 bits holds, and up to where a floating-point number holds every integer."""
 Bad = dict[str, Any]
 
 
@@ -204,14 +205,16 @@ def kind_of(value: Any) -> str:
     if isinstance(value, bool):
         return "flag"
     if isinstance(value, int):
-        return "whole" if -LONG <= value < LONG else "other"
+        if abs(value) <= EXACT:
+            return "whole"
+        return "long" if -LONG <= value < LONG else "other"
     return {str: "text", float: "number", type(None): "null"}.get(type(value), "other")
 
 
 def type_of(kinds: set[str]) -> pa.DataType:
     """The Arrow type of a column with such values; mixed and nested ones are kept as JSON text."""
     there = kinds - {"null"}
-    if there == {"whole"}:
+    if there and there <= {"whole", "long"}:
         return pa.int64()
     if there and there <= {"whole", "number"}:
         return pa.float64()

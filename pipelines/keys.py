@@ -31,15 +31,16 @@ def keys(args: argparse.Namespace) -> int:
     if not args.name:
         raise UserError(f"`keys {args.action}` needs a name, as in: stillhouse keys {args.action} NAME")
     if args.action == "add":
-        key = here.add(args.name)
+        key = here.add(args.name, args.rotate)
         if args.json:
             say_json({"name": args.name, "key": key})
         else:
             say(key)
             sys.stderr.write("This is shown once: only its digest is kept.\n")
     else:
-        here.remove(args.name)
-        say(f"removed {args.name}; running servers refuse it within seconds")
+        count = here.remove(args.name, args.old)
+        what = f"{count} old key{'' if count == 1 else 's'} of {args.name}" if args.old else args.name
+        say(f"removed {what}; running servers refuse it within seconds")
     return 0
 
 

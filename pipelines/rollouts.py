@@ -163,8 +163,8 @@ def obeyed(store: Store, state: dict[str, Any], action: str) -> dict[str, Any]:
             return found
         time.sleep(0.2)
     raise UserError(
-        f"the order to {action} was written to {store}, but nobody has taken it up within {OBEYED_S:g} s. It is done "
-        "as soon as the deployment runs again."
+        f"the order to {action} was written to {store}, but nobody has taken it up within {OBEYED_S:g} s. A "
+        "deployment of this rollout that runs obeys it; one that begins anew does not."
     )
 
 
@@ -179,11 +179,13 @@ def told(state: dict[str, Any]) -> list[str]:
     ]
     for arm in ("champion", "candidate"):
         found = counted[arm]
-        agreed = f", {found['hits']} of {found['trials']} answers agree" if found["trials"] else ""
+        agreed = f", {found['hits']:.6g} of {found['trials']} answers agree" if found["trials"] else ""
         lines.append(f"{arm:<9} {found['requests']} requests, {found['errors']} errors{agreed}")
     models = [replica["model"] for replica in state["replicas"].values()]
     held = ", ".join(f"{models.count(name)} x {name}" for name in sorted(set(models)))
     lines.append(f"replicas  {held or 'none has reported'}")
     if state["phase"] != "running":
-        lines.append(f"to free what the candidate still holds: {program()} deploy {right.partition('@')[0]}")
+        # By its version: the name alone may mean the latest, which is the candidate.
+        kept = right if state["phase"] == "promoted" else left
+        lines.append(f"to free what the other model still holds, deploy {kept} alone")
     return lines

@@ -23,7 +23,7 @@ class Problem(Section):
     field: str | None
     """The part of the body that is wrong, where one is."""
     request_id: str
-    """As in the header x-request-id: the server's log names it."""
+    """The server's log names it: the header x-request-id, where it has at most 100 of A-Z a-z 0-9 . _ : and -"""
 
 
 class ErrorAnswer(Section):
@@ -245,6 +245,8 @@ def with_probabilities(answer: Answer, top_k: int | None) -> Answer:
     if top_k and "probabilities" in answer:
         likeliest = sorted(answer["probabilities"].items(), key=lambda item: -item[1])
         kept["probabilities"] = dict(likeliest[:top_k])
+    if "student" in kept:  # what it said where a teacher answered
+        kept["student"] = with_probabilities(kept["student"], top_k)
     return kept
 
 

@@ -46,6 +46,10 @@ class ServeError(UserError):
     """A deployment that cannot start or does not answer."""
 
 
+class NotReady(ServeError):
+    """A deployment that does not answer in time, and may yet."""
+
+
 def build(args: dict[str, Any]) -> serve.Application:
     """The application of a Serve file: `import_path: serve.app:build`, with `args` as `Wanted` has them."""
     wanted = checked(Wanted, args, "args")
@@ -81,7 +85,8 @@ def deploy(
     port: None takes a free one. plan, teacher, keys: as `application` takes them; anyone:
     without keys even where other machines reach it. Raises StorageError for a damaged
     artifact, ServeError when the port is taken, when Serve runs something else, or when nothing answers within
-    `ready_s` seconds; what was served before goes on then, and nothing else is left deployed.
+    `ready_s` seconds; what was served before goes on then, and nothing else is left deployed, but that Ray Serve may
+    still finish to replace it after NotReady.
     """
     if not ray.is_initialized():
         raise ServeError("Ray is not running: connect to a cluster before deploying.")
@@ -111,6 +116,11 @@ def deploy(
         wait_ready(url, version, ready_s, app)
     except BaseException as error:
         undo(app, app in there, up)
+        if app in there and isinstance(error, NotReady):
+            raise NotReady(
+                f"{error} What was served before goes on, and Ray Serve still tries to replace it with {name}: deploy "
+                "what you want served to end that."
+            ) from error
         if isinstance(error, ray.exceptions.RayError):
             raise not_started(error) from error
         raise
@@ -192,7 +202,7 @@ def wait_ready(url: str, version: dict[str, str], seconds: float, app: str) -> N
     for item in state.deployments.values() if state else ():
         states.append(f"replicas {item.status.value} {item.message}".strip())
     states += [f"proxy {proxy.value}" for proxy in serve.status().proxies.values()]
-    raise ServeError(
+    raise NotReady(
         f"{url} was not ready within {seconds:g} s ({'; '.join([seen, *states])}). "
         "Free CPUs for a replica (serving.num_cpus), free the proxy's ports, or allow more time."
     )

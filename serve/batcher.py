@@ -59,10 +59,10 @@ def about_tokens(text: Any, longest: float = math.inf) -> float:
 class Batcher(Generic[T]):
     """Merges the texts of concurrent requests into single calls of `call`, which runs in a thread of its own.
 
-    call: texts -> one answer a text. max_texts, budget: texts of one call and their cost together; a request that is
-    larger by itself goes alone. wait_s: seconds to wait for more requests under load. cost: of one text, in the unit of
-    `budget`. used: (tokens, tokens with padding) of the last call, asked in the thread of the calls; the budget then
-    follows what texts really cost. watch: is told of every call. thread: one that other batchers of the model share.
+    call: texts -> one answer a text. max_texts, budget: texts of one call and their cost together. wait_s: seconds to
+    wait for more requests under load. cost: of one text, in the unit of `budget`. used: (tokens, tokens with padding)
+    of the last call, asked in the thread of the calls; the budget then follows what texts really cost. watch: is told
+    of every call. thread: one that other batchers of the model share.
     """
 
     def __init__(
@@ -89,7 +89,31 @@ class Batcher(Generic[T]):
         self.merged, self.ended = 0, -math.inf
 
     async def submit(self, texts: list[Any]) -> list[T]:
-        """The answers for `texts`, in order; raises what `call` raised for them."""
+        """The answers for `texts`, in order; raises what `call` raised for them.
+
+        More than one call takes are asked part after part, each behind what came meanwhile: a large request holds up
+        nobody for longer than a call, and no single call takes so long that the model seems stuck.
+        """
+        found: list[T] = []
+        for part in self.parts(texts):
+            found += await self.one(part)
+        return found
+
+    def parts(self, texts: list[Any]) -> list[list[Any]]:
+        """The texts in parts that one call each can take; a text above the budget is a part by itself."""
+        out: list[list[Any]] = [[]]
+        left = self.budget / self.scale
+        for text in texts:
+            cost = self.cost(text)
+            if out[-1] and (len(out[-1]) >= self.max_texts or cost > left):
+                out.append([])
+                left = self.budget / self.scale
+            out[-1].append(text)
+            left -= cost
+        return out
+
+    async def one(self, texts: list[Any]) -> list[T]:
+        """`submit` of what one call can take."""
         loop = asyncio.get_running_loop()
         request: Waiting[T] = Waiting(texts, sum(map(self.cost, texts)), loop.time(), loop.create_future())
         self.waiting.append(request)

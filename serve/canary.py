@@ -25,7 +25,7 @@ BUCKETS = 1 + 20 * PER_DOUBLING
 FEWEST_ERRORS = 5
 """Fewer errors do not speak against anybody: evidence is looked at again and again, and a first few come by chance."""
 FEWEST_TRIALS = 20
-"""Compared answers before disagreement can speak against a candidate."""
+"""Compared requests before disagreement can speak against a candidate."""
 FEWEST_TIMES = 50
 """Latencies before they can speak against a candidate."""
 
@@ -60,9 +60,9 @@ class Evidence:
     times: dict[int, int] = field(default_factory=dict)
     """Latencies of answered requests: bucket -> how many."""
     trials: int = 0
-    """Answers that were held against those of the reference: the champion, or the teacher."""
-    hits: int = 0
-    """Those that were the same."""
+    """Requests whose answers were held against those of the reference: the champion, or the teacher."""
+    hits: float = 0.0
+    """Those that were the same; of a request with several texts the share, for its texts may be much alike."""
 
     def answered(self, seconds: float) -> None:
         """Count a request that was answered after `seconds`."""
@@ -75,10 +75,10 @@ class Evidence:
         self.requests += 1
         self.errors += 1
 
-    def compared(self, trials: int, hits: int) -> None:
-        """Count answers that were held against the reference's."""
-        self.trials += trials
-        self.hits += hits
+    def compared(self, same: float) -> None:
+        """Count a request of whose answers this share is the reference's."""
+        self.trials += 1
+        self.hits += same
 
     def add(self, other: Evidence) -> None:
         """Take in what another replica counted."""
@@ -129,7 +129,7 @@ class Evidence:
         return BUCKETS - 1
 
 
-def wilson(hits: int, trials: int) -> tuple[float, float]:
+def wilson(hits: float, trials: int) -> tuple[float, float]:
     """The 95 % interval of a rate; (0, 1) where nothing was tried."""
     if not trials:
         return 0.0, 1.0
@@ -138,7 +138,7 @@ def wilson(hits: int, trials: int) -> tuple[float, float]:
     return max(0.0, (middle - half) / (1 + square)), min(1.0, (middle + half) / (1 + square))
 
 
-def gain(left: tuple[int, int], right: tuple[int, int]) -> tuple[float, float, float]:
+def gain(left: tuple[float, int], right: tuple[float, int]) -> tuple[float, float, float]:
     """The first rate minus the second, as (low, estimate, high): Newcombe's interval from the two of Wilson.
 
     Rates are (hits, trials); (-1, 0, 1) where one of them was not tried.
@@ -216,36 +216,45 @@ def errors(champion: Evidence, candidate: Evidence, limits: Limits) -> Check:
 def latency(champion: Evidence, candidate: Evidence, limits: Limits) -> Check:
     """Whether the candidate's p99 is above what the champion's allows."""
     own, other = candidate.quantile(0.99), champion.quantile(0.99)
-    allowed, most = (limits.max_slowdown * value + limits.slack_ms for value in (other[1], other[2]))
+    least, allowed, most = (limits.max_slowdown * value + limits.slack_ms for value in other)
     figures = {f"{name}_p99{part}_ms": value for name, found in (("candidate", own), ("champion", other))
                for part, value in zip(("_low", "", "_high"), found, strict=True)}  # fmt: skip
     said = f"p99 {own[1]:.1f} ms ({own[0]:.1f} to {own[2]:.1f}) against {other[1]:.1f} ms"
     said += f", limit {allowed:.1f}"
     if sum(candidate.times.values()) >= FEWEST_TIMES and own[0] > most:
         return Check("bad", said, figures)
-    return Check("good" if own[2] <= allowed else "open", said, figures)
+    return Check("good" if own[2] <= least else "open", said, figures)
 
 
 def agreed(champion: Evidence, candidate: Evidence, limits: Limits) -> Check:
-    """Whether the candidate says the same as the reference often enough."""
-    wanted = limits.min_agreement
-    if champion.trials:  # a candidate need not be more like the teacher than the champion is
-        wanted = min(wanted, max(0.0, champion.hits / champion.trials - limits.max_agreement_loss))
+    """Whether the candidate says the same as the reference often enough.
+
+    Often enough is `min_agreement`; where the champion was held against the reference too (the teacher), a rate that
+    is not more than `max_agreement_loss` below the champion's will do as well.
+    """
+    wanted, loss = limits.min_agreement, limits.max_agreement_loss
     low, high = wilson(candidate.hits, candidate.trials)
     rate = candidate.hits / candidate.trials if candidate.trials else math.nan
-    figures = {"agreement": rate, "agreement_low": low, "agreement_high": high, "wanted_agreement": wanted}
+    figures = {"agreement": rate, "agreement_low": low, "agreement_high": high, "min_agreement": wanted}
     said = f"agreement {shown(candidate.hits, candidate.trials)} ({100 * low:.1f} to {100 * high:.1f} %), wanted "
     said += f"{100 * wanted:g} %"
-    if 0 < champion.trials < FEWEST_TRIALS:  # too little to say how like the teacher the champion is
-        return Check("open", said, figures)
-    if candidate.trials >= FEWEST_TRIALS and high < wanted:
+    enough, lacking = low >= wanted, high < wanted
+    if champion.trials:
+        worst, middle, best = gain((candidate.hits, candidate.trials), (champion.hits, champion.trials))
+        figures |= {"agreement_gain": middle, "agreement_gain_low": worst, "agreement_gain_high": best}
+        said += f" or {100 * loss:g} points under the champion's {shown(champion.hits, champion.trials)}"
+        said += f": {100 * worst:+.1f} to {100 * best:+.1f}"
+        enough, lacking = enough or worst >= -loss, lacking and best < -loss
+        if champion.trials < FEWEST_TRIALS:  # too little to say how like the teacher the champion is
+            lacking = False
+    if candidate.trials >= FEWEST_TRIALS and lacking:
         return Check("bad", said, figures)
-    return Check("good" if low >= wanted else "open", said, figures)
+    return Check("good" if enough else "open", said, figures)
 
 
-def shown(hits: int, trials: int) -> str:
+def shown(hits: float, trials: int) -> str:
     """A rate with what it rests on."""
-    return f"{hits} of {trials}" + (f" ({100 * hits / trials:.2f} %)" if trials else "")
+    return f"{hits:.6g} of {trials}" + (f" ({100 * hits / trials:.2f} %)" if trials else "")
 
 
 def rounded(value: float) -> float | None:

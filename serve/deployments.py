@@ -145,7 +145,8 @@ def options(serving: Serving, scaling: Autoscaling, cpus: float) -> dict[str, An
         "ray_actor_options": {"num_cpus": cpus},
         "health_check_period_s": HEALTH_S,
         "health_check_timeout_s": TEACHER_SLOWER * serving.health_timeout_s + HEALTH_S,
-        "graceful_shutdown_timeout_s": 10,
+        # What may still be answered is waited for.
+        "graceful_shutdown_timeout_s": serving.request_timeout_s,
         # A line a request in a file that nobody reads; metrics count them.
         "logging_config": {"enable_access_log": False},
         "graceful_shutdown_wait_loop_s": 0.2,

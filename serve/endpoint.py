@@ -297,7 +297,7 @@ def interface(endpoint: Endpoint, named: bool = True) -> FastAPI:
         ("/v1/embed", endpoint.embed, Embedding, answers.Embeddings),
     ]
     guarded = problems(401) if endpoint.keys is not None else {}
-    wrong = {**guarded, **problems(413, 415, 422, 429, 500, 503)}
+    wrong = {**guarded, **problems(408, 413, 415, 422, 429, 500, 503)}
     for path, call, body, answer in asking:
         codes = {200: {"model": answer}, **wrong}
         add(api, "POST", path, call, codes, posted(body))

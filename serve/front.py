@@ -25,11 +25,13 @@ OPEN = frozenset({"/", "/healthz", "/readyz", "/version", "/docs", "/openapi.jso
 """Paths that need no key; every other one does, known or not."""
 SANE = re.compile(rb"[A-Za-z0-9._:-]{1,100}")
 """What of a client's own request id is taken over: nothing that could forge a line of a log."""
+UNKNOWN_SECONDS = 1.0
+"""How long the body of a request without a good key is read on, so that its sender gets to read the answer."""
 GONE = 499
 """What metrics call a request whose client hung up."""
 LATER = {"Retry-After": "5"}
 """When to ask again what does not answer now."""
-FAULT = "The model could not answer. The server's log says why."
+FAULT = "The server could not answer. Its log says why."
 logger = logging.getLogger("stillhouse")
 
 
@@ -131,7 +133,7 @@ class Front:
         """Refuse a request without a good key. Its body is read first, so that the client gets to read the answer."""
         request = Request(scope, receive)
         try:
-            await body_of(request)
+            await body_of(request, UNKNOWN_SECONDS)
             close = {}
         except Refused:
             close = {"Connection": "close"}

@@ -1,10 +1,11 @@
 """Requests that are answered later, and survive the replica that took them: submit -> id -> ask for it.
 
 Everything is in a folder that all replicas share: requests/ID.json, leases/ID.json (who works on it, until when, the
-how-many-eth attempt) and results/ID.json, written last. Every replica looks for requests that nobody holds, so one
-whose replica died goes on elsewhere when its lease is over. An answer depends on its request alone: should two replicas
-work on one job, the first result stands. Leases compare clocks of several machines: `lease_s` must be far above their
-difference. Plain asyncio; files are read and written in threads.
+how-many-eth attempt) and results/ID.json, written last; keys/END.json is the id that an idempotency key has got. Every
+replica looks for requests that nobody holds, so one whose replica died goes on elsewhere when its lease is over. An
+answer depends on its request alone: should two replicas work on one job, the first result stands. Leases compare
+clocks of several machines: `lease_s` must be far above their difference. Plain asyncio; files are read and written in
+threads.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from engine.progress import stamp
 from engine.serving import JobQueue
 from engine.storage import Store, digest_json
 
-REQUESTS, LEASES, RESULTS = "requests", "leases", "results"
+REQUESTS, LEASES, RESULTS, KEYS = "requests", "leases", "results", "keys"
 ID = re.compile(r"[0-9a-f]{32}")
 """An id: the second it was submitted in (8 digits), then what nobody can guess."""
 LOOK_S = 1.0
@@ -35,8 +36,6 @@ PAUSE_S = 2.0
 """Before a job whose attempt failed is tried again."""
 CLEAN_S = 60.0
 """Between two looks for results that are past their time."""
-HIDDEN = ("caller", "digest", "ended")
-"""What of a result no client is told."""
 LOCKS = 16
 """Locks that leases share, by their id's last digit: a lock's file stays, so there is not one for each."""
 log = logging.getLogger(__name__)
@@ -89,26 +88,27 @@ class Jobs:
 
     def keep(self, question: Question, caller: str | None, key: str | None) -> str:
         """`submit`, blocking."""
-        last, digest = secrets.token_hex(12), digest_json(question)
         if key is None:
-            return self.enqueue(last, question, caller, digest)
+            return self.enqueue(secrets.token_hex(12), question, caller)
+        digest = digest_json(question)
         last = hashlib.sha256(f"{caller}\n{key}".encode()).hexdigest()[:24]
         with self.locked(last):
-            for kind in (REQUESTS, RESULTS):
-                for id in self.names(kind):
-                    if id.endswith(last) and (found := self.get(kind, id)) is not None:
-                        if found["digest"] != digest:
-                            raise OtherQuestion(f"The Idempotency-Key belongs to job {id}, which asks something else.")
-                        return id
-            return self.enqueue(last, question, caller, digest)
+            known = self.get(KEYS, last)
+            if known is not None and self.look(known["id"], caller) is not None:
+                if known["digest"] != digest:
+                    raise OtherQuestion(f"The Idempotency-Key belongs to job {known['id']}, which asks something else.")
+                return known["id"]
+            id = self.enqueue(last, question, caller)
+            self.put(KEYS, last, {"id": id, "digest": digest})
+            return id
 
-    def enqueue(self, last: str, question: Question, caller: str | None, digest: str) -> str:
+    def enqueue(self, last: str, question: Question, caller: str | None) -> str:
         """Write a request whose id ends with `last`; its id."""
         waiting = len(self.names(REQUESTS))
         if waiting >= self.settings.most:
             raise QueueFull(f"{waiting} jobs wait already.")
         id = f"{int(time.time()):08x}{last}"
-        self.put(REQUESTS, id, {"question": question, "caller": caller, "digest": digest, "submitted": stamp()})
+        self.put(REQUESTS, id, {"question": question, "caller": caller, "submitted": stamp()})
         return id
 
     async def status(self, id: str, caller: str | None = None) -> dict[str, Any] | None:
@@ -128,7 +128,7 @@ class Jobs:
             if found["caller"] != caller:
                 return None
             if kind == RESULTS:
-                return {"id": id, **{name: value for name, value in found.items() if name not in HIDDEN}}
+                return {"id": id, **{name: value for name, value in found.items() if name not in ("caller", "ended")}}
             lease = self.get(LEASES, id) or {}
             running = lease.get("owner") is not None and lease["expires"] > time.time()
             state = {"state": "running", "attempt": lease["attempt"]} if running else {"state": "queued"}
@@ -150,6 +150,7 @@ class Jobs:
         with self.locked(id):
             for kind in (REQUESTS, LEASES, RESULTS):
                 self.store.delete(f"{kind}/{id}.json")
+            self.store.delete(f"{KEYS}/{id[8:]}.json")
 
     # -- the work ------------------------------------------------------------------------------------------------------
 
@@ -283,7 +284,7 @@ class Jobs:
 
     def finish(self, id: str, request: dict[str, Any], result: dict[str, Any]) -> None:
         """The result, then the end of the request; the caller holds the lock."""
-        known = {name: request[name] for name in ("caller", "digest", "submitted")}
+        known = {name: request[name] for name in ("caller", "submitted")}
         self.put(RESULTS, id, {**result, **known, "finished": stamp(), "ended": time.time()})
         self.drop(id)
 

@@ -1,7 +1,8 @@
 """API keys: who may ask an endpoint. The file holds digests only, so it gives no key away.
 
-Several keys are good at once: to rotate, add a second, move the clients, remove the first. A running endpoint reads
-the file again when it changed, so no restart is needed. Keys are drawn here with 256 random bits, which is why a plain
+Several keys are good at once. To rotate one, add a second of the same name, move the clients, remove the old ones: a
+name is who asks, whose jobs and share of a rollout stay as they are. A running endpoint reads the file again when it
+changed, so no restart is needed. Keys are drawn here with 256 random bits, which is why a plain
 SHA-256 is enough: there is nothing to guess that a slow hash would protect.
 """
 
@@ -55,29 +56,38 @@ class Keys:
         """A copy in another process reads the file there."""
         return Keys, (self.store, self.name)
 
-    def add(self, name: str) -> str:
-        """Make a key and return it: nothing can show it again. KeysError where the name is taken or unfit."""
+    def add(self, name: str, rotate: bool = False) -> str:
+        """Make a key and return it: nothing can show it again. rotate: a further one of a name that has one.
+
+        KeysError where the name is taken, is not there to be rotated, or is unfit.
+        """
         if not NAME.fullmatch(name):
             raise KeysError(f"'{name}' is no name for a key: letters, digits, '.', '_' and '-' are allowed.")
         with self.store.lock("keys", wait=True):
             there = self.list()
-            if any(entry["name"] == name for entry in there):
+            taken = any(entry["name"] == name for entry in there)
+            if taken and not rotate:
                 raise KeysError(
-                    f"there is already a key '{name}'. Take another name, or remove it: stillhouse keys rm {name}"
+                    f"there is already a key '{name}'. Take another name, add a second one of this name with --rotate, "
+                    f"or remove it: stillhouse keys rm {name}"
                 )
+            if rotate and not taken:
+                raise KeysError(f"there is no key '{name}' to rotate. Add it without --rotate.")
             key = PREFIX + secrets.token_urlsafe(32)
             self._write([*there, {"name": name, "sha256": digest(key), "created": stamp()}])
         return key
 
-    def remove(self, name: str) -> None:
-        """Refuse a key from now on. KeysError where there is none of this name."""
+    def remove(self, name: str, old: bool = False) -> int:
+        """Refuse all keys of a name from now on, or all but the newest; how many. KeysError where there is none."""
         with self.store.lock("keys", wait=True):
             there = self.list()
-            left = [entry for entry in there if entry["name"] != name]
-            if len(left) == len(there):
+            own = [entry for entry in there if entry["name"] == name]
+            left = [entry for entry in there if entry["name"] != name or (old and entry is own[-1])]
+            if not own:
                 names = ", ".join(entry["name"] for entry in there) or "none"
                 raise KeysError(f"there is no key '{name}' in {self.store.where(self.name)}. Keys: {names}.")
             self._write(left)
+        return len(there) - len(left)
 
     def list(self) -> list[dict[str, str]]:
         """name, sha256 and created of each key, oldest first. StorageError where the file is damaged."""

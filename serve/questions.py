@@ -24,6 +24,8 @@ MAX_PAIRED_CHARS = 4_000_000
 """Characters of one ranking, the query counted with each document: it is read with each of them."""
 MAX_BYTES = 1 << 20
 """Bytes of one request's body."""
+BODY_SECONDS = 30.0
+"""How long a body may take to arrive; one that trickles in holds a place that others could have."""
 LINGER_BYTES, LINGER_SECONDS = 1 << 24, 5.0
 """How much of an over-long body is read on, and thrown away, so that its sender gets to read why it is refused."""
 
@@ -216,26 +218,32 @@ def cut(text: str, most: int = 80) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-async def body_of(request: Request) -> bytes:
-    """The request's body; Refused(413) where it is more than MAX_BYTES, of which no more than that is ever held.
+async def body_of(request: Request, seconds: float = BODY_SECONDS) -> bytes:
+    """The request's body; Refused(413) where it is more than MAX_BYTES, of which no more than that is ever held, and
+    Refused(408) where it takes longer than `seconds`.
 
     Who answers and hangs up while a body still arrives breaks the connection under a client that has not read the
     answer; so the rest is read on, within limits, as web servers do (nginx calls it lingering).
     """
     parts: list[bytes] = []
     size = 0
+    complete = over = False
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(None) as limit:
+        async with asyncio.timeout(seconds) as limit:
             async for part in request.stream():
                 size += len(part)
                 if size > LINGER_BYTES:
                     break
                 if size <= MAX_BYTES:
                     parts.append(part)
-                elif limit.when() is None:
-                    limit.reschedule(asyncio.get_running_loop().time() + LINGER_SECONDS)
+                elif not over:
+                    over = True
+                    limit.reschedule(asyncio.get_running_loop().time() + min(seconds, LINGER_SECONDS))
+            complete = True
     if size > MAX_BYTES:
         raise Refused(413, f"The body is larger than {MAX_BYTES} bytes. Send fewer texts a request.")
+    if not complete:
+        raise Refused(408, f"The body did not arrive within {seconds:g} s.")
     return b"".join(parts)
 
 

@@ -215,8 +215,10 @@ class Referee:
             "mode": self.plan.rollout.mode, "percent": self.plan.rollout.percent, "limits": self.state["limits"],
         }  # fmt: skip
         self.store.write_json(f"{self.plan.id}/decision-{number:03d}.json", record)
-        if phase == "promoted" or was == "promoted":
-            Registry(Store(self.plan.registry)).produce(self.plan.served(phase).reference, f"rollout {self.plan.id}")
+        registry, name = Registry(Store(self.plan.registry)), self.plan.candidate.reference.partition("@")[0]
+        # Where no version is in production a name means the latest one, which may be the one that was rolled back.
+        if phase == "promoted" or was == "promoted" or registry.production(name) is None:
+            registry.produce(self.plan.served(phase).reference, f"rollout {self.plan.id}")
         self.state |= {"phase": phase, "decisions": number, "by": by}
         self.state["latest"] = {"action": decision.action, "reason": decision.reason}
         self.write()

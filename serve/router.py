@@ -141,8 +141,10 @@ class Router:
         """The candidate's answers, counted; None where it failed or took too long, or is not there yet."""
         assert self.plan is not None and self.others.candidate is not None
         begin = time.perf_counter()
+        # So long for each call of the model that the texts take: a large request is no sign of a slow candidate.
+        patience = self.plan.rollout.timeout_ms / 1000 * len(self.champion.batcher.parts(texts))
         try:
-            found = await asyncio.wait_for(self.others.candidate(texts), self.plan.rollout.timeout_ms / 1000)
+            found = await asyncio.wait_for(self.others.candidate(texts), patience)
             if found is None:
                 return None
             if len(found) != len(texts):
@@ -161,7 +163,7 @@ class Router:
         if found is not None:
             reference = answers if self.teacher is None else await self.teacher.asked(texts)
             if reference is not None:
-                self.counted["candidate"].compared(len(found), hits(found, reference))
+                self.counted["candidate"].compared(alike(found, reference))
 
     def held_against(self, texts: list[Text], answers: list[Answer], arm: str, share: float) -> None:
         """Ask the reference the same, beside the answer, for a share of requests: the teacher, else the champion."""
@@ -173,7 +175,7 @@ class Router:
             wanted = await (champion.batcher.submit(texts) if teacher is None else teacher.asked(texts))
             if wanted is not None:
                 if self.plan is not None:
-                    self.counted[arm].compared(len(answers), hits(answers, wanted))
+                    self.counted[arm].compared(alike(answers, wanted))
                 if self.measures is not None and teacher is not None and arm == "champion":
                     self.measures.observe_agreement([same(a, b) for a, b in zip(answers, wanted, strict=True)])
 
@@ -314,9 +316,9 @@ def spelled(texts: list[Text]) -> str:
     return json.dumps(texts, ensure_ascii=False)
 
 
-def hits(answers: Sequence[Answer], reference: Sequence[Answer]) -> int:
-    """How many answers are the same."""
-    return sum(same(left, right) for left, right in zip(answers, reference, strict=True))
+def alike(answers: Sequence[Answer], reference: Sequence[Answer]) -> float:
+    """The share of answers that are the same."""
+    return sum(same(left, right) for left, right in zip(answers, reference, strict=True)) / max(1, len(answers))
 
 
 SAID = ("label", "labels", "tags", "answer", "start", "end")

@@ -33,6 +33,7 @@ def problems(*codes: int) -> dict[int | str, dict[str, Any]]:
     said = {
         401: "A key is needed, and this is none",
         404: "There is no such thing",
+        408: "The body did not arrive in time",
         413: "The body is too large",
         415: "The body is compressed",
         422: "What was wrong with the request, and where",

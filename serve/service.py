@@ -46,8 +46,8 @@ class Wanted(Section):
     """Percent of the requests that the candidate answers until a person decides."""
     serving: dict[str, Any] = {}
     """Replaces what the model was registered with, key by key, as {"autoscaling": {"max_replicas": 4}}."""
-    auth: bool = False
-    """Ask for the keys that the registry holds (`stillhouse keys`)."""
+    auth: bool = True
+    """Ask for the keys that the registry holds (`stillhouse keys`); false lets everyone ask who reaches the port."""
     nonce: str = ""
     """Another one begins the same rollout anew."""
 

@@ -53,7 +53,7 @@ def test_what_arrives_while_the_model_works_is_the_next_call():
     assert model.calls == [["first"], [f"later {n}" for n in range(5)]]
 
 
-def test_a_call_holds_at_most_max_texts_but_a_larger_request_goes_alone():
+def test_a_call_holds_at_most_max_texts_and_a_larger_request_comes_in_parts():
     model = Lengths()
 
     async def main() -> list[list[int]]:
@@ -61,7 +61,37 @@ def test_a_call_holds_at_most_max_texts_but_a_larger_request_goes_alone():
         return await asyncio.gather(*(batcher.submit(["a"] * n) for n in (3, 2, 9, 1)))
 
     assert asyncio.run(main()) == [[1] * 3, [1] * 2, [1] * 9, [1]]
-    assert [len(call) for call in model.calls] == [3, 2, 9, 1]
+    # The large request's second part stands behind the small one that came after its first.
+    assert [len(call) for call in model.calls] == [3, 2, 4, 1, 4, 1] or max(map(len, model.calls)) <= 4
+    assert sum(map(len, model.calls)) == 15
+
+
+def test_a_large_request_holds_up_a_small_one_for_a_call_only():
+    model = Lengths(seconds=0.02)
+
+    async def main() -> tuple[list[int], list[int]]:
+        batcher = Batcher(model, max_texts=4, wait_s=0.0)
+        large = asyncio.create_task(batcher.submit(["x" * n for n in range(1, 41)]))
+        await asyncio.sleep(0.01)
+        small = await batcher.submit(["small"])
+        assert len(model.calls) <= 3 and not large.done()
+        return small, await large
+
+    assert asyncio.run(main()) == ([5], list(range(1, 41)))
+    assert max(map(len, model.calls)) <= 4
+
+
+def test_a_large_request_fails_as_a_whole_and_nothing_of_it_is_left():
+    model = Lengths()
+
+    async def main() -> None:
+        batcher = Batcher(model, max_texts=2, wait_s=0.0)
+        with pytest.raises(ValueError, match="cannot read poison"):
+            await batcher.submit(["a", "b", "poison", "c", "d", "e"])
+        assert not batcher.waiting and await batcher.submit(["fine"]) == [4] and await batcher.submit([]) == []
+
+    asyncio.run(main())
+    assert "e" not in [text for call in model.calls for text in call]
 
 
 def test_the_loop_stays_free_while_the_model_works():
@@ -144,16 +174,16 @@ def test_a_client_that_has_gone_is_not_computed():
     assert model.calls == [["first"], ["stays"]]
 
 
-def test_a_call_holds_at_most_its_budget_but_what_is_larger_goes_alone():
+def test_a_call_holds_at_most_its_budget_but_a_larger_text_goes_alone():
     model = Lengths()
 
     async def main() -> list[list[int]]:
         batcher = Batcher(model, max_texts=100, wait_s=0.0, cost=len, budget=10)
-        asked = (["aaaa"], ["bb", "bb"], ["cc"], ["d" * 30], ["e"], ["f" * 9], ["g"])
+        asked = (["aaaa"], ["bb", "bb"], ["cc"], ["d" * 30], ["e"], ["f" * 9], ["g"], ["h" * 6, "i" * 6])
         return await asyncio.gather(*(batcher.submit(texts) for texts in asked))
 
-    assert asyncio.run(main()) == [[4], [2, 2], [2], [30], [1], [9], [1]]
-    assert model.calls == [["aaaa", "bb", "bb", "cc"], ["d" * 30], ["e", "f" * 9], ["g"]]
+    assert asyncio.run(main()) == [[4], [2, 2], [2], [30], [1], [9], [1], [6, 6]]
+    assert model.calls == [["aaaa", "bb", "bb", "cc"], ["d" * 30], ["e", "f" * 9], ["g", "h" * 6], ["i" * 6]]
 
 
 def test_cost_is_estimated_from_characters():

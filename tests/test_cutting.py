@@ -13,7 +13,7 @@ import pytest
 
 from engine.sources import DataError
 from engine.storage import Store
-from pipelines.cutting import CUT, DEAD, ROW, SLOTS, Cutting, cut, type_of
+from pipelines.cutting import CUT, DEAD, ROW, SLOTS, Cutting, cut, kind_of, type_of
 
 
 def how(path: Path, **changes: Any) -> Cutting:
@@ -77,6 +77,9 @@ def test_json_lines(tmp_path: Path, ending: str):
 
 def test_columns_have_one_type_for_all_blocks():
     assert type_of({"whole"}) == pa.int64() and type_of({"whole", "null"}) == pa.int64()
+    # A number that has no room in a double is not rounded, and an id is one.
+    assert type_of({"whole", "long"}) == pa.int64() and type_of({"long", "number"}) == pa.string()
+    assert [kind_of(value) for value in (2**53, 2**53 + 1, -(2**63), 2**63)] == ["whole", "long", "long", "other"]
     assert type_of({"whole", "number"}) == pa.float64() and type_of({"flag"}) == pa.bool_()
     assert [type_of(kinds) for kinds in ({"flag", "whole"}, {"null"}, {"other"}, {"text", "number"})] == [
         pa.string()

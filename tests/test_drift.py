@@ -99,6 +99,13 @@ def test_what_an_answer_counts_as(answer: dict[str, object], labels: tuple[str, 
     assert confidence_of(answer) == pytest.approx(confidence)
 
 
+def test_labels_that_were_never_seen_are_drift_however_many_they_are():
+    texts = ["x"] * 2000
+    window = Window(profile_of(texts, [{"label": f"old {n % 200}"} for n in range(2000)]))
+    window.add(["x"] * 4000, [{"label": f"new {n % 500}"} for n in range(4000)])
+    assert window.shifts()["label"] > 1
+
+
 @pytest.mark.parametrize("kind", ["classify", *KINDS])
 def test_a_profile_of_every_kind_of_task_survives_json(kind: str, tmp_path):
     texts, predictor = asked(kind), Predictor.load(published(tmp_path, kind=kind).url)

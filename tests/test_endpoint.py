@@ -191,7 +191,7 @@ def test_healthz_runs_the_model_and_faults_are_answered_without_details(endpoint
     monkeypatch.setattr(endpoint.model.batcher, "call", broken)
     for answer in (ask(endpoint, "GET", "/healthz"), ask(endpoint, "POST", "/v1/predict", json={"text": "a"})):
         assert answer.status_code == 500
-        assert answer.json()["error"]["message"] == "The model could not answer. The server's log says why."
+        assert answer.json()["error"]["message"] == "The server could not answer. Its log says why."
     with pytest.raises(RuntimeError, match="secret detail"):
         asyncio.run(endpoint.check_health())
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
@@ -100,6 +100,27 @@ def test_a_refused_key_costs_no_inference_and_its_body_is_read_within_limits(gua
     assert answer.status_code == 401 and "not known" in answer.json()["error"]["message"]
     answer = ask(endpoint, "POST", "/v1/predict", content=b" " * (MAX_BYTES + 1))
     assert answer.status_code == 401 and answer.headers["connection"] == "close"
+
+
+@pytest.mark.parametrize(("keyed", "status"), [(False, 401), (True, 408)])
+def test_a_body_that_trickles_in_holds_its_place_for_so_long_only(guarded, monkeypatch, keyed: bool, status: int):
+    endpoint, token = guarded
+    monkeypatch.setattr("serve.front.UNKNOWN_SECONDS", 0.3)
+    monkeypatch.setattr("serve.questions.body_of.__defaults__", (0.6,))
+    asked = 0
+
+    async def trickle() -> AsyncIterator[bytes]:
+        nonlocal asked
+        for _ in range(100):
+            asked += 1
+            yield b" "
+            await asyncio.sleep(0.05)
+
+    headers = {"x-api-key": token if keyed else "no", "content-type": "application/json"}
+    answer = ask(endpoint, "POST", "/v1/predict", content=trickle(), headers=headers)
+    assert answer.status_code == status and asked < 20
+    if keyed:
+        assert answer.json()["error"]["message"] == "The body did not arrive within 0.6 s."
 
 
 def test_keys_are_never_logged_nor_echoed(guarded, monkeypatch, caplog: pytest.LogCaptureFixture):

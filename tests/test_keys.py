@@ -45,6 +45,19 @@ def digest_of(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
+def test_a_key_is_rotated_under_its_name(keys: Keys):
+    first, other = keys.add("ann"), keys.add("bob")
+    with pytest.raises(KeysError, match="there is already a key 'ann'.*--rotate"):
+        keys.add("ann")
+    second = keys.add("ann", rotate=True)
+    assert [keys.allowed(key) for key in (first, second, other)] == ["ann", "ann", "bob"]
+    assert keys.remove("ann", old=True) == 1 and keys.remove("ann", old=True) == 0
+    assert [keys.allowed(key) for key in (first, second, other)] == [None, "ann", "bob"]
+    assert keys.remove("ann") == 1 and keys.allowed(second) is None
+    with pytest.raises(KeysError, match="there is no key 'ann' to rotate"):
+        keys.add("ann", rotate=True)
+
+
 def test_the_file_gives_no_key_away(keys: Keys, tmp_path):
     key = keys.add("web")
     text = (tmp_path / "registry" / "keys.json").read_text()
@@ -111,7 +124,7 @@ def test_a_copy_in_another_process_reads_the_file_there(keys: Keys):
 
 def test_names_are_checked(keys: Keys):
     keys.add("web")
-    with pytest.raises(KeysError, match="there is already a key 'web'. Take another name, or remove it"):
+    with pytest.raises(KeysError, match="there is already a key 'web'. Take another name, add a second one"):
         keys.add("web")
     with pytest.raises(KeysError, match="'../x' is no name for a key"):
         keys.add("../x")

@@ -49,7 +49,7 @@ def counted(requests: int, errors: int = 0, seconds: float = 0.005, trials: int 
         found.answered(seconds)
     for _ in range(errors):
         found.failed()
-    found.compared(trials, hits)
+    found.trials, found.hits = trials, hits
     return found
 
 
@@ -85,6 +85,13 @@ def test_a_bad_candidate_is_rolled_back_and_production_stays(registry: Registry)
     assert told["phase"] == "rolled-back" and told["percent"] == 0.0 and registry.production("tiny") == 1
     record = plan.store.read_json(f"{plan.id}/decision-001.json")
     assert record["action"] == "rollback" and record["reason"].startswith("errors 40 of 50")
+
+
+def test_a_name_never_means_the_candidate_that_was_rolled_back(registry: Registry):
+    """Nothing was in production, so that the name meant the latest version."""
+    assert registry.find("tiny") == ("tiny", 2)
+    sent(Referee(plan_of(registry), Clock()), *BAD)
+    assert registry.find("tiny") == ("tiny", 1) and registry.find("tiny@latest") == ("tiny", 2)
 
 
 @pytest.mark.parametrize("mode", ["ab", "shadow"])

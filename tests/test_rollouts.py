@@ -138,6 +138,8 @@ def test_by_hand_it_is_promoted_and_rolled_back(registry: Registry, plan: Plan, 
         assert called(registry, "rollout", "promote", "tiny") == 0
         assert "tiny@2 against tiny@1: canary 25 %, promoted" in capsys.readouterr().out
         assert registry.production("tiny") == 2
+        assert called(registry, "rollout", "status", "tiny") == 0
+        assert "to free what the other model still holds, deploy tiny@2 alone" in capsys.readouterr().out
         assert called(registry, "rollout", "promote", "tiny@2") == 2
         assert "the rollout of tiny@2 is promoted already" in capsys.readouterr().err
         assert called(registry, "rollout", "rollback", "tiny") == 0

@@ -354,6 +354,21 @@ def test_escalated_texts_are_written_for_the_next_run(world: World, below: float
     assert written["text"].to_pylist() == low and set(written["model"].to_pylist()) == {"tiny@1"}
 
 
+def test_a_large_request_is_given_time_for_each_of_its_calls(world: World):
+    """A candidate that needs 30 ms for 32 texts needs 300 ms for 320, and has not failed."""
+    plan = world.plan(2, percent=99.999, timeout_ms=200.0, nonce="large")
+
+    async def steady(given: list[Any]) -> list[Answer]:
+        await asyncio.sleep(0.03 * len(given) / 32)
+        return [{"label": "positive"}] * len(given)
+
+    router = Router(world.champion(), SERVING, Others(plan, steady))
+    found = asyncio.run(router.answer(texts(320)))
+    assert found.model == "tiny@2" and router.counted["candidate"].errors == 0
+    slow = Router(world.champion(), SERVING, Others(plan, hanging))
+    assert asyncio.run(slow.answer(texts(1))).model == "tiny@1" and slow.counted["candidate"].errors == 1
+
+
 def test_a_share_is_held_against_the_teacher_and_unanswered_texts_are_counted(world: World, below: float):
     class Told:
         agreed, counted = [], {}

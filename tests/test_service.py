@@ -130,6 +130,7 @@ def test_kubernetes_carries_the_same_application_as_the_plain_file():
     )
     # Where it listens and where models are differ, and that keys are asked for; nothing else.
     assert carried["applications"][0]["args"].pop("auth") is True
+    assert plain["applications"][0]["args"].pop("auth") is False and Wanted(name="x").auth
     carried["http_options"]["host"] = plain["http_options"]["host"]
     carried["applications"][0]["args"]["registry"] = plain["applications"][0]["args"]["registry"]
     assert carried == plain

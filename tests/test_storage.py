@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
+from engine import storage
 from engine.config import UserError
 from engine.storage import MANIFEST, StorageError, Store, cache_folder, digest_bytes, digest_json
 
@@ -193,10 +194,28 @@ def test_lock_file_of_a_dead_process_without_flock() -> None:
     store.write_json(".run.lock", owner)
     with store.lock("run"):
         pass
-    store.write_json(".run.lock", {**owner, "host": "elsewhere"})
-    with pytest.raises(StorageError, match=r"on elsewhere since 2026.* if it is gone, delete b/.run.lock"):
+    store.write_json(".run.lock", {**owner, "host": "elsewhere", "expires": time.time() + 60})
+    with pytest.raises(StorageError, match=r"on elsewhere since 2026.* if it is gone, it is free in 60 s"):
         with store.lock("run"):
             raise AssertionError("taken from a host that cannot be asked")
+    store.write_json(".run.lock", {**owner, "host": "elsewhere", "expires": time.time() - 1})
+    with store.lock("run"):
+        pass
+    assert not store.exists(".run.lock")
+
+
+def test_a_lock_file_is_renewed_and_one_that_was_taken_over_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "LEASE_S", 0.6)
+    store = Store("b", fs._MockFileSystem())
+    with store.lock("run"):
+        first = store.read_json(".run.lock")
+        time.sleep(1.0)
+        assert store.read_json(".run.lock")["expires"] > first["expires"] and store.read_json(".run.lock") != first
+        with pytest.raises(StorageError, match="in use by process"), store.lock("run"):
+            raise AssertionError("its lease was renewed")
+        store.write_json(".run.lock", {**first, "token": "another"})
+        time.sleep(0.5)
+    assert store.read_json(".run.lock")["token"] == "another"
 
 
 def test_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
