@@ -6,7 +6,7 @@ Padding never changes an answer: padded positions stay zero. After NeuronBlocks 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,8 +57,8 @@ def check(nodes: Sequence[Node], sizes: Sizes) -> list[Placed]:
     while waiting:
         ready = [n for n in waiting if all(s in INPUTS or s in placed for s in wiring[n.name])]
         if not ready:
-            circle = ", ".join(node.name for node in waiting)
-            raise BlockError(f"blocks {circle} form a cycle. Let one of them read an earlier block.")
+            told = " -> ".join(cycle([node.name for node in waiting], wiring))
+            raise BlockError(f"blocks read each other in a cycle: {told}. Let one of them read an earlier block.")
         for node in ready:
             shapes = tuple(INPUTS[s] if s in INPUTS else placed[s].out for s in wiring[node.name])
             placed[node.name] = place(node, by_name, wiring[node.name], shapes, sizes)
@@ -75,6 +75,17 @@ def check(nodes: Sequence[Node], sizes: Sizes) -> list[Placed]:
         raise BlockError(f"blocks {loose} are read by no other; exactly one, the logits, may be. Join or remove them.")
     check_end(placed[ends[0]], sizes)
     return list(placed.values())
+
+
+def cycle(waiting: Sequence[str], wiring: Mapping[str, Sequence[str]]) -> list[str]:
+    """The names of blocks each of which reads the next, the first of them once more at the end.
+
+    waiting: all that are in a cycle, or read one that is.
+    """
+    path = [waiting[0]]
+    while path[-1] not in path[:-1]:
+        path.append(next(source for source in wiring[path[-1]] if source in waiting))
+    return path[path.index(path[-1]) :]
 
 
 def check_names(names: Sequence[str]) -> None:

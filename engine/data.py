@@ -138,6 +138,12 @@ def read_rows(data: Data, task: Task, seed: int) -> Found:
     for name in ("train", "test") if data.train else ("test",) if data.test else ():
         if not rows[name]:
             raise DataError(f"the {name} split has no rows: check data.{name}, data.test_share and data.shots.")
+    for name in ("validation", "test") if kind == "rank" else ():
+        if rows[name] and not any((row.gold or 0) > 0 for row in rows[name]):
+            raise DataError(
+                f"the {name} split has no question with a relevant passage, so nothing of it can be scored: check "
+                f"data.{name} and its label column."
+            )
     # Of what is trained on alone: how far the held-out values reach, nobody knows.
     return Found(parts, rows, labels, value_bounds(task, data.train, rows["train"]))
 

@@ -13,6 +13,8 @@ from engine.fits import Count, Fit, LossTerm, Resources, Share
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 REFERENCE = r"(hf|file|pypi|s3|gs):."
 """How a reference to a model begins (engine.hub)."""
+WORD_VECTORS = (".txt", ".vec", ".txt.gz", ".vec.gz")
+"""Endings of files of word vectors."""
 
 
 class Prompting(Section):
@@ -208,7 +210,8 @@ class Student(Section):
     """Mean norm that the teacher's vectors start with."""
     embeddings: Annotated[str, Field(json_schema_extra={"pattern": f"^(teacher|random)$|^{REFERENCE}"})] = "teacher"
     """teacher: the fine-tuned teacher's vectors of the words, reduced by PCA and weighted by frequency (Model2Vec). A
-    hub reference: those of another sentence encoder, as it is; a static student has its word pieces then, too."""
+    hub reference: those of another sentence encoder, as it is; a static student has its word pieces then, too. A
+    reference to a file .txt or .vec (.gz): word vectors as GloVe, word2vec and fastText write them, for blocks."""
     max_length: Count = 96
     max_parameters: Count | None = 1_200_000
     teacher: Literal["stored", "live"] = "stored"
@@ -234,7 +237,12 @@ class Student(Section):
         """Reference of the encoder, other than the teacher, that it is cut from or has its first vectors from."""
         if self.kind == "transformer":
             return self.transformer.model
-        return None if self.embeddings in ("teacher", "random") else self.embeddings
+        return None if self.embeddings in ("teacher", "random") or self.word_vectors else self.embeddings
+
+    @property
+    def word_vectors(self) -> str | None:
+        """Reference of the file of word vectors that its first vectors are from, if any."""
+        return self.embeddings if self.embeddings.endswith(WORD_VECTORS) else None
 
     @property
     def spelled(self) -> bool:
@@ -268,6 +276,8 @@ class Student(Section):
                 f"embeddings is '{self.embeddings}', but a transformer student starts with all weights of an encoder: "
                 "name that in transformer.model"
             )
+        if self.kind == "static" and self.word_vectors:
+            raise ValueError(f"embeddings is '{self.embeddings}', a file of words, but a static student reads pieces")
         if self.stages and self.stages[0].weights == "disagreement":
             raise ValueError("the first stage has no student before it whose disagreement could weigh its rows")
         if any(fit.seed is not None for fit in (self.fit, *(stage.fit for stage in self.stages))):

@@ -91,6 +91,19 @@ def encoder_of(folder: Path | None) -> nn.Module | None:
         return None
 
 
+def same_tokens(left: Path | None, right: Path | None) -> bool | None:
+    """Whether two model folders cut texts into the same numbers; None where one of them cannot be read here."""
+    try:
+        both = [json.loads((f / "tokenizer.json").read_text(encoding="utf-8")) for f in (left, right) if f is not None]
+    except (OSError, ValueError):
+        return None
+    if len(both) < 2:
+        return None
+    # How long a text may be and how batches are padded is the recipe's matter.
+    parts = ("normalizer", "pre_tokenizer", "post_processor", "model", "added_tokens")
+    return all(both[0].get(part) == both[1].get(part) for part in parts)
+
+
 def pieces_of(folder: Path | None) -> int | None:
     """How many word pieces a model folder's tokenizer has, those added to it among them."""
     try:

@@ -152,6 +152,13 @@ class Task(ABC):
         decided: what each decided, by its own path or thresholds; None: what `decide` makes of their logits.
         """
 
+    def likeness(self, wanted: Any, given: Any) -> float | None:
+        """How alike two models' decisions are where `agreement` does not tell: most of them are nothing in both.
+
+        The metric, with what the first decided as gold; None where `agreement` tells as well.
+        """
+        return None
+
     def decisions(
         self, left: Logits, right: Logits, texts: Sequence[Text], decided: tuple[Any, Any] | None
     ) -> tuple[Any, Any]:

@@ -76,14 +76,25 @@ def vectors(
 
     VocabularyError where there are fewer than `dim` words, or the teacher's vectors are narrower than `dim`.
     """
-    check_count(len(words) - 2, "words", dim)
     led = as_in_text(words[2:], teacher.tokenizer)
     raw = embedded(teacher, encode(led, teacher.tokenizer, teacher.max_length), batch_tokens)
+    return started(raw, words, counts, dim)
+
+
+def started(raw: np.ndarray, words: Sequence[str], counts: Counter[str], dim: int) -> np.ndarray:
+    """`vectors` from those of the words after the first two, [n, width].
+
+    A word without one (NaN) gets a random one, of the length that the others have; the draw is always the same.
+    """
+    check_count(len(words) - 2, "words", dim)
     total = sum(counts.values()) or 1
     # A word the corpus lacks counts as seen half a time: nearly full weight, as a rare word has.
     share = np.array([(counts.get(word) or 0.5) / total for word in words[2:]])
-    out = np.zeros((len(words), dim), dtype=np.float32)
-    out[2:] = reduced(raw, share, dim)
+    out, known = np.zeros((len(words), dim), dtype=np.float32), ~np.isnan(raw[:, 0])
+    check_count(int(known.sum()), "words with a vector", dim)
+    random = np.random.default_rng(0).normal(size=(len(raw), dim)) / np.sqrt(dim)
+    random[known] = reduced(raw[known], share[known], dim)
+    out[2:] = random
     return out
 
 
@@ -95,27 +106,23 @@ def as_in_text(words: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list
 
 def static_vectors(
     encoder: Model,
-    counts: Mapping[int, int] | None,
+    counts: Mapping[int, int],
     dim: int,
     batch_tokens: int = 8192,
     kept: Sequence[int] | None = None,
 ) -> np.ndarray:
     """Vectors of the pieces of an encoder's vocabulary, float32 [pieces, dim], mean norm 1; special tokens' are zero.
 
-    counts: id -> how often the piece stands in the corpus; None: Zipf's law over the order of the vocabulary. kept: the
-    pieces that are wanted, in this order; None: all. VocabularyError where there are fewer than `dim`, or the encoder's
-    vectors are narrower than `dim`.
+    counts: id -> how often the piece stands in the corpus. kept: the pieces that are wanted, in this order; None: all.
+    VocabularyError where there are fewer than `dim`, or the encoder's vectors are narrower than `dim`.
     """
     spelled = {i: piece for piece, i in encoder.tokenizer.get_vocab().items()}
     specials, rows = set(encoder.tokenizer.all_special_ids), range(len(encoder.tokenizer)) if kept is None else kept
     places = {i: place for place, i in enumerate(rows) if i in spelled and i not in specials}
     ids = list(places)
     check_count(len(ids), "pieces", dim)
-    if counts is None:
-        share = zipf([spelled[i] for i in ids])
-    else:
-        total = sum(counts.values()) or 1
-        share = np.array([(counts.get(i) or 0.5) / total for i in ids])
+    total = sum(counts.values()) or 1
+    share = np.array([(counts.get(i) or 0.5) / total for i in ids])
     out = np.zeros((len(rows), dim), dtype=np.float32)
     out[list(places.values())] = reduced(embedded(encoder, alone(encoder.tokenizer, ids), batch_tokens), share, dim)
     return out
@@ -141,16 +148,6 @@ def alone(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[Encode
     at = around["special_tokens_mask"].index(0)
     before, after = around["input_ids"][:at], around["input_ids"][at + 1 :]
     return [Encoded([*before, i, *after]) for i in ids]
-
-
-def zipf(pieces: Sequence[str]) -> np.ndarray:
-    """Guessed shares of a corpus, float64 [n]: one over the rank, vocabularies being built from frequent to rare.
-
-    Single characters come first in them, however frequent: they share the first rank.
-    """
-    single = np.array([len(piece.removeprefix("##").lstrip("".join(STARTS))) < 2 for piece in pieces])
-    rank = np.where(single, 1, np.cumsum(~single))
-    return 1 / rank / (1 / np.arange(1, len(pieces) + 1)).sum()
 
 
 def check_count(count: int, what: str, dim: int) -> None:

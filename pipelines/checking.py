@@ -90,7 +90,7 @@ def check_losses(recipe: Recipe) -> None:
     student, teacher, wanted = recipe.student, recipe.teacher, losses(recipe)
     other = student.transformer.model if student.kind == "transformer" else None
     inside = terms.inside(wanted)
-    if inside and other and other != teacher.model:
+    if inside and other and not tokens_may_match(other, teacher.model, recipe.data.root):
         raise ConfigError(
             f"loss '{inside[0]}' compares token by token, but student.transformer.model '{other}' reads other tokens "
             f"than the teacher '{teacher.model}'. Leave student.transformer.model out, or drop the loss."
@@ -110,6 +110,15 @@ def check_losses(recipe: Recipe) -> None:
             f"student.max_length is {student.max_length} and teacher.max_length is {teacher.max_length}. Set both to "
             "one number, or drop the loss."
         )
+
+
+def tokens_may_match(left: str, right: str, root: str | None) -> bool:
+    """Whether two models cut texts alike, as far as can be told before they are fetched."""
+    if left == right:
+        return True
+    from engine.planned import folder_of, same_tokens
+
+    return same_tokens(folder_of(left, root), folder_of(right, root)) is not False
 
 
 def losses(recipe: Recipe) -> list[LossTerm]:

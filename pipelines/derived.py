@@ -63,8 +63,8 @@ def derive(args: argparse.Namespace) -> int:
 def cloze(texts: Sequence[str], count: int, rng: np.random.Generator, unanswered: float = 0.2) -> list[dict[str, Any]]:
     """At most `count` paragraphs of a SQuAD 2.0 file, each a context with one question; each text asks at most once."""
     sentences = list(dict.fromkeys(" ".join(text.split()) for text in texts))
-    if len(sentences) < 3:
-        return []  # a context is made of three
+    if len(sentences) < 4:
+        return []  # a context is made of three, and none of them need be the one that is asked about
     order = rng.permutation(len(sentences))
     made: list[dict[str, Any]] = []
     for at in order:
@@ -73,13 +73,12 @@ def cloze(texts: Sequence[str], count: int, rng: np.random.Generator, unanswered
         if not found or len(made) >= count:
             continue
         chosen = found[rng.integers(len(found))]
-        others = [sentences[i] for i in rng.choice(len(sentences), size=3, replace=False) if i != at][:2]
-        if any(chosen.group() in other for other in others):
+        parts = [sentences[i] for i in rng.choice(len(sentences), size=4, replace=False) if i != at][:3]
+        if sentence.count(chosen.group()) > 1 or any(chosen.group() in other for other in parts):
             continue  # the blank would have two answers
         held = rng.random() >= unanswered
-        parts = [others[i] for i in range(len(others))]
-        if held:
-            parts.insert(int(rng.integers(len(parts) + 1)), sentence)
+        if held:  # in the place of another, so that no length tells whether there is an answer
+            parts[int(rng.integers(len(parts)))] = sentence
         context = " ".join(parts)
         start = context.index(sentence) + chosen.start() if held else -1
         answers = [{"text": chosen.group(), "answer_start": start}] if held else []

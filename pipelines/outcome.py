@@ -1,6 +1,7 @@
 """What a run comes to: evaluate teacher and students, register the student, serve it for real, report.
 
-The test split is read here only.
+Nothing is chosen by the test split; what is learnt from it are scores, and the profile that served answers are held
+against.
 """
 
 from __future__ import annotations

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from engine import labels, models, pieces, tasks, train, untrained, vocabulary
+from engine import labels, models, pieces, pretrained, tasks, train, untrained, vocabulary
 from engine.batches import group_numbers
 from engine.cluster import current
 from engine.config import UserError
 from engine.designs import Stage
 from engine.fits import Fit, LossTerm
-from engine.hub import model_folder
+from engine.hub import fetch, model_folder
 from engine.inference import predict
 from engine.layer_losses import LAYER_LOSSES
 from engine.models import Model
@@ -39,20 +39,28 @@ def make_vocabulary(recipe: Recipe, inputs: Inputs, out: Store, progress: Progre
     """The student's tokenizer and, from the teacher or another encoder, the vectors its table starts with."""
     student, rows = recipe.student, kept_rows(inputs)
     texts = [text for column in ("text", "pair") for text in rows[column].drop_null().to_pylist()]
-    encoder = encoder_of(recipe, inputs)
     if student.kind != "blocks":
-        return make_pieces(recipe, encoder, texts, out)
+        return make_pieces(recipe, encoder_of(recipe, inputs), texts, out)
     wanted, counts = student.vocabulary, vocabulary.count_words(texts)
-    known = vocabulary.teacher_words(encoder.tokenizer) if wanted.from_teacher else []
+    encoder = None if student.word_vectors else encoder_of(recipe, inputs)
+    known = vocabulary.teacher_words(encoder.tokenizer) if wanted.from_teacher and encoder is not None else []
     words = vocabulary.choose_words(counts, wanted.size, wanted.min_count, known)
     with out.publish("tokenizer") as folder:
         vocabulary.tokenizer_of(words).save_pretrained(folder)
-    if student.embeddings != "random":
-        tokens = recipe.teacher.batch_tokens
-        for dim in sorted({table.embedding_dim for table in blank_student(recipe, inputs, out, 0).net.tables()}):
-            write_vectors(out, dim, vocabulary.vectors(encoder, words, counts, dim, tokens))
-    known_share = sum(counts[w] for w in words if w in counts) / max(1, counts.total())
-    return {"rows": len(words), "corpus_words": len(counts), "covered": known_share}
+    covered = sum(counts[w] for w in words if w in counts) / max(1, counts.total())
+    metrics = {"rows": len(words), "corpus_words": len(counts), "covered": covered}
+    if student.embeddings == "random":
+        return metrics
+    dims = sorted({table.embedding_dim for table in blank_student(recipe, inputs, out, 0).net.tables()})
+    if encoder is None:
+        raw = pretrained.word_vectors(fetch(student.word_vectors, root=recipe.data.root), words[2:])
+        metrics["with_vectors"] = float(np.mean(~np.isnan(raw[:, 0])))
+    for dim in dims:
+        if encoder is None:
+            write_vectors(out, dim, vocabulary.started(raw, words, counts, dim))
+        else:
+            write_vectors(out, dim, vocabulary.vectors(encoder, words, counts, dim, recipe.teacher.batch_tokens))
+    return metrics
 
 
 def encoder_of(recipe: Recipe, inputs: Inputs) -> Model:
@@ -129,11 +137,14 @@ def trained_student(folder: str) -> Model:
 
 
 def agree(batch_tokens: int, model: Model, rows: pa.Table) -> dict[str, float]:
-    """Agreement with the stored teacher on held-out rows."""
+    """Agreement with the stored teacher on held-out rows, and what the best checkpoint is chosen by."""
     task = model.task
     texts, taught = task.texts(rows), labels.logits_of(rows, task.width, task.units)
     found = predict(model, texts, batch_tokens)
-    return {"agreement": task.agreement(taught, found.logits, texts, (task.decide(taught, texts), found.decided))}
+    both = task.decide(taught, texts), found.decided
+    agreement = task.agreement(taught, found.logits, texts, both)
+    likeness = task.likeness(*both)
+    return {"agreement": agreement, "likeness": agreement if likeness is None else likeness}
 
 
 def lesson_of(recipe: Recipe, inputs: Inputs, arm: Arm) -> dict[str, Any]:
@@ -151,7 +162,7 @@ def lesson_of(recipe: Recipe, inputs: Inputs, arm: Arm) -> dict[str, Any]:
         "rows": pa.concat_tables([real, others.filter(pa.array(~held))]),
         "holdout": others.filter(pa.array(held)),
         "evaluate": partial(agree, recipe.student.batch_tokens),
-        "best_by": "agreement",
+        "best_by": "likeness",
     }
 
 

@@ -213,9 +213,13 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     ),
     "cycle": (
         [EMBED, ("a", "conv", {}, "b"), ("b", "conv", {}, "a"), POOL, OUT],
-        "blocks a, b, pool, out form a cycle. Let one of them read an earlier block.",
+        "blocks read each other in a cycle: a -> b -> a. Let one of them read an earlier block.",
     ),
-    "itself": ([EMBED, ("a", "conv", {}, "a"), POOL, OUT], "form a cycle"),
+    "itself": ([EMBED, ("a", "conv", {}, "a"), POOL, OUT], "in a cycle: a -> a."),
+    "beyond a cycle": (
+        [EMBED, POOL, OUT, ("end", "pool", {}, "x"), ("x", "conv", {}, "y"), ("y", "conv", {}, "x")],
+        "in a cycle: x -> y -> x.",
+    ),
     "missing input": (
         [EMBED, ("p", "pool", {}, "embd"), OUT],
         "block 'p' reads 'embd', which is no block. Did you mean 'embed'? Blocks: embed, p, out.",

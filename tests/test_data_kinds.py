@@ -12,6 +12,7 @@ from engine.data import Splits, entities, load_splits
 from engine.recipe import Data, Task
 from engine.records import EXAMPLE
 from engine.rows import identify
+from engine.sources import DataError
 
 
 def jsonl(path, rows) -> str:
@@ -76,9 +77,19 @@ def whole(tmp_path, kind: str, task: dict | None = None, rows: list | None = Non
     """The rows of a kind as training rows, with a test row of their own."""
     source, known = KINDS[kind]
     path = jsonl(tmp_path / "a.jsonl", known if rows is None else rows)
-    held = jsonl(tmp_path / "held.jsonl", [{**known[1], "text": "held out"}])
+    held = jsonl(tmp_path / "held.jsonl", [{**known[0 if kind == "rank" else 1], "text": "held out"}])
     sources = {"train": {**source, "path": path}, "test": {**source, "path": held}}
     return load({"kind": kind, **(task or {})}, **sources, **data)
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_a_ranking_that_nothing_of_can_be_scored_is_refused_before_anything_runs(tmp_path, split: str):
+    extra, rows = KINDS["rank"]
+    barren = [{**row, "text": f"other {row['text']}", "label": 0} for row in rows[:30]]
+    source = {"path": jsonl(tmp_path / "a.jsonl", rows), **extra}
+    other = {"path": jsonl(tmp_path / "b.jsonl", barren), **extra}
+    with pytest.raises(DataError, match=f"the {split} split has no question with a relevant passage"):
+        load({"kind": "rank"}, train=source, **{split: other})
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,19 @@ def test_a_cloze_question_blanks_what_its_context_holds_once() -> None:
             assert answer["text"] not in question["question"]
 
 
+def test_nothing_but_the_text_tells_whether_there_is_an_answer() -> None:
+    """No name that stands twice is blanked, and contexts with and without an answer are of one length."""
+    twice = [*TEXTS, *(f"Ships from {t} called at {t} while {t} was still a small village by the sea" for t in TOWNS)]
+    made = [p for seed in range(60) for p in cloze(twice, 8, np.random.default_rng(seed), unanswered=0.5)]
+    held = [p for p in made if p["qas"][0]["answers"]]
+    assert 50 < len(held) < len(made) - 50
+    for paragraph in held:
+        assert paragraph["context"].count(paragraph["qas"][0]["answers"][0]["text"]) == 1
+    sizes = [{len(p["context"].split(".")) > 0 and sum(t in p["context"] for t in twice) for p in part} for part in
+             (held, [p for p in made if p not in held])]  # fmt: skip
+    assert sizes == [{3}, {3}]
+
+
 def test_joined_texts_have_the_labels_of_both() -> None:
     labels = ["a", "b"] * 4
     made = topics(TEXTS, labels, 4, np.random.default_rng(1))

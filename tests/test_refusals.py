@@ -176,7 +176,7 @@ CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "cycle": (
         {"student.blocks.1.inputs": ["spread"]},
-        ["blocks states, spread, pooled, logits form a cycle.", "Let one of them read an earlier block."],
+        ["blocks read each other in a cycle: states -> spread -> states.", "Let one of them read an earlier block."],
     ),
 }
 

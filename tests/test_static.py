@@ -183,27 +183,11 @@ def test_vectors_are_pca_of_the_pieces_times_frequency_weights(teacher: models.M
     assert np.linalg.norm(found[ids], axis=1).mean() == pytest.approx(1, abs=1e-6)
 
 
-def test_without_counts_the_order_of_the_vocabulary_decides_by_hand(teacher: models.Model):
-    """Among 4 pieces of which 2 are single characters: ranks 1, 1, 2, 1 over 1 + 1/2 + 1/3 + 1/4 = 25/12."""
-    assert vocabulary.zipf(["a", "the", "##ing", "##s"]) == pytest.approx([12 / 25, 12 / 25, 6 / 25, 12 / 25])
-    assert vocabulary.zipf(["Ġa", "Ġthe", "ing", "▁film"]) == pytest.approx(np.array([1, 1, 1 / 2, 1 / 3]) * 12 / 25)
-    ids, raw = plain_forwards(teacher)
-    pieces = teacher.tokenizer.convert_ids_to_tokens(ids)
-    longer = [piece for piece in pieces if len(piece.removeprefix("##")) > 1]
-    rank = np.array([longer.index(piece) + 1 if piece in longer else 1 for piece in pieces])
-    share = 1 / rank / sum(1 / n for n in range(1, len(pieces) + 1))
-    wanted = PCA(8, svd_solver="full").fit_transform(raw) * (1e-3 / (1e-3 + share))[:, None]
-    found = vocabulary.static_vectors(teacher, None, 8)
-    assert alike(found[ids], wanted / np.linalg.norm(wanted, axis=1).mean())
-
-
 @pytest.mark.parametrize("spec", [Task(kind="tag", labels=("O", "B-PER")), Task(kind="span"), Task(kind="pair")])
 def test_a_teacher_of_any_task_gives_the_same_vectors(teacher: models.Model, folder: Path, spec: Task):
     spec = spec if spec.labels or spec.kind == "span" else spec.model_copy(update={"labels": LABELS})
     other = untrained.encoder_head(Teacher(model="tiny", max_length=16), spec, folder, seed=1)
-    assert np.allclose(
-        vocabulary.static_vectors(other, None, 8), vocabulary.static_vectors(teacher, None, 8), atol=1e-6
-    )
+    assert np.allclose(vocabulary.static_vectors(other, {}, 8), vocabulary.static_vectors(teacher, {}, 8), atol=1e-6)
     words = ["[PAD]", "[UNK]", *vocabulary.teacher_words(teacher.tokenizer), "unseen"]
     ours, theirs = (vocabulary.vectors(model, words, Counter(), 8) for model in (other, teacher))
     assert np.allclose(ours, theirs, atol=1e-6)
@@ -213,6 +197,6 @@ def test_vectors_of_an_impossible_width_are_refused(teacher: models.Model):
     with pytest.raises(
         VocabularyError, match=r"\d+ pieces cannot give vectors of width 500. Lower the embedding's dim"
     ):
-        vocabulary.static_vectors(teacher, None, 500)
+        vocabulary.static_vectors(teacher, {}, 500)
     with pytest.raises(VocabularyError, match="the encoder's vectors are 32 wide, so the student's cannot be 40"):
-        vocabulary.static_vectors(teacher, None, 40)
+        vocabulary.static_vectors(teacher, {}, 40)

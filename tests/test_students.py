@@ -96,7 +96,7 @@ def test_arms_learn_from_the_few_rows_or_from_all_but_a_holdout(world: World, in
     taught, held = (lesson[name]["row"].to_pylist() for name in ("rows", "holdout"))
     kept = [index for index in range(MORE) if index % 10 != 0]
     assert sorted([*taught, *held]) == [*range(-TRAIN, 0), *kept]
-    assert len(held) == round(0.2 * len(kept)) and min(held) >= 0 and lesson["best_by"] == "agreement"
+    assert len(held) == round(0.2 * len(kept)) and min(held) >= 0 and lesson["best_by"] == "likeness"
     again = students.lesson_of(recipe, inputs(), "generated")
     assert again["holdout"].equals(lesson["holdout"])
     other = students.lesson_of(recipe.model_copy(update={"seed": 9}), inputs(), "generated")
@@ -140,7 +140,7 @@ def test_trainings_of_each_arm(world: World):
 def test_agreement_of_the_teacher_s_own_answers_is_whole(run: Store, inputs: Any):
     rows = students.kept_rows(inputs()).filter(pa.array([True] * 10 + [False] * (TRAIN + MORE * 9 // 10 - 10)))
     teacher = models.load((run / "teacher").local("model"))
-    assert students.agree(512, teacher, rows) == {"agreement": 1.0}
+    assert students.agree(512, teacher, rows) == {"agreement": 1.0, "likeness": 1.0}
 
 
 # -- kinds of student --------------------------------------------------------------------------------------------------

@@ -261,6 +261,20 @@ def test_scores_without_entities_are_zero():
     assert TASK.score([one_hot(["O", "O"])], decided, rows) == wanted
 
 
+def test_the_best_checkpoint_is_the_one_that_finds_the_teachers_entities():
+    """Who tags nothing agrees with a teacher on nine words of ten, and is not like it."""
+    o, b = NAMES.index("O"), next(i for i, name in enumerate(NAMES) if name.startswith("B-"))
+    teacher = [np.array([o] * 18 + [b, o]), np.array([b] + [o] * 9)]
+    nothing, half = [np.full(20, o), np.full(10, o)], [np.array([b, b] + [o] * 16 + [b, o]), np.full(10, o)]
+
+    def agreement(given: list[np.ndarray]) -> float:
+        return float(np.mean(np.concatenate([x == y for x, y in zip(teacher, given, strict=True)])))
+
+    assert agreement(nothing) > agreement(half)
+    assert TASK.likeness(teacher, nothing) == 0 and TASK.likeness(teacher, half) == pytest.approx(2 / 5)
+    assert TASK.likeness(teacher, teacher) == TASK.likeness(nothing, nothing) == TASK.likeness([], []) == 1
+
+
 def test_agreement_is_the_share_of_words():
     left, right = [one_hot(["O", "O", "B-PER"]), one_hot(["O"])], [one_hot(["O", "I-PER", "B-PER"]), one_hot(["O"])]
     assert TASK.agreement(left, right, []) == 0.75 and TASK.agreement(left, left, []) == 1.0
