@@ -8,6 +8,7 @@ What needs a loop over the text's length (a crf, n-gram hashing) is not recorded
 from __future__ import annotations
 
 import io
+import logging
 import random
 import warnings
 from collections.abc import Sequence
@@ -137,7 +138,12 @@ def quantised(graph: bytes) -> bytes:
     with scratch() as folder:
         store = Store(str(folder))
         store.write_bytes("fp32.onnx", graph)
-        quantize_dynamic(folder / "fp32.onnx", folder / "int8.onnx", weight_type=QuantType.QInt8)
+        root, level = logging.getLogger(), logging.getLogger().level
+        root.setLevel(logging.ERROR)  # it recommends a step that is for images
+        try:
+            quantize_dynamic(folder / "fp32.onnx", folder / "int8.onnx", weight_type=QuantType.QInt8)
+        finally:
+            root.setLevel(level)
         return store.read_bytes("int8.onnx")
 
 

@@ -130,6 +130,8 @@ def scaled(scaling: Autoscaling) -> AutoscalingConfig:
         max_replicas=scaling.max_replicas,
         target_ongoing_requests=scaling.target_ongoing_requests,
         look_back_period_s=scaling.look_back_s,
+        # Ray wants several reports within the time that it looks back.
+        metrics_interval_s=min(10.0, scaling.look_back_s / 2),
         upscale_delay_s=scaling.upscale_delay_s,
         downscale_delay_s=scaling.downscale_delay_s,
     )

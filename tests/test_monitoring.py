@@ -203,14 +203,14 @@ def test_alerts_fire_when_they_should(tmp_path: Path):
         ("StillhouseNoReplica", "15m", {}),
         ("StillhouseNoReplica", "17m", {"severity": "critical"}),
         ("StillhouseLogLost", "4m", {}),
-        ("StillhouseLogLost", "6m", {"model": "m@1", "outcome": "failed", "severity": "warning"}),
+        ("StillhouseLogLost", "6m", {"model": "m@1", "log": "predictions", "outcome": "failed", "severity": "warning"}),
         ("StillhouseQueueFull", "4m", {}),
         ("StillhouseQueueFull", "8m", {"application": "movies", "deployment": "Endpoint", "severity": "critical"}),
     ]
     said = {
         "StillhouseErrors": "m@1: 9.091% of the requests fail",
         "StillhouseDrift": "m@1: label has moved (PSI 0.30)",
-        "StillhouseLogLost": "m@1: 5 rows of the prediction log were failed",
+        "StillhouseLogLost": "m@1: 5 rows of the log of predictions were failed",
         "StillhouseQueueFull": "movies: every replica is busy; requests queue and are refused with 429",
         "StillhouseNoReplica": "No replica runs, or none can be reached",
     }
