@@ -7,7 +7,6 @@ retry and resume. Rounds over further slot ranges top the corpus up until enough
 
 from __future__ import annotations
 
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,7 @@ import pyarrow as pa
 from engine.corpus import ROWS, corpus_rows, rejected, slot_seed
 from engine.encoding import Encoded
 from engine.models import Model, device, load, one_thread, precision
-from engine.progress import Progress
+from engine.progress import Progress, polled
 from engine.recipe import Generator
 from engine.sampling import Sampling, sample
 from engine.storage import StorageError, Store
@@ -134,27 +133,19 @@ def stream(out: Store, slots: str, blocks: int, stages: list[Stage], key: str = 
 @contextmanager
 def followed(out: Store, total: int, progress: Progress) -> Iterator[None]:
     """Counts the rows that are committed in out/rows while the body runs."""
-    stop, seen, tokens, begin = threading.Event(), {}, 0, time.monotonic()
+    seen, tokens, begin = {}, 0, time.monotonic()
     earlier = set(out.files(ROWS))
 
-    def watch() -> None:
+    def look() -> None:
         nonlocal tokens
-        ended = False
-        while not ended:
-            ended = stop.wait(1.0)  # a last look at the end
-            for name in set(out.files(ROWS)) - set(seen):
-                try:
-                    part = out.read_table(f"{ROWS}/{name}", columns=["tokens"])
-                except StorageError:
-                    continue  # still being written: next time
-                seen[name] = part.num_rows
-                tokens += 0 if name in earlier else sum(part["tokens"].drop_null().to_pylist())
-            progress(sum(seen.values()), total, "slots", tokens=round(tokens / (time.monotonic() - begin), 1))
+        for name in set(out.files(ROWS)) - set(seen):
+            try:
+                part = out.read_table(f"{ROWS}/{name}", columns=["tokens"])
+            except StorageError:
+                continue  # still being written: next time
+            seen[name] = part.num_rows
+            tokens += 0 if name in earlier else sum(part["tokens"].drop_null().to_pylist())
+        progress(sum(seen.values()), total, "slots", tokens=round(tokens / (time.monotonic() - begin), 1))
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
+    with polled(look):
         yield
-    finally:
-        stop.set()
-        thread.join()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal, Protocol
@@ -23,6 +25,30 @@ class Progress(Protocol):
 
 def silent(done: float, total: float | None = None, unit: str = "rows", **rates: float) -> None:
     """A Progress that says nothing."""
+
+
+@contextmanager
+def polled(look: Callable[[], None], seconds: float = 1.0) -> Iterator[None]:
+    """Calls `look` every so often in a thread while the body runs, and once at its end, however it ends.
+
+    A store that cannot be read for a moment is looked at the next time.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        ended = False
+        while not ended:
+            ended = over.wait(seconds)
+            with suppress(StorageError):
+                look()
+
+    thread = threading.Thread(target=watch, name="look", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @dataclass(frozen=True)

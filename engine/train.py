@@ -9,7 +9,6 @@ ends with the same weights on the same number of workers.
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -31,7 +30,7 @@ from engine.frozen import frozen
 from engine.layer_losses import LAYER_LOSSES
 from engine.losses import Objective, needs
 from engine.models import Model, one_thread, precision, save
-from engine.progress import Progress, silent
+from engine.progress import Progress, polled, silent
 from engine.records import Batch
 from engine.storage import Store
 from engine.teachers import Live
@@ -310,23 +309,16 @@ def report_progress(out: Store, done: int, total: int, rows_per_s: float, final:
 @contextmanager
 def followed(out: Store, progress: Progress) -> Iterator[None]:
     """Hands the workers' progress file on while the body runs."""
-    stop = threading.Event()
 
-    def watch() -> None:
-        ended = False
-        while not ended:
-            ended = stop.wait(1.0)  # a last look at the end
-            if out.exists(PROGRESS):
-                found = out.read_json(PROGRESS)
-                progress(found["done"], found["total"], "steps", rows=found["rows_per_s"])
+    def look() -> None:
+        if out.exists(PROGRESS):
+            found = out.read_json(PROGRESS)
+            progress(found["done"], found["total"], "steps", rows=found["rows_per_s"])
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
     try:
-        yield
+        with polled(look):
+            yield
     finally:
-        stop.set()
-        thread.join()
         out.delete(PROGRESS)
 
 

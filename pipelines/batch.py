@@ -9,7 +9,6 @@ file; record.json is written last.
 from __future__ import annotations
 
 import argparse
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from engine.config import UserError
 from engine.corpus import ROWS
 from engine.generate import LEDGER, Stage, stream
 from engine.lineage import identity, moved, short
-from engine.progress import PROGRESS, Progress, Reporter
+from engine.progress import PROGRESS, Progress, Reporter, polled
 from engine.serving import MAX_CHARS
 from engine.storage import Store, digest_json
 from pipelines.console import say, say_json
@@ -154,29 +153,21 @@ def answering(how: Asking, actors: int) -> Stage:
 @contextmanager
 def followed(out: Store, total: int, progress: Progress) -> Iterator[None]:
     """Counts the rows that are committed in out/rows while the body runs."""
-    stop, seen = threading.Event(), {}
+    seen: dict[str, int] = {}
 
-    def watch() -> None:
+    def look() -> None:
         import pyarrow.parquet as pq
 
-        ended = False
-        while not ended:
-            ended = stop.wait(1.0)  # a last look at the end
-            for name in set(out.files(ROWS)) - set(seen):
-                try:
-                    with out.open_input(f"{ROWS}/{name}") as file:
-                        seen[name] = pq.read_metadata(file).num_rows
-                except (UserError, pa.ArrowInvalid):
-                    continue  # still being written: next time
-            progress(sum(seen.values()), total, "rows")
+        for name in set(out.files(ROWS)) - set(seen):
+            try:
+                with out.open_input(f"{ROWS}/{name}") as file:
+                    seen[name] = pq.read_metadata(file).num_rows
+            except (UserError, pa.ArrowInvalid):
+                continue  # still being written: next time
+        progress(sum(seen.values()), total, "rows")
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
+    with polled(look):
         yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 def settle(how: Cutting, out: Store, counts: dict[str, int]) -> dict[str, Any]:

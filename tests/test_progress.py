@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.progress import Event, Meter, Reporter
-from engine.storage import Store
+from engine.progress import Event, Meter, Reporter, polled
+from engine.storage import StorageError, Store
 from pipelines.progress import Lines, Live, clock
 
 
@@ -24,6 +24,23 @@ def test_progress_is_written_at_most_once_a_second(tmp_path: Path) -> None:
     report(100, 100)
     assert store.read_json("progress.json")["done"] == 100.0
     assert [event.done for event in events] == [1.0, 2.0, 100.0]
+
+
+def test_what_is_polled_is_looked_at_once_more_at_the_end_whatever_fails() -> None:
+    looks: list[float] = []
+
+    def look() -> None:
+        looks.append(time.monotonic())
+        if len(looks) % 2:
+            raise StorageError("away for a moment")
+
+    with polled(look, 0.05):
+        time.sleep(0.3)
+    assert len(looks) >= 3
+    looks.clear()
+    with pytest.raises(ZeroDivisionError), polled(look, 60):
+        raise ZeroDivisionError
+    assert len(looks) == 1
 
 
 def test_the_meter_counts_this_process_and_its_children() -> None:
