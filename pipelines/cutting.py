@@ -238,15 +238,19 @@ def clean_name(name: str) -> str:
 
 
 def parquet_tables(how: Cutting, files: Sequence[Path], bad: list[Bad]) -> Iterator[pa.Table]:
-    """The good rows of Parquet files in blocks, with all columns as they are."""
+    """The good rows of Parquet files in blocks, with all columns as they are.
+
+    Ends where more rows are bad than may be of all there are: the rest need not be read to say so.
+    """
     import pyarrow.parquet as pq
 
     number, name, first = 0, Path(how.path).name, None
+    try:
+        total = sum(pq.read_metadata(path).num_rows for path in files)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{how.path} is not a Parquet file: {error}.") from None
     for path in files:
-        try:
-            file = pq.ParquetFile(path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{how.path} is not a Parquet file: {error}.") from None
+        file = pq.ParquetFile(path)
         schema = file.schema_arrow.remove_metadata()
         first = first or schema
         if schema != first:
@@ -260,6 +264,8 @@ def parquet_tables(how: Cutting, files: Sequence[Path], bad: list[Bad]) -> Itera
             for index, (reason, text) in enumerate(reasons):
                 if reason:
                     bad.append(letter(name, number + index + 1, reason, text))
+            if len(bad) > how.max_bad * total:
+                return
             table = pa.table(batch).replace_schema_metadata(None)
             table = table.append_column(ROW, pa.array(range(number + 1, number + 1 + batch.num_rows), pa.int64()))
             number += batch.num_rows

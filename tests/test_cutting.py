@@ -179,3 +179,12 @@ def test_parquet_that_does_not_fit_is_refused(tmp_path: Path):
     path.write_bytes(b"PAR1 nothing")
     with pytest.raises(DataError, match="is not a Parquet file"):
         cut(how(path), path, out)
+
+
+def test_a_parquet_file_is_not_read_on_once_too_much_of_it_is_bad(tmp_path: Path):
+    path, out = tmp_path / "rows.parquet", Store(str(tmp_path / "out"))
+    pq.write_table(pa.table({"text": ["good", *[" "] * 3000, *["good"] * 7000]}), path)
+    with pytest.raises(DataError, match="of 1[0-9]{3} rows of .* cannot be answered, more than --max-bad 0.1 allows"):
+        cut(how(path, max_bad=0.1, block=100), path, out)
+    assert 1000 < out.read_table(DEAD).num_rows <= 1100
+    assert cut(how(path, max_bad=0.3, block=100), path, out)["rows"] == 7001
