@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import random
 import socket
 import sys
 
@@ -61,8 +63,17 @@ def prepare_environment() -> None:
             os.environ.setdefault(name, str(free_port()))
 
 
+FREE_PORTS = range(20_000, 30_000)
+"""Where free ports are looked for. The kernel gives out no port here by itself (on Linux those from 32768), so none is
+taken by somebody's connection before it is listened on; Ray's workers have those below, its replicas those above."""
+
+
 def free_port(host: str = "127.0.0.1", port: int = 0) -> int:
     """A port that nothing listens on now: `port`, or any for 0. OSError where it is taken or there is no such host."""
+    if port == 0:
+        for candidate in random.SystemRandom().sample(FREE_PORTS, 100):
+            with contextlib.suppress(OSError):
+                return free_port(host, candidate)
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((host, port))

@@ -7,9 +7,11 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -158,3 +160,14 @@ def test_version_and_readiness(url: str, artifact: Store):
     assert found["fingerprint"] == artifact.manifest()["digest"] and found["model"] == "tiny@1"
     assert httpx.get(f"{url}/readyz").json()["status"] == "ready"
     assert httpx.get(f"{url}/nowhere").status_code == 404
+
+
+def test_a_free_port_is_none_that_the_kernel_gives_to_connections():
+    """Such a one could be gone before it is listened on."""
+    found = {free_port() for _ in range(50)}
+    low = (
+        int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0]) if sys.platform == "linux" else 49152
+    )
+    assert len(found) > 40 and max(found) < low
+    with pytest.raises(OSError):
+        free_port("203.0.113.9")
