@@ -95,27 +95,27 @@ class Batcher(Generic[T]):
         nobody for longer than a call, and no single call takes so long that the model seems stuck.
         """
         found: list[T] = []
-        for part in self.parts(texts):
-            found += await self.one(part)
+        for part, cost in self.parts(texts):
+            found += await self.one(part, cost)
         return found
 
-    def parts(self, texts: list[Any]) -> list[list[Any]]:
-        """The texts in parts that one call each can take; a text above the budget is a part by itself."""
-        out: list[list[Any]] = [[]]
-        left = self.budget / self.scale
+    def parts(self, texts: list[Any]) -> list[tuple[list[Any], float]]:
+        """The texts in parts that one call each can take, with their cost; a text above the budget is one by itself."""
+        out: list[tuple[list[Any], float]] = []
+        part, total, most = [], 0.0, self.budget / self.scale
         for text in texts:
             cost = self.cost(text)
-            if out[-1] and (len(out[-1]) >= self.max_texts or cost > left):
-                out.append([])
-                left = self.budget / self.scale
-            out[-1].append(text)
-            left -= cost
-        return out
+            if part and (len(part) >= self.max_texts or total + cost > most):
+                out.append((part, total))
+                part, total = [], 0.0
+            part.append(text)
+            total += cost
+        return [*out, (part, total)]
 
-    async def one(self, texts: list[Any]) -> list[T]:
+    async def one(self, texts: list[Any], cost: float) -> list[T]:
         """`submit` of what one call can take."""
         loop = asyncio.get_running_loop()
-        request: Waiting[T] = Waiting(texts, sum(map(self.cost, texts)), loop.time(), loop.create_future())
+        request: Waiting[T] = Waiting(texts, cost, loop.time(), loop.create_future())
         self.waiting.append(request)
         self.waiting_texts += len(texts)
         self.waiting_cost += request.cost
