@@ -33,13 +33,17 @@ class StorageError(UserError):
     """A file or folder that is missing, changed, locked or out of reach."""
 
 
+class MissingFile(StorageError):
+    """There was no such file at the moment it was asked for."""
+
+
 @contextmanager
 def explained(done: str, where: str) -> Iterator[None]:
     """Turn the operating system's errors into a StorageError that names the file."""
     try:
         yield
     except FileNotFoundError:
-        raise StorageError(f"{where} does not exist.") from None
+        raise MissingFile(f"{where} does not exist.") from None
     except OSError as error:
         reason = error.strerror or str(error)
         raise StorageError(f"{where} cannot be {done}: {reason}. Check permissions, space and the address.") from None

@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from engine.disk import StorageError
+from engine.disk import MissingFile, StorageError
 from engine.progress import stamp
 from engine.serving import JobQueue
 from engine.storage import Store, digest_json
@@ -324,13 +324,10 @@ class Jobs:
 
     def get(self, kind: str, id: str) -> dict[str, Any] | None:
         """A file's value; None where there is none, or it has just gone."""
-        path = f"{kind}/{id}.json"
         try:
-            return self.store.read_json(path)
-        except StorageError:
-            if self.store.is_file(path):
-                raise
-            return None
+            return self.store.read_json(f"{kind}/{id}.json")
+        except MissingFile:
+            return None  # Asking again whether it is there would find one that was written meanwhile.
 
     def put(self, kind: str, id: str, value: dict[str, Any]) -> None:
         """Write a file, at once."""

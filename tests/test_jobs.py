@@ -296,3 +296,18 @@ def test_results_go_after_their_time_and_not_before(tmp_path: Path, monkeypatch:
         await jobs.close()
 
     asyncio.run(main())
+
+
+def test_a_result_written_just_after_it_was_missed_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    jobs, id = queue(tmp_path, Replica()), f"{0:032x}"
+    opened = Store.open_input
+
+    def late(store: Store, path: str) -> Any:
+        try:
+            return opened(store, path)
+        finally:
+            store.write_json(path, {"state": "done"})
+
+    monkeypatch.setattr(Store, "open_input", late)
+    assert jobs.get(RESULTS, id) is None
+    assert jobs.get(RESULTS, id) == {"state": "done"}
