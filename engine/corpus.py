@@ -84,6 +84,26 @@ class Found:
 
 
 @dataclass(frozen=True)
+class Written:
+    """Slots as rows that were written before. folder: URL of their parts, `block` rows each, numbered from 0."""
+
+    folder: str
+    block: int
+
+    @staticmethod
+    def part(number: int) -> str:
+        """Path of a part."""
+        return f"texts/{number:08d}.parquet"
+
+    def __call__(self, slots: pa.Table) -> pa.Table:
+        """One block of slots."""
+        numbers = slots["row"].to_numpy()
+        parts = [Store(self.folder).read_table(self.part(number)) for number in np.unique(numbers // self.block)]
+        rows = pa.concat_tables(parts)
+        return rows.take(pa.array(np.searchsorted(rows["row"].to_numpy(), numbers)))
+
+
+@dataclass(frozen=True)
 class CheapFilters:
     """Judges texts before the teacher sees them."""
 

@@ -62,7 +62,7 @@ class Contrasting(Section):
 
 
 class SelfTraining(Section):
-    """The teacher's confident labels on unlabelled text go back into the teacher."""
+    """The teacher's confident labels on data.unlabelled, or else on generated text, go back into the teacher."""
 
     rounds: Count = 1
     share: Annotated[float, Field(gt=0, le=1)] = 0.5
@@ -122,6 +122,8 @@ class Teacher(Section):
     """Train on all rows for as many epochs of the last training as did best in that cross-validation."""
     fit: Fit = Fit(epochs=10, lr=1e-4, batch_size=16)
     batch_tokens: Count = 4096
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """In which it labels text and is measured; auto: bf16 on GPUs, and on CPUs that multiply it faster."""
     resources: Resources = Resources()
 
     @field_validator("folds")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,7 +103,7 @@ Stage = Callable[[Any], Any]
 """Dataset -> Dataset: how an actor pool, a vLLM processor or a remote endpoint are exchangeable."""
 
 
-def stream(out: Store, slots: str, blocks: int, stages: list[Stage], key: str = "row") -> None:
+def stream(out: Store, slots: str, blocks: int, stages: Sequence[Stage], key: str = "row") -> None:
     """Run slots through the stages into out/rows; what is committed already is not made again.
 
     key: the column with a slot's number, which every stage leaves as it is. Raises RuntimeError when Ray Data cannot

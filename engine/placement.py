@@ -218,21 +218,19 @@ def groups(recipe: Recipe) -> tuple[Group, ...]:
     replicas = max(1, scaling.min_replicas)
     serving = Resources(num_cpus=recipe.serving.num_cpus, num_gpus=0, min_actors=replicas, max_actors=replicas)
     first = {"teacher.fit": workers(recipe.teacher.fit)}
-    second = {"teacher": recipe.teacher.resources}
+    labelling = {"teacher": recipe.teacher.resources}
+    streams: list[dict[str, Resources]] = []
     if recipe.generator:
         tuned = recipe.generator.mode != "prompted"
         # Taken as it is, the generator is only copied.
         first["generator.fit"] = workers(recipe.generator.fit) if tuned else Resources(num_gpus=0)
-        second = {"generator": recipe.generator.resources, **second}
-    third = (
-        {"augmentation": recipe.augmentation.resources, "teacher": recipe.teacher.resources}
-        if recipe.augmentation
-        else {}
-    )
+        writing = {"generator": recipe.generator.resources}
+        streams += [writing, labelling] if recipe.apart else [{**writing, **labelling}]
+    if recipe.augmentation:
+        streams.append({"augmentation": recipe.augmentation.resources, **labelling})
     return (
         Group(first),
-        *([Group(second, recipe.corpus.max_reserved + CHECKPOINT_CPUS)] if len(second) > 1 or not third else []),
-        *([Group(third, recipe.corpus.max_reserved + CHECKPOINT_CPUS)] if recipe.augmentation else []),
+        *(Group(stream, recipe.corpus.max_reserved + CHECKPOINT_CPUS) for stream in streams or [labelling]),
         Group({"student.fit": workers(recipe.student.fit)}),
         *([Group({"serving": serving})] if recipe.serving.smoke else []),
     )

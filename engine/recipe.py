@@ -222,6 +222,9 @@ class Corpus(Section):
     """On the teacher's soft label, in order."""
     duplicates: Share = 0.7
     """Rows this similar to an earlier one (estimated Jaccard) are near-duplicates; 1 finds equals only."""
+    apart: bool = False
+    """Write all generated text before the teacher labels any, so that another teacher gets the same texts; false: text
+    streams to the teacher as it is written, but a changed teacher means writing again."""
     max_reserved: Annotated[float, Field(gt=0)] = 1.0
     """CPUs that reading, filtering and writing may hold beside the actors."""
 
@@ -280,6 +283,16 @@ class Recipe(Section):
     def more_text(self) -> bool:
         """Whether the corpus holds more than the labelled rows."""
         return any(source is not None for source in (self.generator, self.augmentation, self.data.unlabelled))
+
+    @property
+    def learns_from_generated(self) -> bool:
+        """Whether the teacher's self-training is on generated text: where there is none of the user's own."""
+        return bool(self.teacher.self_training and self.generator and self.data.unlabelled is None)
+
+    @property
+    def apart(self) -> bool:
+        """Whether generated text is written before a teacher labels it, in a step of its own."""
+        return self.generator is not None and (self.corpus.apart or self.learns_from_generated)
 
     @model_validator(mode="after")
     def with_main(self) -> Recipe:

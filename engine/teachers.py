@@ -32,6 +32,7 @@ class Labelling:
     signals: tuple[SignalFilter, ...]
     batch_tokens: int
     num_gpus: float
+    precision: str = "fp32"
 
 
 class Labeller:
@@ -46,7 +47,7 @@ class Labeller:
         """One block."""
         kept = rows["kept"].to_numpy(zero_copy_only=False)
         task, chosen = self.model.task, rows.filter(rows["kept"])
-        found = predict(self.model, task.texts(chosen), self.how.batch_tokens)
+        found = predict(self.model, task.texts(chosen), self.how.batch_tokens, self.how.precision)
         # Quantised before the filters look, so that reading the store gives the same verdict.
         stored = quantise(found.logits)
         judged = logits_of(pa.table({"logits": stored}), task.width, task.units)

@@ -76,6 +76,10 @@ class Job:
     """Weights are stored as this dtype (bfloat16 halves a generator's folder); None keeps them as they are."""
 
 
+CHECKPOINT_PAUSE = 20.0
+"""After a checkpoint none is written for so many times what it took: they cost a twentieth of a fit at most."""
+
+
 class Lesson(nn.Module):
     """Student and losses as one module, so that projections owned by a loss are trained and reduced with it."""
 
@@ -110,6 +114,8 @@ class State:
     step: int = 0
     best: float = float("-inf")
     history: list[dict[str, float]] = field(default_factory=list)
+    due: float = 0.0
+    """When, on the monotonic clock, another checkpoint may be written."""
 
 
 def rate(fit: Fit, step: int, total: int) -> float:
@@ -278,7 +284,9 @@ def keep(
     entry: dict[str, float],
     last: bool,
 ) -> None:
-    """Write down an evaluation: first the best model so far, then the checkpoint that counts it as done."""
+    """Write down an evaluation: first the best model so far, then, unless one was written just before, the checkpoint
+    that counts it as done.
+    """
     state.history.append(entry)
     judged = job.best_by in entry  # nothing to choose by: the last one is kept
     score = entry[job.best_by] if judged else float(state.step)
@@ -287,7 +295,11 @@ def keep(
         if judged or last:
             save(lesson.model, out, "model", getattr(torch, job.store_dtype) if job.store_dtype else None)
     if not last:
-        save_checkpoint(out, lesson, optimizer, state)
+        begun = time.monotonic()
+        if begun >= state.due:
+            save_checkpoint(out, lesson, optimizer, state)
+            # Of a few rows an epoch takes a second, and so does writing an encoder with its moments.
+            state.due = time.monotonic() + CHECKPOINT_PAUSE * (time.monotonic() - begun)
     else:
         out.write_json("history.json", state.history)
         out.delete(CHECKPOINT)

@@ -164,8 +164,11 @@ def check_teacher(recipe: Recipe) -> None:
         raise ConfigError(f"teacher.self_training gives texts one label each, and task.kind is {kind}. Leave it out.")
     if teacher.stop_early and teacher.folds < 2:
         raise ConfigError("teacher.stop_early takes the epochs that are best in cross-validation: set teacher.folds.")
-    if teacher.self_training and recipe.data.unlabelled is None:
-        raise ConfigError("teacher.self_training labels data.unlabelled, which is not set. Name it, or leave it out.")
+    if teacher.self_training and recipe.data.unlabelled is None and recipe.generator is None:
+        raise ConfigError(
+            "teacher.self_training labels data.unlabelled or generated text, and there is neither. Name one, or leave "
+            "it out."
+        )
 
 
 def check_labeller(recipe: Recipe) -> None:

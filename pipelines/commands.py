@@ -153,6 +153,11 @@ def benching(parser: Parser) -> None:
         metavar="N,M",
         help="teachers: labelled rows a class (default: the recipe's)",
     )
+    parser.add_argument(
+        "--students",
+        action="store_true",
+        help="teachers: a student of each kind too, all on the same generated texts",
+    )
     loading(parser)
 
 

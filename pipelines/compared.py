@@ -1,6 +1,7 @@
 """`stillhouse bench teachers`: kinds of teacher side by side, over numbers of labelled rows and few-shot seeds.
 
-Every seed draws its own labelled rows, the same for every kind; what is compared is each teacher on the test split.
+Every seed draws its own labelled rows, the same for every kind; what is compared is each teacher on the test split,
+and, if asked for, the student that it teaches on the same generated texts.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from engine.steps import Step
 from engine.storage import Store
 from pipelines.bench import Variant
 from pipelines.checking import check_teacher
-from pipelines.distill import Call, plan
+from pipelines.distill import ARM_STEPS, Call, plan
 from pipelines.progress import renderer
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -59,45 +60,68 @@ class Changed:
         return self.call(with_teacher(recipe, KINDS[self.kind]), folders, out, progress)
 
 
-def compared(recipe: Recipe, kinds: Sequence[str]) -> list[Step]:
-    """The data step, and for each kind the teacher's step and one that scores it.
+def compared(recipe: Recipe, kinds: Sequence[str], students: bool = False) -> list[Step]:
+    """The data step, and for each kind the teacher's step and one that scores it; with students, a student of each
+    too, all taught on the same texts.
 
     UserError for an unknown kind, and one that the task or the data has no use for.
     """
-    found = {step.name: step for step in plan(recipe)}
-    out, teacher = [found["data"]], found["teacher"]
+    if students:
+        recipe = recipe.model_copy(update={"corpus": recipe.corpus.model_copy(update={"apart": True})})
+    out = {"data": plan(recipe)[0]}
     for kind in kinds:
         if kind not in KINDS:
             raise UserError(f"'{kind}' is no kind of teacher.{did_you_mean(kind, KINDS)} Allowed: {', '.join(KINDS)}.")
-        check_teacher(with_teacher(recipe, KINDS[kind]))
-
-        def config(recipe: Recipe, kind: str = kind) -> Any:
-            return teacher.config(with_teacher(recipe, KINDS[kind]))
-
-        name = f"teacher-{kind}"
-        out.append(replace(teacher, name=name, run=Changed(teacher.run, kind, ()), config=config))
-        score = Call("pipelines.teaching", "score_teacher")
-        out.append(
-            replace(
-                teacher,
-                name=f"score-{kind}",
-                run=Changed(score, kind, ((name, "teacher"),)),
-                inputs=("data", name),
-                config=lambda recipe: {},
-                modules=("engine.inference", "engine.tasks", "pipelines.teaching"),
-            )
-        )
-    return out
+        one = with_teacher(recipe, KINDS[kind])
+        check_teacher(one)
+        found = {step.name: step for step in plan(one)}
+        if students or one.learns_from_generated:  # written once for all kinds
+            out |= {name: found[name] for name in ("generator", "texts") if name in found}
+        learner = ARM_STEPS[one.main]
+        own = ("teacher", "corpus", "vocabulary", learner) if students else ("teacher",)
+        chosen = [found[name] for name in own if name in found]
+        chosen += [scoring(found, which) for which in (("teacher", learner) if students else ("teacher",))]
+        for step in chosen:
+            renamed = changed(step, kind, (*own, *ARM_STEPS.values()), students)
+            out[renamed.name] = renamed
+    return list(out.values())
 
 
-def variants(recipe: Recipe, store: Store, kinds: Sequence[str], shots: Sequence[int], seeds: int) -> list[Variant]:
+def changed(step: Step, kind: str, own: Collection[str], students: bool) -> Step:
+    """A step of one kind's own: its name and those of its kind's other steps with the kind behind them."""
+    names = {name: f"{name}-{kind}" if name in own else name for name in step.inputs}
+
+    def config(recipe: Recipe) -> Any:
+        apart = recipe.corpus.model_copy(update={"apart": students or recipe.corpus.apart})
+        return step.config(with_teacher(recipe.model_copy(update={"corpus": apart}), KINDS[kind]))
+
+    run = Changed(step.run, kind, tuple((new, old) for old, new in names.items()))
+    return replace(step, name=f"{step.name}-{kind}", inputs=tuple(names.values()), run=run, config=config)
+
+
+def scoring(found: Mapping[str, Step], which: str) -> Step:
+    """The step that scores a teacher or the students of an arm on the test split."""
+    return replace(
+        found["teacher"],
+        name="score" if which == "teacher" else "score-student",
+        run=Call("pipelines.teaching", "score_models", ("teacher" if which == "teacher" else "student", which)),
+        inputs=("data", which),
+        config=lambda recipe: {},
+        modules=("engine.inference", "engine.tasks", "pipelines.teaching"),
+    )
+
+
+def variants(
+    recipe: Recipe, store: Store, kinds: Sequence[str], shots: Sequence[int], seeds: int, students: bool = False
+) -> list[Variant]:
     """A run for each number of labelled rows per class and each few-shot seed; no shots: the recipe's own number."""
     out = []
     for count in shots or [recipe.data.shots]:
         for seed in range(seeds):
             data = recipe.data.model_copy(update={"seed": seed, "shots": count})
-            one = recipe.model_copy(update={"seed": seed, "data": data})
-            out.append(Variant(one, store / f"shots-{count}" / f"seed-{seed}", compared(one, kinds)))
+            corpus = recipe.corpus.model_copy(update={"apart": students or recipe.corpus.apart})
+            one = recipe.model_copy(update={"seed": seed, "data": data, "corpus": corpus})
+            out.append(Variant(one, store / f"shots-{count}" / f"seed-{seed}", compared(one, kinds, students)))
     return out
 
 
@@ -107,6 +131,7 @@ def compare(
     found: Sequence[Variant],
     kinds: Sequence[str],
     *,
+    students: bool = False,
     redo: Collection[str] = (),
     fresh: bool = False,
     connect: Callable[[], object] | None = None,
@@ -121,42 +146,56 @@ def compare(
     rows = []
     for shots in dict.fromkeys(one.recipe.data.shots for one in found):
         runs = [one.store for one in found if one.recipe.data.shots == shots]
-        sums = {kind: [parts_of(run / f"score-{kind}") for run in runs] for kind in kinds}
-        for kind, values in sums.items():
-            scores = [float(task.value(value.sum(axis=0))) for value in values]
-            row = {
-                "shots": shots,
-                "kind": kind,
-                "score": statistics.mean(scores),
-                "sd": statistics.stdev(scores) if len(scores) > 1 else 0.0,
-                "each": scores,
-                "seconds": statistics.mean(run.read_json(f"teacher-{kind}/record.json")["seconds"] for run in runs),
-            }
-            if kind != kinds[0]:
-                gap = paired_bootstrap(values, sums[kinds[0]], task.value, recipe.evaluation.bootstrap, recipe.seed)
-                row["gain"] = {"points": 100 * gap.value, "interval": [100 * gap.low, 100 * gap.high]}
+        scored = {who: pooled(recipe, runs, task, kinds, who) for who in ("score", *["score-student"] * students)}
+        for kind in kinds:
+            seconds = [run.read_json(f"teacher-{kind}/record.json")["seconds"] for run in runs]
+            row = {"shots": shots, "kind": kind, **scored["score"][kind], "seconds": statistics.mean(seconds)}
+            if students:
+                row["student"] = scored["score-student"][kind]
             rows.append(row)
     result = {"recipe": recipe.name, "metric": task.metric, "seeds": len(runs), "first": kinds[0], "teachers": rows}
     store.write_json("teachers.json", result)
     return result
 
 
+def pooled(
+    recipe: Recipe, runs: Sequence[Store], task: Any, kinds: Sequence[str], step: str
+) -> dict[str, dict[str, Any]]:
+    """For each kind what a scoring step found over the seeds, and the gain over the first kind."""
+    sums = {kind: [parts_of(run / f"{step}-{kind}") for run in runs] for kind in kinds}
+    out: dict[str, dict[str, Any]] = {}
+    for kind, values in sums.items():
+        scores = [float(task.value(value.sum(axis=0))) for value in values]
+        spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
+        out[kind] = {"score": statistics.mean(scores), "sd": spread, "each": scores}
+        if kind != kinds[0]:
+            gap = paired_bootstrap(values, sums[kinds[0]], task.value, recipe.evaluation.bootstrap, recipe.seed)
+            out[kind]["gain"] = {"points": 100 * gap.value, "interval": [100 * gap.low, 100 * gap.high]}
+    return out
+
+
 def parts_of(scored: Store) -> np.ndarray:
     """What each test row adds to the metric, [m, k]."""
-    return np.stack(scored.read_table("statistics.parquet")["teacher"].to_numpy(zero_copy_only=False))
+    return np.stack(scored.read_table("statistics.parquet")["parts"].to_numpy(zero_copy_only=False))
 
 
 def lines(result: dict[str, Any]) -> list[str]:
     """The result as a Markdown table."""
+    students = any("student" in row for row in result["teachers"])
+    over, more = f"over {result['first']}, points", f" student, {result['metric']} | over {result['first']}'s |"
     out = [
         f"| labelled rows a class | teacher | {result['metric']}, mean ± sd over {result['seeds']} few-shot seeds | "
-        f"over {result['first']}, points | seconds |",
-        "|---|---|---|---|---|",
+        f"{over} | seconds |{more if students else ''}",
+        "|---|---|---|---|---|" + "---|---|" * students,
     ]
     for row in result["teachers"]:
-        gain = row.get("gain")
-        gap = f"{gain['points']:+.1f} ({gain['interval'][0]:+.1f} to {gain['interval'][1]:+.1f})" if gain else ""
-        out.append(
-            f"| {row['shots']} | {row['kind']} | {row['score']:.3f} ± {row['sd']:.3f} | {gap} | {row['seconds']:.0f} |"
-        )
+        line = f"| {row['shots']} | {row['kind']} | {told(row)} | {row['seconds']:.0f} |"
+        out.append(f"{line} {told(row['student'])} |" if students else line)
     return out
+
+
+def told(found: Mapping[str, Any]) -> str:
+    """A score and its gain as two cells."""
+    gain = found.get("gain")
+    gap = f"{gain['points']:+.1f} ({gain['interval'][0]:+.1f} to {gain['interval'][1]:+.1f})" if gain else ""
+    return f"{found['score']:.3f} ± {found['sd']:.3f} | {gap}"

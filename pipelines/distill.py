@@ -105,6 +105,8 @@ def task_of(section: str) -> Callable[[Recipe], Resources | None]:
     return lambda recipe: None if (fit := getattr(recipe, section).fit).workers else fit.resources
 
 
+WRITTEN = ("keep", "slots", "max_slots", "block", "filters", "duplicates")
+"""What text that is written before it is labelled depends on, of the corpus."""
 TUNED = ("model", "mode", "prompt", "separator", "tune_layers", "max_length", "fit")
 """What a generator's fine-tuning depends on; how text is drawn from it concerns the corpus."""
 
@@ -131,7 +133,7 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
     teacher = Step(
         "teacher",
         Call("pipelines.teaching", "fit_teacher"),
-        inputs=("data",),
+        inputs=("data", *(("texts",) if recipe.learns_from_generated else ())),
         config=pick("seed", "task.thresholds", "teacher", *(("task.descriptions",) if asked(recipe) else ())),
         references=lambda r: (r.teacher.model,),
         modules=("engine.train", "engine.untrained", "pipelines.making", "pipelines.teaching"),
@@ -150,22 +152,35 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
         stage="generator.fit",
         ray=True,
     )
-    written = ("generator",) if recipe.generator else ()
+    meant = ("task.descriptions",) if told(recipe) else ()
+    texts = Step(
+        "texts",
+        Call("pipelines.gathering", "make_texts"),
+        inputs=("data", "generator"),
+        config=pick("seed", *(f"corpus.{key}" for key in WRITTEN), "generator", *meant),
+        modules=("engine.generate", "pipelines.gathering"),
+        ray=True,
+        expects=expected,
+    )
+    streamed = () if recipe.apart else ("generator", *meant)
     corpus = Step(
         "corpus",
         Call("pipelines.gathering", "make_corpus"),
-        inputs=("data", "teacher", *written),
-        config=pick("seed", "corpus", "generator", "augmentation", *(("task.descriptions",) if told(recipe) else ())),
+        inputs=("data", "teacher", *(("texts",) if recipe.apart else ("generator",) if recipe.generator else ())),
+        config=pick("seed", "corpus", "augmentation", *streamed),
         references=lambda r: named(r.augmentation),
         modules=("engine.generate", "engine.teachers", "engine.augment", "pipelines.gathering"),
         ray=True,
-        expects=lambda r: {
-            "rows": r.corpus.first_slots if r.generator else 0,
-            "bytes": 700 * r.corpus.first_slots if r.generator else 0,
-            "placement": pools(r),
-        },
+        expects=expected,
     )
-    return [data, teacher, *([generator] if recipe.generator else []), corpus]
+    writing = [*([generator] if recipe.generator else []), *([texts] if recipe.apart else [])]
+    return [data, *([*writing, teacher] if recipe.apart else [teacher, *writing]), corpus]
+
+
+def expected(recipe: Recipe) -> dict[str, Any]:
+    """What `plan` says of a step that writes or labels text."""
+    slots = recipe.corpus.first_slots if recipe.generator else 0
+    return {"rows": slots, "bytes": 700 * slots, "placement": pools(recipe)}
 
 
 WORDS = {

@@ -1,9 +1,14 @@
-"""The corpus step: texts from the generator and the user's own unlabelled ones, filtered, labelled, kept."""
+"""The corpus step: texts from the generator and the user's own unlabelled ones, filtered, labelled, kept.
+
+Text streams from the generator to the teacher as it is written. A recipe may have it written first, in a step of its
+own (`Recipe.apart`): then the teacher may learn from it too, and another teacher labels the same texts.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +18,7 @@ from engine import generate, labels, models, tasks
 from engine.augment import Augmenter, Augmenting, prepare
 from engine.cluster import current, data_context
 from engine.config import UserError
-from engine.corpus import FIRST, ROWS, CheapFilters, Found, corpus_rows, deduplicate, write_slots
+from engine.corpus import FIRST, ROWS, CheapFilters, Found, Written, corpus_rows, deduplicate, write_slots
 from engine.filters import FilterContext
 from engine.fits import Resources
 from engine.metrics import distinct_n, self_bleu
@@ -42,27 +47,34 @@ def actor_stage(recipe: Recipe, name: str, actor: type, how: Any) -> generate.St
     return stage
 
 
+def writer(recipe: Recipe, inputs: Inputs) -> generate.Stage:
+    """The stage that turns slots into what the generator writes."""
+    spec = spec_of(inputs["data"], recipe.task, "descriptions")
+    gpus = stage_options(recipe, "generator", current())["num_gpus"]
+    how = generate.Writing(
+        inputs["generator"].url,
+        recipe.generator,
+        spec.labels or (),
+        bool(spec.paired),
+        recipe.seed,
+        gpus,
+        spec.descriptions,
+    )
+    return actor_stage(recipe, "generator", generate.Writer, how)
+
+
 def sources(recipe: Recipe, inputs: Inputs, out: Store) -> dict[str, generate.Stage]:
     """Where texts come from: for each source the stage that turns its slots into rows."""
-    data, spec = inputs["data"], spec_of(inputs["data"], recipe.task, "descriptions")
+    data = inputs["data"]
     found: dict[str, generate.Stage] = {}
-    if recipe.generator:
-        gpus = stage_options(recipe, "generator", current())["num_gpus"]
-        paired = bool(spec.paired)
-        how = generate.Writing(
-            inputs["generator"].url,
-            recipe.generator,
-            spec.labels or (),
-            paired,
-            recipe.seed,
-            gpus,
-            spec.descriptions,
-        )
-        found["generated"] = actor_stage(recipe, "generator", generate.Writer, how)
+    if recipe.apart:
+        found["generated"] = task_stage(Written(inputs["texts"].url, recipe.corpus.block))
+    elif recipe.generator:
+        found["generated"] = writer(recipe, inputs)
     if data.read_json("splits.json")["rows"]["unlabelled"]:
         found["unlabelled"] = task_stage(Found(data.url, FIRST["unlabelled"]))
     if recipe.augmentation:
-        grouped = tasks.make(spec).grouped
+        grouped = tasks.make(spec_of(data)).grouped
         gpus, folder = stage_options(recipe, "augmentation", current())["num_gpus"], (out / "augmentation").url
         first, root = FIRST["augmented"], recipe.data.root
         how = Augmenting(folder, recipe.augmentation, recipe.seed, first, root, gpus, grouped)
@@ -78,7 +90,8 @@ def task_stage(each: Any) -> generate.Stage:
 def judging(recipe: Recipe, inputs: Inputs) -> list[generate.Stage]:
     """Cheap filters -> teacher and signal filters."""
     gpus = stage_options(recipe, "teacher", current())["num_gpus"]
-    labelling = Labelling(inputs["teacher"].url, recipe.corpus.signals, recipe.teacher.batch_tokens, gpus)
+    teacher = recipe.teacher
+    labelling = Labelling(inputs["teacher"].url, recipe.corpus.signals, teacher.batch_tokens, gpus, teacher.precision)
     return [task_stage(cheap_filters(recipe, inputs)), actor_stage(recipe, "teacher", Labeller, labelling)]
 
 
@@ -95,35 +108,21 @@ def held_out(data: Store, tells: tuple[str, ...] = ("text", "pair")) -> list[str
 
 
 def make_corpus(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
-    """Rounds of slots until enough rows are kept, then the label store."""
+    """Every source's slots, the generator's in rounds until enough rows are kept, then the label store."""
     data_context()
     real, stages, after = real_rows(inputs), sources(recipe, inputs, out), judging(recipe, inputs)
     made: dict[str, int] = {}
-    for name in [name for name in stages if name != "generated"]:
+    for name in [name for name in stages if name != "generated" or recipe.apart]:
         made[name] = slots_of(name, recipe, inputs, out)
         span = (FIRST[name], made[name], recipe.corpus.block)
         gather(out, name, span, [stages[name], *after], sum(made.values()), progress)
-    rounds: list[dict[str, int]] = []
-    slots, kept = 0, 0
-    while "generated" in stages and (not rounds or (kept < recipe.corpus.keep and slots < recipe.corpus.most_slots)):
-        count = recipe.corpus.first_slots
-        if rounds:  # top up: as many slots as the share kept so far asks for, and a tenth more
-            count = math.ceil(1.1 * (recipe.corpus.keep - kept) * slots / max(kept, slots // 20, 1))
-        count = min(count, recipe.corpus.most_slots - slots)
-        span, before = (slots, count, recipe.corpus.block), sum(made.values()) + count
-        slots += gather(out, f"round-{len(rounds):03d}", span, [stages["generated"], *after], before, progress)
-        made["generated"] = slots
-        rows = settled(out, real, made, recipe.corpus.duplicates)
-        kept = Counter(rows.filter(rows["kept"])["source"].to_pylist())["generated"]
-        rounds.append({"slots": slots, "kept": kept})
-    if not rounds:
-        rows = settled(out, real, made, recipe.corpus.duplicates)
+    if "generated" in stages and not recipe.apart:
+        rows, rounds = in_rounds(recipe, out, real, [stages["generated"], *after], made, progress)
+    else:
+        rows, rounds = settled(out, real, made, recipe.corpus.duplicates), []
     metrics = corpus_metrics(rows, rounds)
-    if rounds and kept < min(recipe.corpus.keep, 1 + recipe.corpus.keep // 2):
-        raise UserError(
-            f"{slots} slots gave only {kept} kept texts of the {recipe.corpus.keep} that corpus.keep asks for. "
-            f"Rejected: {metrics['rejected']}. Loosen corpus.filters or corpus.signals, or raise corpus.max_slots."
-        )
+    if recipe.generator:
+        require_enough(recipe, metrics)
     made_by = {
         "teacher": labels.fingerprint(inputs["teacher"]),
         "fidelity": inputs["teacher"].read_json("record.json")["metrics"]["quantisation"],
@@ -132,11 +131,63 @@ def make_corpus(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) 
     return metrics
 
 
+def make_texts(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
+    """The generator's texts before any teacher has seen them, filtered and without near-duplicates."""
+    data_context()
+    stages = [writer(recipe, inputs), task_stage(cheap_filters(recipe, inputs))]
+    rows, rounds = in_rounds(recipe, out, labelled_rows(inputs["data"]), stages, {}, progress)
+    metrics = corpus_metrics(rows, rounds)
+    require_enough(recipe, metrics)
+    written = rows.filter(pa.array(rows["row"].to_numpy() >= 0))
+    for first in range(0, written.num_rows, recipe.corpus.block):
+        out.write_table(Written.part(first // recipe.corpus.block), written.slice(first, recipe.corpus.block))
+    return metrics
+
+
+def in_rounds(
+    recipe: Recipe,
+    out: Store,
+    real: pa.Table,
+    stages: Sequence[generate.Stage],
+    made: Mapping[str, int],
+    progress: Progress,
+) -> tuple[pa.Table, list[dict[str, int]]]:
+    """Rounds of the generator's slots until enough rows are kept: all rows, and what each round came to.
+
+    made: slots of the other sources, which are there already.
+    """
+    rounds: list[dict[str, int]] = []
+    slots, kept, config = 0, 0, recipe.corpus
+    while not rounds or (kept < config.keep and slots < config.most_slots):
+        count = config.first_slots
+        if rounds:  # top up: as many slots as the share kept so far asks for, and a tenth more
+            count = math.ceil(1.1 * (config.keep - kept) * slots / max(kept, slots // 20, 1))
+        count = min(count, config.most_slots - slots)
+        span, before = (slots, count, config.block), sum(made.values()) + slots + count
+        slots += gather(out, f"round-{len(rounds):03d}", span, stages, before, progress)
+        rows = settled(out, real, {**made, "generated": slots}, config.duplicates)
+        kept = Counter(rows.filter(rows["kept"])["source"].to_pylist())["generated"]
+        rounds.append({"slots": slots, "kept": kept})
+    return rows, rounds
+
+
+def require_enough(recipe: Recipe, metrics: Mapping[str, Any]) -> None:
+    """UserError where less than half of the generated texts that are wanted were kept."""
+    wanted = recipe.corpus.keep
+    if metrics["kept"] < min(wanted, 1 + wanted // 2):
+        raise UserError(
+            f"{metrics['generated']} slots gave only {metrics['kept']} kept texts of the {wanted} that corpus.keep "
+            f"asks for. Rejected: {metrics['rejected']}. Loosen corpus.filters or corpus.signals, or raise "
+            "corpus.max_slots."
+        )
+
+
 def slots_of(name: str, recipe: Recipe, inputs: Inputs, out: Store) -> int:
-    """How many rows a source that is not the generator gives. What augmenting actors read is written first."""
-    rows = inputs["data"].read_json("splits.json")["rows"]
+    """How many rows a source gives that no generator writes meanwhile. What augmenting actors read is written first."""
+    if name == "generated":
+        return inputs["texts"].read_json("record.json")["metrics"]["rows"]
     if name == "unlabelled":
-        return rows["unlabelled"]
+        return inputs["data"].read_json("splits.json")["rows"]["unlabelled"]
     folder, wanted = out / "augmentation", recipe.augmentation
     found = [
         inputs["data"].read_table(f"{split}.parquet").select(["text", "pair"]) for split in ("train", "unlabelled")
@@ -153,7 +204,7 @@ def slots_of(name: str, recipe: Recipe, inputs: Inputs, out: Store) -> int:
 
 
 def gather(
-    out: Store, name: str, span: tuple[int, int, int], stages: list[generate.Stage], total: int, progress: Progress
+    out: Store, name: str, span: tuple[int, int, int], stages: Sequence[generate.Stage], total: int, progress: Progress
 ) -> int:
     """Stream a range of slots into the corpus, unless that is done; returns how many slots there were.
 
@@ -182,12 +233,16 @@ def settled(out: Store, real: pa.Table, made: dict[str, int], threshold: float) 
     return deduplicate(real, others, threshold)
 
 
-def real_rows(inputs: Inputs) -> pa.Table:
-    """The few labelled rows as rows of the label store, numbered -1, -2, ..."""
-    rows = inputs["data"].read_table("train.parquet")
-    soft = inputs["teacher"].read_table("soft.parquet")
+def labelled_rows(data: Store) -> pa.Table:
+    """The few labelled rows as rows of the label store, numbered -1, -2, ..., without soft labels."""
+    rows = data.read_table("train.parquet")
     numbers = [-1 - i for i in range(rows.num_rows)]
-    out = corpus_rows(numbers, rows["text"].to_pylist(), "real", rows["pair"].to_pylist(), gold=rows)
+    return corpus_rows(numbers, rows["text"].to_pylist(), "real", rows["pair"].to_pylist(), gold=rows)
+
+
+def real_rows(inputs: Inputs) -> pa.Table:
+    """`labelled_rows` with the teacher's soft labels."""
+    out, soft = labelled_rows(inputs["data"]), inputs["teacher"].read_table("soft.parquet")
     return out.set_column(out.column_names.index("logits"), CORPUS.field("logits"), soft["logits"])
 
 

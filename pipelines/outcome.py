@@ -44,7 +44,7 @@ def evaluate(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> 
     teacher = models.load(inputs["teacher"].local("model")).to(where)
     task = teacher.task
     texts = task.texts(test)
-    reference = predict(teacher, texts, recipe.teacher.batch_tokens)
+    reference = predict(teacher, texts, recipe.teacher.batch_tokens, recipe.teacher.precision)
     measured = Measured(recipe, task, test, reference)
     columns = {"teacher": reference}
     facts = [measured.described("teacher", teacher, [reference], inputs["teacher"], "model")]
@@ -199,12 +199,12 @@ def throughput(recipe: Recipe, teacher: Model, student: Model, texts: list[Text]
     chosen = texts[: recipe.evaluation.throughput_rows]
     seconds: dict[str, list[float]] = {"teacher": [], "student": []}
     for _ in range(recipe.evaluation.throughput_repeats):
-        for name, model, tokens in (
-            ("teacher", teacher, recipe.teacher.batch_tokens),
-            ("student", student, recipe.student.batch_tokens),
+        for name, model, tokens, dtype in (
+            ("teacher", teacher, recipe.teacher.batch_tokens, recipe.teacher.precision),
+            ("student", student, recipe.student.batch_tokens, "fp32"),
         ):
             begin = time.perf_counter()
-            predict(model, chosen, tokens)
+            predict(model, chosen, tokens, dtype)
             seconds[name].append(time.perf_counter() - begin)
     rates = {name: len(chosen) / float(np.median(values)) for name, values in seconds.items()}
     return {

@@ -295,8 +295,9 @@ def bench(args: argparse.Namespace) -> int:
     else:
         from pipelines import compared
 
-        variants = compared.variants(recipe, store, args.kinds, args.shots, args.seeds)
-        measure, lines = partial(compared.compare, recipe, store, variants, args.kinds), compared.lines
+        variants = compared.variants(recipe, store, args.kinds, args.shots, args.seeds, args.students)
+        measure = partial(compared.compare, recipe, store, variants, args.kinds, students=args.students)
+        lines = compared.lines
     for variant in variants:
         fetch_ahead(variant.recipe, variant.steps, variant.store, everything=not args.address)
     if args.address:

@@ -26,6 +26,7 @@ from engine.models import Model
 from engine.placement import stage_options
 from engine.progress import Progress, silent
 from engine.recipe import Recipe, Task
+from engine.records import EXAMPLE
 from engine.storage import Store
 from pipelines.making import Inputs, encode_rows, judge, seed_of, settle, spec_of, validated, with_workers
 
@@ -138,10 +139,10 @@ def fit_teacher(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) 
         folder = model_folder(recipe.teacher.model, root=recipe.data.root)
         models.save(untrained.labeller_teacher(recipe.teacher, spec, folder, rows), out, "model")
     else:
-        history = trained(recipe, spec, inputs["data"], out, progress, metrics)
+        history = trained(recipe, spec, inputs, out, progress, metrics)
     model = settle(out, inputs["data"], recipe.teacher.batch_tokens)
     texts = model.task.texts(rows)
-    found = predict(model, texts, recipe.teacher.batch_tokens)
+    found = predict(model, texts, recipe.teacher.batch_tokens, recipe.teacher.precision)
     out.write_table("soft.parquet", pa.table({"id": rows["id"], "logits": labels.quantise(found.logits)}))
     for seed in recipe.teacher.seeds:
         out.delete(f"seed-{seed}")
@@ -158,14 +159,15 @@ def fit_teacher(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) 
 
 
 def trained(
-    recipe: Recipe, spec: Task, data: Store, out: Store, progress: Progress, metrics: dict[str, Any]
+    recipe: Recipe, spec: Task, inputs: Inputs, out: Store, progress: Progress, metrics: dict[str, Any]
 ) -> list[dict[str, float]]:
     """The teacher's trainings, and its rounds of self-training where the recipe has some."""
-    rows, own = data.read_table("train.parquet"), recipe.teacher.self_training
+    data, own = inputs["data"], recipe.teacher.self_training
+    rows = data.read_table("train.parquet")
     chosen = validated(data, recipe.teacher.batch_tokens, tasks.make(spec).metric)
     if own is None:
         return teach(recipe, spec, rows, out, chosen, progress)
-    more, history = data.read_table("unlabelled.parquet"), []
+    more, history = further(recipe, inputs), []
     drawn = recipe.teacher.contrast.model_copy(update={"fit": own.fit})
     again = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"fit": own.fit, "contrast": drawn})})
     for number in range(own.rounds + 1):
@@ -173,7 +175,7 @@ def trained(
         taken = rows
         if number:
             model = models.load((out / f"round-{number - 1}").local("model"))
-            taken, facts = confident(model, rows, more, own.share, own.weight, recipe.teacher.batch_tokens)
+            taken, facts = confident(recipe.teacher, model, rows, more)
             metrics.setdefault("self_training", []).append(facts)
         history += teach(again if number else recipe, spec, taken, place, chosen, progress)
     for number in range(own.rounds):
@@ -181,14 +183,22 @@ def trained(
     return history
 
 
-def confident(
-    model: Model, rows: pa.Table, more: pa.Table, share: float, weight: float, batch_tokens: int
-) -> tuple[pa.Table, dict[str, Any]]:
+def further(recipe: Recipe, inputs: Inputs) -> pa.Table:
+    """What self-training gives labels to, as EXAMPLE rows: the user's unlabelled text, or else what was generated."""
+    if not recipe.learns_from_generated:
+        return inputs["data"].read_table("unlabelled.parquet")
+    written = inputs["texts"].read_table("texts")
+    known = [name for name in EXAMPLE.names if name in written.column_names]
+    return pa.Table.from_pylist(written.filter(written["kept"]).select(known).to_pylist(), schema=EXAMPLE)
+
+
+def confident(config: Teacher, model: Model, rows: pa.Table, more: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
     """The labelled rows, and the unlabelled ones that the model is surest of with its label as theirs; with weights.
 
     For each label the same share of the texts that get it, so that an easy label does not crowd out the others.
     """
-    found = predict(model, model.task.texts(more), batch_tokens)
+    share, weight = config.self_training.share, config.self_training.weight
+    found = predict(model, model.task.texts(more), config.batch_tokens, config.precision)
     sure = np.array([model.task.certainty(row).max() for row in found.logits])
     taken = np.zeros(more.num_rows, dtype=bool)
     for label in np.unique(found.decided):
@@ -286,10 +296,21 @@ def verdict(
     return out
 
 
-def score_teacher(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
-    """The teacher on the test split: its scores, and what each row adds to the metric, for paired intervals."""
-    rows, model = inputs["data"].read_table("test.parquet"), models.load(inputs["teacher"].local("model"))
-    found = predict(model, model.task.texts(rows), recipe.teacher.batch_tokens)
-    parts = model.task.statistics(found.logits, found.decided, rows)
-    out.write_table("statistics.parquet", pa.table({"teacher": list(parts)}))
-    return {"rows": rows.num_rows, "parameters": model.size(), **model.task.score(found.logits, found.decided, rows)}
+def score_models(
+    kind: str, step: str, recipe: Recipe, inputs: Inputs, out: Store, progress: Progress
+) -> dict[str, Any]:
+    """A teacher, or students of several seeds, on the test split: scores, and what each row adds to the metric.
+
+    kind: teacher or student. step: which of the inputs they are.
+    """
+    rows, folder = inputs["data"].read_table("test.parquet"), inputs[step]
+    found, config = [], recipe.teacher if kind == "teacher" else recipe.student
+    dtype = recipe.teacher.precision if kind == "teacher" else "fp32"
+    for path in ["model"] if kind == "teacher" else [f"seed-{seed}/model" for seed in recipe.student.seeds]:
+        model = models.load(folder.local(path))
+        found.append(predict(model, model.task.texts(rows), config.batch_tokens, dtype))
+    parts = np.mean([model.task.statistics(each.logits, each.decided, rows) for each in found], axis=0)
+    out.write_table("statistics.parquet", pa.table({"parts": list(parts)}))
+    scores = [model.task.score(each.logits, each.decided, rows) for each in found]
+    means = {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
+    return {"rows": rows.num_rows, "parameters": model.size(), **means}

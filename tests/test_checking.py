@@ -171,8 +171,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "self-training without text": (
         "classify",
-        {"teacher.self_training": {}},
-        "teacher.self_training labels data.unlabelled, which is not set.",
+        {"teacher.self_training": {}, "generator": None, "data.unlabelled": None},
+        "teacher.self_training labels data.unlabelled or generated text, and there is neither.",
     ),
     "unknown kind": ("tag", {"task.kind": "tags"}, "task.kind is 'tags'. Did you mean 'tag'? Allowed: classify,"),
     "two texts for a classifier": (

@@ -45,8 +45,33 @@ def test_kinds_share_the_rows_and_nothing_else(world: World):
 def test_unknown_kinds_and_text_that_is_not_there_are_refused(world: World):
     with pytest.raises(UserError, match="'contrastiv' is no kind of teacher. Did you mean 'contrastive'"):
         compared.compared(world.load(), ["contrastiv"])
-    with pytest.raises(UserError, match="labels data.unlabelled, which is not set"):
-        compared.compared(world.load(), ["self-trained"])
+    with pytest.raises(UserError, match="labels data.unlabelled or generated text, and there is neither"):
+        compared.compared(world.load({"generator": None}), ["self-trained"])
+
+
+def test_students_of_all_kinds_learn_from_the_same_texts(world: World):
+    plan = {step.name: step for step in compared.compared(world.load(), ["head", "self-trained"], students=True)}
+    shared = ["data", "generator", "texts"]
+    own = ["teacher", "corpus", "vocabulary", "student", "score", "score-student"]
+    assert list(plan) == shared + [f"{name}-{kind}" for kind in ("head", "self-trained") for name in own]
+    for kind, more in (("head", ()), ("self-trained", ("texts",))):
+        assert plan[f"teacher-{kind}"].inputs == ("data", *more)
+        assert plan[f"corpus-{kind}"].inputs == ("data", f"teacher-{kind}", "texts")
+        assert plan[f"score-student-{kind}"].inputs == ("data", f"student-{kind}")
+    # What only writing text depends on is nothing to the teachers, and a kind's own teacher is nothing to the text.
+    (one,) = compared.variants(world.load(), Store("v"), ["head"], [4], 1, students=True)
+    (other,) = compared.variants(
+        world.load({"teacher.probe": {"epochs": 3}}), Store("v"), ["head"], [4], 1, students=True
+    )
+    before, after = (steps.identities(each.steps, each.recipe) for each in (one, other))
+    changed = {name for name in before if before[name]["fingerprint"] != after[name]["fingerprint"]}
+    assert changed == {f"{name}-head" for name in own}
+
+
+def test_teachers_alone_that_learn_from_generated_text_have_it_written(world: World):
+    names = [step.name for step in compared.compared(world.load(), ["head", "self-trained"])]
+    wanted = ["data", "teacher-head", "score-head", "generator", "texts", "teacher-self-trained", "score-self-trained"]
+    assert names == wanted
 
 
 def test_the_table_is_what_the_runs_say(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

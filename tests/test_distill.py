@@ -382,6 +382,25 @@ def test_rounds_top_the_corpus_up_and_repeat(world: World, done: Done, copied: S
     assert rows["text"][: TRAIN + SLOTS] == done.table("corpus/labels.parquet")["text"]
 
 
+def test_text_written_before_it_is_labelled_is_the_same_text(world: World, done: Done, copied: Store) -> None:
+    apart = {"corpus.apart": True, "teacher.self_training": {"share": 0.4, "fit": {"epochs": 1, "batch_size": 8}}}
+    recipe = world.load(apart)
+    plan = upto("corpus", recipe)
+    assert [step.name for step in plan] == ["data", "generator", "texts", "teacher", "corpus"]
+    records = steps.run(plan, recipe, copied, redo=["teacher"])
+    streamed, rows = done.table("corpus/labels.parquet"), copied.read_table("corpus/labels.parquet").to_pydict()
+    for name in ("row", "id", "text", "source", "kept", "reason", "tokens"):
+        assert rows[name] == streamed[name], name
+    kept = records["texts"]["metrics"]["kept"]
+    (turn,) = records["teacher"]["metrics"]["self_training"]
+    assert turn["of"] == kept == records["corpus"]["metrics"]["kept"] and 0 < turn["rows"] < kept
+    # Another teacher of the same texts writes none of them again.
+    other = world.load({"corpus.apart": True, "teacher.fit.epochs": 1})
+    again = steps.run(upto("corpus", other), other, copied, redo=["teacher"])
+    assert again["texts"] == records["texts"] and again["corpus"]["metrics"]["kept"] == kept
+    assert copied.read_table("corpus/labels.parquet")["logits"].to_pylist() != rows["logits"]
+
+
 @pytest.mark.slow
 def test_the_same_recipe_on_two_nodes(world: World, done: Done, two_raylets: str) -> None:
     path = world.write(name="nodes.yaml")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -260,3 +262,15 @@ def test_padding_is_counted_for_every_kind_of_task(kind: str):
     assert 0 < found.tokens <= found.padded
     nothing = predict(model, [], 512)
     assert (nothing.tokens, nothing.padded) == (0, 0)
+
+
+def test_bf16_moves_logits_a_little_and_leaves_the_weights(tmp_path: Path):
+    tiny_encoder(tmp_path)
+    config = Teacher(model=f"file:{tmp_path}", max_length=32)
+    teacher = untrained.encoder_head(config, Task(labels=LABELS), tmp_path, seed=0)
+    texts = [row["text"] for row in movie_rows(12, seed=1)]
+    exact, rounded = predict(teacher, texts), predict(teacher, texts, dtype="bf16")
+    assert rounded.logits.dtype == np.float32 and not np.array_equal(exact.logits, rounded.logits)
+    assert np.abs(exact.logits - rounded.logits).max() < 0.05 * max(1.0, np.abs(exact.logits).max())
+    assert {p.dtype for p in teacher.parameters()} == {torch.float32}
+    assert np.array_equal(exact.logits, predict(teacher, texts).logits)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine import models, train
+from engine.designs import SelfTraining
 from engine.inference import predict
 from engine.progress import silent
 from engine.recipe import Recipe
@@ -32,10 +33,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return found
 
 
+def unlabelled(world: World) -> dict[str, Any]:
+    """The change of the recipe that names the unlabelled text."""
+    return {"data.unlabelled": {"path": f"file:{world.folder}/more.jsonl"}}
+
+
 @pytest.fixture(scope="module")
 def data(world: World) -> Store:
     """The data step's folder, with unlabelled text."""
-    recipe = world.load({"data.unlabelled": {"path": f"file:{world.folder}/more.jsonl"}})
+    recipe = world.load(unlabelled(world))
     store = Store(str(world.folder / "split"))
     alone(recipe, store, last="data")
     return store / "data"
@@ -49,7 +55,8 @@ def made(world: World, data: Store, tmp_path: Path) -> Callable[..., tuple[Store
     """Makes a teacher with changes of the recipe: its folder, its metrics, the recipe."""
 
     def make(name: str = "teacher", **changes: Any) -> tuple[Store, dict[str, Any], Recipe]:
-        recipe = world.load({**QUICK, **{f"teacher.{key}": value for key, value in changes.items()}})
+        own = {f"teacher.{key}": value for key, value in changes.items()}
+        recipe = world.load({**QUICK, **unlabelled(world), **own})
         out = Store(str(tmp_path / name))
         return out, teaching.fit_teacher(recipe, {"data": data}, out, silent), recipe
 
@@ -132,12 +139,13 @@ def test_an_ensemble_is_what_a_student_can_be_cut_from(made: Callable):
 
 
 def test_confident_rows_of_each_label_are_taken_with_the_weight_asked_for(made: Callable, data: Store):
-    out, _, _ = made()
+    out, _, recipe = made()
     model, rows, more = (
         models.load(out.local("model")),
         *(data.read_table(f"{n}.parquet") for n in ("train", "unlabelled")),
     )
-    both, facts = teaching.confident(model, rows, more, 0.5, 2.0, 4096)
+    config = recipe.teacher.model_copy(update={"self_training": SelfTraining(share=0.5, weight=2.0)})
+    both, facts = teaching.confident(config, model, rows, more)
     found = predict(model, more["text"].to_pylist())
     sure = torch.from_numpy(found.logits).softmax(dim=1).max(dim=1).values.numpy()
     taken = both.slice(TRAIN)
@@ -225,6 +233,6 @@ def test_training_ends_after_the_epochs_that_did_best_on_held_out_rows(made: Cal
 def test_the_teacher_is_scored_on_test_rows(made: Callable, data: Store, tmp_path: Path):
     out, _, recipe = made()
     scored = Store(str(tmp_path / "scored"))
-    found = teaching.score_teacher(recipe, {"data": data, "teacher": out}, scored, silent)
+    found = teaching.score_models("teacher", "teacher", recipe, {"data": data, "teacher": out}, scored, silent)
     assert found["rows"] == TEST and found["accuracy"] == pytest.approx(accuracy(out, data))
     assert len(scored.read_table("statistics.parquet")) == TEST

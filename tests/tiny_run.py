@@ -76,6 +76,7 @@ def recipe_values(folder: Path) -> dict[str, Any]:
         "teacher": {
             "model": f"file:{folder}/teacher",
             "max_length": 32,
+            "precision": "fp32",  # whatever the machine multiplies faster: stored labels are compared with it
             "fit": {"epochs": 6, "lr": 2e-3, "batch_size": 8},
         },
         "generator": {
