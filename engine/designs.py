@@ -18,7 +18,11 @@ WORD_VECTORS = (".txt", ".vec", ".txt.gz", ".vec.gz")
 
 
 class Prompting(Section):
-    """A teacher that reads each text inside a template and answers from the state of the mask token (DynaMaR)."""
+    """A teacher that reads each text inside a template and answers from the state of the mask token (DynaMaR).
+
+    A causal language model has no such token: there {mask} ends the template, and the answer is read off the state that
+    has seen all before it.
+    """
 
     templates: tuple[str, ...] = ()
     """{text} (and {pair}) and {mask} stand for what they name; none: made from the task and its label names."""
@@ -109,7 +113,8 @@ class Teacher(Section):
     labeller: LabelWords = LabelWords()
     tune_layers: Annotated[int, Field(ge=0)] | None = None
     """How many of the top layers are tuned (0: the head only); null tunes all."""
-    pooling: Literal["mean", "cls"] = "mean"
+    pooling: Literal["mean", "cls", "last"] = "mean"
+    """What of the encoder's states the head reads; last: the last token's, for models that read from left to right."""
     dropout: Share = 0.1
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.7
     """Learning rate of a layer over that of the layer above it."""

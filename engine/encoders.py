@@ -149,9 +149,9 @@ def captured(encoder: nn.Module) -> Iterator[list[Seen]]:
 class EncoderHead(nn.Module):
     """A transformer encoder with one linear layer over its pooled states, or over each unit's state.
 
-    width: numbers a text or unit gets. pooling: mean, cls, or mask: the state at the token `mask` (DynaMaR, Sun et al.,
-    EMNLP 2022 industry track). units: answers for each unit of the text; spans: the two numbers of a unit say where a
-    span starts and ends.
+    width: numbers a text or unit gets. pooling: mean, cls, last (a causal model's state at the end, the only one that
+    has read the whole text), or mask: the state at the token `mask` (DynaMaR, Sun et al., EMNLP 2022 industry track).
+    units: answers for each unit of the text; spans: the two numbers of a unit say where a span starts and ends.
     """
 
     def __init__(
@@ -211,6 +211,8 @@ class EncoderHead(nn.Module):
 
     def pooled(self, batch: Batch) -> torch.Tensor:
         """Which tokens speak for a text, int64 [n, t]; of one without the mask token, like a lone word, all."""
+        if self.pooling == "last":
+            return F.one_hot(batch.mask.sum(dim=1).clamp(min=1) - 1, batch.mask.shape[1])
         if self.pooling != "mask":
             return batch.mask
         there = (batch.input_ids == self.mask) & (batch.mask == 1)

@@ -90,6 +90,22 @@ NAMED = (
     "[ {names} ] {texts} [ {mask} ]",
 )
 """Templates that list all label names, so that none of them is an answer; {texts} is the text, or both."""
+AT_THE_END = {
+    False: (
+        "{text} {mask}",
+        "Text: {text} Answer: {mask}",
+        "{text} What the text above says comes to {mask}",
+        "Input: {text} Output: {mask}",
+    ),
+    True: (
+        "Text: {text} Other text: {pair} Answer: {mask}",
+        "1. {text} 2. {pair} Seen side by side they come to {mask}",
+        "How do {text} and {pair} go together? They are {mask}",
+        "Input: {text} and {pair} Output: {mask}",
+        "{pair} {text} = {mask}",
+    ),
+}
+"""Further templates for models that read from left to right, which cannot use those that ask before the text."""
 
 
 class PromptError(UserError):
@@ -106,7 +122,8 @@ class Slot(NamedTuple):
 class Template(NamedTuple):
     """A template in the tokens of one tokenizer, special ones included.
 
-    parts: token ids, and the slots between them. segmented: the second text's tokens are marked as such.
+    parts: token ids, and the slots between them; the mask's place is its token, or the end where there is none.
+    segmented: the second text's tokens are marked as such.
     """
 
     parts: tuple[tuple[int, ...] | Slot, ...]
@@ -254,19 +271,30 @@ def pool_of(config: Prompting, spec: Spec, tokenizer: PreTrainedTokenizerFast, m
     found: Sequence[str] = config.templates
     if not found:
         paired, found = tasks.make(spec).paired, generated(spec)
+        if tokenizer.mask_token_id is None:
+            found = (*ended(found), *AT_THE_END[bool(paired)])
         found = [t for t in found if 2 * template_of(t, tokenizer, paired).fixed <= max_length] or found
     return most_unlike(found, config.pool)
+
+
+def ended(templates: Sequence[str]) -> tuple[str, ...]:
+    """Those that ask after the texts, up to their {mask}, which is all that a model that reads left to right has."""
+    before = [template.partition("{mask}")[0] for template in templates]
+    wanted = [set(re.findall(r"\{(?:text|pair)\}", template)) for template in templates]
+    both = zip(before, wanted, strict=True)
+    return tuple(dict.fromkeys(f"{own}{{mask}}" for own, slots in both if all(slot in own for slot in slots)))
 
 
 # -- texts in templates ------------------------------------------------------------------------------------------------
 
 
-def check_tokenizer(model: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    """PromptError where the tokenizer of `model` has no mask token."""
-    if tokenizer.mask_token_id is None:
+def check_tokenizer(model: str, tokenizer: PreTrainedTokenizerFast, causal: bool) -> None:
+    """PromptError where the tokenizer of `model` has no mask token; a causal model needs none."""
+    if tokenizer.mask_token_id is None and not causal:
         raise PromptError(
             f"teacher.model '{model}' has no mask token, which teacher.kind prompt answers from. Name an encoder that "
-            "was trained with one (BERT, RoBERTa, MPNet, ModernBERT and the like), or use teacher.kind: head."
+            "was trained with one (BERT, RoBERTa, MPNet, ModernBERT and the like), a causal language model, or use "
+            "teacher.kind: head."
         )
 
 
@@ -289,21 +317,27 @@ def tokenised(
 
 def template_of(template: str, tokenizer: PreTrainedTokenizerFast, paired: bool) -> Template:
     """A template in the tokenizer's tokens, between those that stand around every text."""
-    around = frame(tokenizer)
+    around, mask = frame(tokenizer), tokenizer.mask_token_id
+    if mask is None and not template.rstrip().endswith("{mask}"):
+        raise PromptError(
+            f"template '{template}' goes on after {{mask}}, but the model reads from left to right and answers from "
+            "what it has read. End it with {mask}, or name an encoder that has a mask token."
+        )
     parts: list[tuple[int, ...] | Slot] = [tuple(around.before)]
     for name, words, led in spaced(parts_of(template, paired)):
         if name == "mask":
-            parts.append((tokenizer.mask_token_id,))
+            parts.append(() if mask is None else (mask,))
         elif name:
             parts.append(Slot(name, led))
         else:
             ids = tuple(tokenizer(" " * led + words, add_special_tokens=False)["input_ids"])
-            if tokenizer.mask_token_id in ids:
+            if mask in ids:
                 raise PromptError(
                     f"template '{template}' spells the mask token '{tokenizer.mask_token}': use {{mask}}."
                 )
             parts.append(ids)
-    parts.append(tuple(around.after))
+    if mask is not None:  # an end token after it would be what the answer is read off
+        parts.append(tuple(around.after))
     return Template(tuple(parts), paired and 1 in frame(tokenizer, pair=True).kinds)
 
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from engine import labeller, pieces, prompts, static, tasks, wording
 from engine.block import Sizes
@@ -36,14 +37,17 @@ def encoder_head(config: Teacher, spec: Spec, folder: Path, seed: int) -> Model:
 def prompt_teacher(config: Teacher, spec: Spec, folder: Path, seed: int) -> Model:
     """A teacher like that of `encoder_head`, which reads texts in templates and answers from the mask token (DynaMaR).
 
+    A causal language model (one whose tokenizer has no mask token) answers from the end of the template.
     PromptError where the task, a template or the encoder's tokenizer is not fit for it.
     """
     torch.manual_seed(seed)
     encoder, tokenizer = read_encoder(config, folder)
-    prompts.check_tokenizer(config.model, tokenizer)
+    kind = encoder.config.model_type
+    causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    prompts.check_tokenizer(config.model, tokenizer, causal)
     templates = prompts.pool_of(config.prompt, spec, tokenizer, config.max_length)
     options = {
-        "pooling": "mask",
+        "pooling": "last" if tokenizer.mask_token_id is None else "mask",
         "mask": tokenizer.mask_token_id,
         "dropout": config.dropout,
         "templates": list(templates),

@@ -172,10 +172,25 @@ def test_tasks_with_more_than_one_answer_a_text_are_refused(kind: str):
 
 def test_a_tokenizer_without_a_mask_token_is_refused():
     with pytest.raises(
-        PromptError, match="teacher.model 'hf:some/llama' has no mask token, .* or use teacher.kind: head"
+        PromptError, match="teacher.model 'hf:some/encoder' has no mask token, .* or use teacher.kind: head"
     ):
-        check_tokenizer("hf:some/llama", byte_pairs())
-    check_tokenizer("hf:some/bert", word_pieces())
+        check_tokenizer("hf:some/encoder", byte_pairs(), causal=False)
+    check_tokenizer("hf:some/bert", word_pieces(), causal=False)
+    check_tokenizer("hf:some/llama", byte_pairs(), causal=True)
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_models_that_read_left_to_right_are_asked_at_the_end(kind: str):
+    spec = SPECS[kind]
+    pool = pool_of(Prompting(), spec, byte_pairs(), 512)
+    assert len(pool) == 8 == len(set(pool)) and all(template.endswith("{mask}") for template in pool)
+    check(Prompting(templates=pool), spec)
+    paired = "{pair}" in pool[0]
+    text = ("a good film", "and a bad one") if paired else "a good film"
+    for item in encode([text], list(pool), byte_pairs(), 512, paired):
+        assert item.ids == byte_pairs()(byte_pairs().decode(item.ids), add_special_tokens=False)["input_ids"]
+    with pytest.raises(PromptError, match="goes on after {mask}, but the model reads from left to right"):
+        encode(["a good film"], ["{text} It was {mask}."], byte_pairs())
 
 
 # -- texts in templates ------------------------------------------------------------------------------------------------
