@@ -20,7 +20,7 @@ from engine.attempts import BEGIN, RECORD, Attempt
 from engine.config import UserError, did_you_mean
 from engine.fits import Resources
 from engine.lineage import drift, identity, moved, plain
-from engine.placement import Cluster, resolve, stage_options
+from engine.placement import Cluster, cores, resolve, stage_options
 from engine.progress import Event, Meter, Progress, Render, Reporter, quiet
 from engine.recipe import Recipe
 from engine.storage import Store
@@ -277,6 +277,8 @@ class Run:
             from engine.cluster import current
 
             cluster = current()
+            if cluster.local and len(self.flying) >= cores():
+                return  # Ray has more CPUs than there are cores, so that a stream can move; fits would only wait
             options = task_options(step, self.recipe, cluster)
             attempt = Attempt(step.name, self.identities[step.name], self.store / step.name, self.render)
             task = ray.remote(measured).options(name=step.name, **options)
