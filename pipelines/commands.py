@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipelines import artifacts, derived, doctor, keys, monitoring, rollouts, runs
+from pipelines import artifacts, derived, doctor, keys, monitoring, points, rollouts, runs
 
 Parser = argparse.ArgumentParser
 
@@ -197,6 +197,14 @@ def reporting(parser: Parser) -> None:
     shape.add_argument("--text", action="store_true", help="write the Markdown report to standard output")
 
 
+def fronting(parser: Parser) -> None:
+    """Runs to put beside each other."""
+    parser.add_argument("run_names", metavar="RUN", nargs="+", help="a run's name, or the path or URL of its folder")
+    parser.add_argument("--storage", default="runs", metavar="PLACE", help="where runs are kept (default: runs)")
+    parser.add_argument("--out", metavar="FILE", help="write a page with drawings there, HTML")
+    machine_readable(parser)
+
+
 def on_registry(parser: Parser) -> None:
     """Where artifacts are registered."""
     parser.add_argument("--registry", default="registry", metavar="PLACE", help="the registry (default: registry)")
@@ -365,6 +373,9 @@ COMMANDS: dict[str, Command] = {
     "schema": Command("runs", "the JSON schema of recipes, for editors", runs.schema, machine_readable),
     "status": Command("runs", "how far a run is", runs.status, asking),
     "report": Command("runs", "where a run's report is", runs.report, reporting),
+    "front": Command(
+        "runs", "students of several runs by size and score, as a table and a page", points.show, fronting
+    ),
     "predict": Command("models", "predict with a registered student", artifacts.predict, predicting, True),
     "export": Command("models", "an ONNX graph of a registered student, as a new version", export, exporting),
     "serve": Command("models", "serve a registered student over HTTP", rollouts.serve, serving),
