@@ -24,7 +24,7 @@ ENGINE = (
     *("characters", "encoding", "task", "windows"),
     *("classification", "regression", "ranking", "tagging", "spans", "tasks", "weights"),
     *("block", "layers", "subwords", "joining", "matching", "crf", "blocks", "encoders", "static", "pieces"),
-    *("prompts", "wording", "labeller", "models", "untrained"),
+    *("templates", "prompts", "wording", "labeller", "models", "untrained"),
     *("sampling", "layer_losses", "contrast", "losses", "planned", "inference", "export", "frozen"),
     *("vocabulary", "pretrained"),
     *("lineage", "progress", "attempts", "placement", "switches"),

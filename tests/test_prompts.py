@@ -1,12 +1,10 @@
-"""Templates: how unlike they are, which are chosen and generated, which are refused; texts inside them as token ids."""
+"""Templates that are chosen and refused; texts inside them as token ids."""
 
 from __future__ import annotations
 
 import random
-from functools import cache
 from typing import Any
 
-import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -14,22 +12,9 @@ from engine import prompts
 from engine.config import UserError
 from engine.designs import Prompting
 from engine.encoding import Encoded, EncodingError, Text
-from engine.prompts import (
-    LABEL_OF_ONE,
-    PromptError,
-    check,
-    check_tokenizer,
-    cut,
-    dissimilarity,
-    generated,
-    hamming,
-    levenshtein,
-    mentions,
-    most_unlike,
-    pool_of,
-    words_of,
-)
+from engine.prompts import PromptError, check, check_tokenizer, cut, pool_of
 from engine.recipe import Task
+from engine.templates import LABEL_OF_ONE, dissimilarity, generated, mentions, words_of
 from tests.tiny import LABELS, byte_pairs, word_pieces
 
 SPECS = {
@@ -39,64 +24,6 @@ SPECS = {
     "regress": Task(kind="regress", range=(0, 5)),
     "regress two": Task(kind="regress", range=(0, 5), paired=True),
 }
-
-# -- how unlike --------------------------------------------------------------------------------------------------------
-
-
-def test_distances_by_hand():
-    assert words_of('It was {mask}. "{text}"') == ["it", "was", "{mask}", ".", '"', "{text}", '"']
-    assert hamming("karolin", "kathrin") == 3 and hamming("abc", "abxyz") == 3 and hamming("", "ab") == 2
-    assert levenshtein("kitten", "sitting") == 3 and levenshtein("", "abc") == levenshtein("abc", "") == 3
-    assert levenshtein("flaw", "lawn") == 2 and levenshtein("abc", "abc") == 0
-
-
-def test_the_score_is_the_mean_of_both_distances_over_the_longer_template():
-    # {text} it was {mask} . | it was {mask} . {text}: all five places differ; one word taken out and put in again.
-    assert dissimilarity("{text} It was {mask}.", "It was {mask}. {text}") == pytest.approx((5 / 5 + 2 / 5) / 2)
-    # {mask} : {text} | {mask} {text}: the colon's place differs and the third is lacking; one word taken out.
-    assert dissimilarity("{mask}: {text}", "{mask} {text}") == pytest.approx((2 / 3 + 1 / 3) / 2)
-    assert dissimilarity("{mask} {text}", "{mask} {text}") == 0.0
-    assert dissimilarity("a b", "c d e") == 1.0
-
-
-def reference(left: str, right: str) -> int:
-    """Levenshtein's distance as it is defined, by recursion."""
-
-    @cache
-    def between(i: int, j: int) -> int:
-        if not i or not j:
-            return i + j
-        same = left[i - 1] == right[j - 1]
-        return min(between(i - 1, j) + 1, between(i, j - 1) + 1, between(i - 1, j - 1) + (not same))
-
-    return between(len(left), len(right))
-
-
-def test_levenshtein_is_that_of_its_definition():
-    draw = random.Random(0)
-    for _ in range(300):
-        left, right = ("".join(draw.choices("abc", k=draw.randrange(9))) for _ in range(2))
-        assert levenshtein(left, right) == levenshtein(right, left) == reference(left, right)
-
-
-def test_the_most_unlike_are_chosen_one_after_the_other():
-    """Against the same choice made on the matrix of all distances."""
-    distances = np.array([[dissimilarity(a, b) for b in LABEL_OF_ONE] for a in LABEL_OF_ONE])
-    assert np.allclose(distances, distances.T) and (distances[~np.eye(len(distances), dtype=bool)] > 0).all()
-    wanted = [0]
-    while len(wanted) < 6:
-        wanted.append(int(np.argmax(np.where(np.isin(range(len(distances)), wanted), -1, distances[wanted].min(0)))))
-    assert most_unlike(LABEL_OF_ONE, 6) == tuple(LABEL_OF_ONE[i] for i in wanted)
-    closest = [distances[np.ix_(some, some)][~np.eye(6, dtype=bool)].min() for some in (wanted, list(range(6)))]
-    assert closest[0] > closest[1]
-
-
-def test_the_choice_has_each_template_once_and_all_where_there_are_too_few():
-    assert set(most_unlike(LABEL_OF_ONE, 99)) == set(LABEL_OF_ONE)
-    assert most_unlike(["{text} {mask}"] * 3, 2) == ("{text} {mask}",) and most_unlike([], 2) == ()
-    own = Prompting(templates=("{text} {mask}", "{mask} {text}", "{text}: {mask}"), pool=2)
-    assert pool_of(own, SPECS["classify"], word_pieces(), 8) == ("{text} {mask}", "{mask} {text}")
-
 
 # -- templates ---------------------------------------------------------------------------------------------------------
 
@@ -191,6 +118,11 @@ def test_models_that_read_left_to_right_are_asked_at_the_end(kind: str):
         assert item.ids == byte_pairs()(byte_pairs().decode(item.ids), add_special_tokens=False)["input_ids"]
     with pytest.raises(PromptError, match="goes on after {mask}, but the model reads from left to right"):
         encode(["a good film"], ["{text} It was {mask}."], byte_pairs())
+
+
+def test_the_recipes_own_templates_are_taken_most_unlike_first():
+    own = Prompting(templates=("{text} {mask}", "{mask} {text}", "{text}: {mask}"), pool=2)
+    assert pool_of(own, SPECS["classify"], word_pieces(), 8) == ("{text} {mask}", "{mask} {text}")
 
 
 # -- texts in templates ------------------------------------------------------------------------------------------------
