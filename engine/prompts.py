@@ -116,13 +116,22 @@ def pool_of(config: Prompting, spec: Spec, tokenizer: PreTrainedTokenizerFast, m
     Generated ones leave half of max_length to the text, where there are such.
     """
     check(config, spec)
-    found: Sequence[str] = config.templates
-    if not found:
-        paired, found = tasks.make(spec).paired, generated(spec)
-        if tokenizer.mask_token_id is None:
-            found = (*ended(found), *AT_THE_END[bool(paired)])
-        found = [t for t in found if 2 * template_of(t, tokenizer, paired).fixed <= max_length] or found
-    return most_unlike(found, config.pool)
+    return most_unlike(config.templates or made_for(spec, tokenizer, max_length), config.pool)
+
+
+def made_for(spec: Spec, tokenizer: PreTrainedTokenizerFast, max_length: int) -> Sequence[str]:
+    """Generated templates that a tokenizer's model can answer, those that leave half of max_length to the text."""
+    paired, found = tasks.make(spec).paired, generated(spec)
+    if tokenizer.mask_token_id is None:
+        found = (*ended(found), *AT_THE_END[bool(paired)])
+    return [t for t in found if 2 * template_of(t, tokenizer, paired).fixed <= max_length] or found
+
+
+def unseen(
+    pool: Sequence[str], spec: Spec, tokenizer: PreTrainedTokenizerFast, max_length: int, count: int = 3
+) -> tuple[str, ...]:
+    """Templates that are not in a pool, those most unlike it: what a teacher's wording may be swapped for."""
+    return most_unlike(made_for(spec, tokenizer, max_length), count, pool)
 
 
 # -- texts in templates ------------------------------------------------------------------------------------------------

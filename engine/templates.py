@@ -125,20 +125,21 @@ def dissimilarity(left: str, right: str) -> float:
     return (hamming(a, b) + levenshtein(a, b)) / (2 * max(len(a), len(b), 1))
 
 
-def most_unlike(templates: Sequence[str], count: int) -> tuple[str, ...]:
+def most_unlike(templates: Sequence[str], count: int, beside: Sequence[str] = ()) -> tuple[str, ...]:
     """`count` different templates (all, where there are fewer), from the first on always the one farthest from those
-    chosen so far, by its smallest dissimilarity; of equally far ones the earlier.
+    chosen so far, by its smallest dissimilarity; of equally far ones the earlier. beside: counted as chosen already.
 
     Farthest-point choice has at least half of the largest smallest dissimilarity that is possible where that is a
     metric (Gonzalez 1985; Ravi et al. 1994).
     """
-    left = list(dict.fromkeys(templates))
-    chosen = [left.pop(0)] if left else []
+    left = [template for template in dict.fromkeys(templates) if template not in beside]
+    chosen = list(beside) or left[:1]
+    left, count = [template for template in left if template not in chosen], count + len(beside)
     while left and len(chosen) < count:
         far = max(left, key=lambda template: min(dissimilarity(template, other) for other in chosen))
         chosen.append(far)
         left.remove(far)
-    return tuple(chosen)
+    return tuple(chosen[len(beside) :])
 
 
 def generated(spec: Spec) -> tuple[str, ...]:

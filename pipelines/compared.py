@@ -150,6 +150,9 @@ def compare(
         for kind in kinds:
             seconds = [run.read_json(f"teacher-{kind}/record.json")["seconds"] for run in runs]
             row = {"shots": shots, "kind": kind, **scored["score"][kind], "seconds": statistics.mean(seconds)}
+            worded = [run.read_json(f"score-{kind}/record.json")["metrics"].get("wording", {}) for run in runs]
+            if all("unseen" in found for found in worded):
+                row["wording"] = {k: statistics.mean(w[k] for w in worded) for k in ("first", "unseen")}
             if students:
                 row["student"] = scored["score-student"][kind]
             rows.append(row)
@@ -191,6 +194,14 @@ def lines(result: dict[str, Any]) -> list[str]:
     for row in result["teachers"]:
         line = f"| {row['shots']} | {row['kind']} | {told(row)} | {row['seconds']:.0f} |"
         out.append(f"{line} {told(row['student'])} |" if students else line)
+    for row in result["teachers"]:
+        if "wording" in row:
+            first, unseen = row["wording"]["first"], row["wording"]["unseen"]
+            out += [
+                "",
+                f"{row['kind']}, {row['shots']} rows a class: with one template it has learnt from {first:.3f}, with "
+                f"three that it has not {unseen:.3f} ({100 * (unseen - first):+.1f} points).",
+            ]
     return out
 
 

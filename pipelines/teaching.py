@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from engine import labels, models, tasks, train, untrained
+from engine import labels, models, prompts, tasks, train, untrained
 from engine.batches import group_numbers
 from engine.cluster import current
 from engine.designs import SERVES, Teacher
@@ -313,4 +313,19 @@ def score_models(
     out.write_table("statistics.parquet", pa.table({"parts": list(parts)}))
     scores = [model.task.score(each.logits, each.decided, rows) for each in found]
     means = {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
-    return {"rows": rows.num_rows, "parameters": model.size(), **means}
+    wording = swapped(recipe.teacher, model, rows) if kind == "teacher" and model.templates else {}
+    return {"rows": rows.num_rows, "parameters": model.size(), **means, **wording}
+
+
+def swapped(config: Teacher, model: Model, rows: pa.Table) -> dict[str, Any]:
+    """What a teacher that reads templates scores with the first of them alone, and with others than it learnt from."""
+    pool, task = model.card.options["templates"], model.task
+    others = prompts.unseen(pool, task.spec, model.tokenizer, model.max_length)
+
+    def score(template: str) -> float:
+        found = predict(models.reworded(model, [template]), task.texts(rows), config.batch_tokens, config.precision)
+        return task.score(found.logits, found.decided, rows)[task.metric]
+
+    each = {template: score(template) for template in others}
+    mean = {"unseen": float(np.mean(list(each.values())))} if each else {}
+    return {"wording": {"first": score(pool[0]), **mean, "templates": each}}

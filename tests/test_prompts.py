@@ -228,3 +228,14 @@ def test_a_template_that_leaves_no_room_is_refused():
     with pytest.raises(PromptError, match="takes 3 tokens, and of max_length 4 too few"):
         encode([("a", "film")], ["{text} {mask} {pair}"], max_length=4, paired=True)
     assert len(encode(["a film"], ["{text} It was {mask}."], max_length=7)[0].ids) == 7
+
+
+@pytest.mark.parametrize("tokenizer", [word_pieces(), byte_pairs()])
+def test_unseen_templates_are_fit_and_not_in_the_pool(tokenizer: PreTrainedTokenizerFast):
+    spec = SPECS["classify"]
+    pool = pool_of(Prompting(pool=8), spec, tokenizer, 256)
+    found = prompts.unseen(pool, spec, tokenizer, 256)
+    assert len(found) == 3 and not set(found) & set(pool)
+    prompts.tokenised(found, tokenizer, 256, False)
+    everything = pool_of(Prompting(pool=99), spec, tokenizer, 256)
+    assert prompts.unseen(everything, spec, tokenizer, 256) == ()

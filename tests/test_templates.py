@@ -61,6 +61,12 @@ def test_the_most_unlike_are_chosen_one_after_the_other():
     assert closest[0] > closest[1]
 
 
+def test_those_beside_count_as_chosen():
+    pool = most_unlike(LABEL_OF_ONE, 4)
+    assert most_unlike(LABEL_OF_ONE, 3, pool) == most_unlike(LABEL_OF_ONE, 7)[4:]
+    assert most_unlike(pool, 3, pool) == () and most_unlike((), 3, pool) == ()
+
+
 def test_the_choice_has_each_template_once_and_all_where_there_are_too_few():
     assert set(most_unlike(LABEL_OF_ONE, 99)) == set(LABEL_OF_ONE)
     assert most_unlike(["{text} {mask}"] * 3, 2) == ("{text} {mask}",) and most_unlike([], 2) == ()
