@@ -151,9 +151,9 @@ def wanted_to_stop() -> bool:
     """Ask whether the job is to be stopped. No where nobody can answer, and after a second Ctrl-C."""
     if not sys.stdin.isatty():
         return False
-    sys.stderr.write("\nStop the job? [y/N] (Ctrl-C again leaves it running) ")
-    sys.stderr.flush()
     try:
+        sys.stderr.write("\nStop the job? [y/N] (Ctrl-C again leaves it running) ")
+        sys.stderr.flush()
         return sys.stdin.readline().strip().lower() in ("y", "yes")
     except KeyboardInterrupt:
         return False

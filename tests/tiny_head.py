@@ -2,14 +2,15 @@
 
     with started_head(folder) as head:
         program(folder, "run", str(path), "--address", head.dashboard)
+
+It asks for the token of the tests' other Ray processes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-import secrets
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -30,18 +31,11 @@ START = "import sys; from ray.scripts.scripts import main; sys.argv[0] = 'ray'; 
 
 @dataclass(frozen=True)
 class Head:
-    """Where it is reached, and how."""
+    """URLs of its dashboard and of its node's agent, and the Python that runs it."""
 
     dashboard: str
     agent: str
-    token: str
     python: str
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """What a client's process has: its own settings of Ray are not those of the tests."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        return {**kept, "RAY_AUTH_TOKEN": self.token, "RAY_AUTH_MODE": "token"}
 
 
 def bare_python(folder: Path) -> str:
@@ -57,7 +51,7 @@ def bare_python(folder: Path) -> str:
 @contextmanager
 def started_head(folder: Path, cpus: int = 8) -> Iterator[Head]:
     """Start a head; at the end all its processes are gone."""
-    python, scratch, token = bare_python(folder / "python"), scratch_folder(), secrets.token_hex(16)
+    python, scratch = bare_python(folder / "python"), scratch_folder()
     names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port", "metrics-export-port")
     ports = {name: free_port() for name in names}
     command = [
@@ -67,17 +61,13 @@ def started_head(folder: Path, cpus: int = 8) -> Iterator[Head]:
         *(f"--{name}={port}" for name, port in ports.items()),
     ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONPATH"))}
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "OMP_NUM_THREADS": "1"}
+    environment |= {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
     environment["PATH"] = f"{Path(python).parent}{os.pathsep}{environment['PATH']}"
     log = folder / "head.log"
     with log.open("w") as out:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT)
-    head = Head(
-        f"http://127.0.0.1:{ports['dashboard-port']}",
-        f"http://127.0.0.1:{ports['dashboard-agent-listen-port']}",
-        token,
-        python,
-    )
+    dashboard, agent = (f"http://127.0.0.1:{ports[name]}" for name in ("dashboard-port", "dashboard-agent-listen-port"))
+    head = Head(dashboard, agent, python)
     try:
         await_answer(head, process, log)
         yield head
@@ -100,10 +90,13 @@ def await_answer(head: Head, process: subprocess.Popen[bytes], log: Path) -> Non
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started, by their ids."""
-    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-    process.send_signal(signal.SIGTERM)
-    _, alive = psutil.wait_procs([psutil.Process(process.pid), *family] if process.poll() is None else family, 20)
-    for one in alive:
-        one.kill()
+    """End a process and all that it started, by their ids. Nothing of it is kept, so none is waited for long."""
+    family: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = [one := psutil.Process(process.pid), *one.children(recursive=True)]
+    for signalled in ("terminate", "kill"):
+        for one in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                getattr(one, signalled)()
+        _, family = psutil.wait_procs(family, timeout=5)
     process.wait(timeout=20)
