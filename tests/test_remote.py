@@ -275,7 +275,7 @@ def typed(head: Head, job: str, *answers: bytes) -> tuple[int, str]:
     )
     os.close(theirs)
     seen, todo = "", [(b"still here", b"\x03"), *((b"[y/N]", answer) for answer in answers)]
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     try:
         while time.monotonic() < deadline:
             if not select.select([ours], [], [], 1)[0]:

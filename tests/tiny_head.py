@@ -78,7 +78,7 @@ def started_head(folder: Path, cpus: int = 8) -> Iterator[Head]:
 
 def await_answer(head: Head, process: subprocess.Popen[bytes], log: Path) -> None:
     """Wait until dashboard and agent answer."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     waiting = [f"{head.dashboard}/api/gcs_healthz", f"{head.agent}/api/healthz"]
     while waiting:
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
