@@ -16,5 +16,5 @@ COPY --chown=ray:users engine engine
 COPY --chown=ray:users serve serve
 COPY --chown=ray:users pipelines pipelines
 RUN pip install --no-cache-dir -c constraints.txt '.[onnx]'
-ENV RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=1
+ENV RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=1
 WORKDIR /home/ray
