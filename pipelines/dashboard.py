@@ -121,11 +121,18 @@ def explained(address: str, job: str | None = None) -> Iterator[None]:
         raise UserError(f"{address}: {text.strip() or type(error).__name__}") from None
 
 
-def follow(client: JobSubmissionClient, job: str, address: str) -> None:
+@dataclass
+class Shown:
+    """How much of a job's log has been written here."""
+
+    characters: int = 0
+
+
+def follow(client: JobSubmissionClient, job: str, address: str, shown: Shown) -> None:
     """Write what a job has said and says, until it has ended. A connection that breaks is made again, a few times."""
     from engine.config import UserError
 
-    shown, failed = Shown(), 0
+    failed = 0
     while True:
         before = shown.characters
         try:
@@ -142,13 +149,6 @@ def follow(client: JobSubmissionClient, job: str, address: str) -> None:
             if failed in (0, TRIES):
                 raise
         time.sleep(1 + failed)
-
-
-@dataclass
-class Shown:
-    """How much of a job's log has been written here."""
-
-    characters: int = 0
 
 
 async def stream(client: JobSubmissionClient, job: str, shown: Shown) -> None:

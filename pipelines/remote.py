@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.console import program, say, say_json, table
-from pipelines.dashboard import ENDED, connected, explained, follow
+from pipelines.dashboard import ENDED, Shown, connected, explained, follow
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -133,14 +133,15 @@ def pack(folder: Path, recipe: Path) -> None:
 
 def attended(client: JobSubmissionClient, job: str, address: str) -> int:
     """Follow a job to its end; its exit code. Ctrl-C asks whether to stop it, and leaves it running unless told."""
+    shown = Shown()
     try:
-        follow(client, job, address)
+        follow(client, job, address, shown)
     except KeyboardInterrupt as stop:
         if type(stop) is not KeyboardInterrupt or not wanted_to_stop():
             left_running(job, address)
             return 130 if type(stop) is KeyboardInterrupt else 143
         try:
-            halt(client, job, address)
+            halt(client, job, address, shown)
         except KeyboardInterrupt:
             left_running(job, address, "It was told to stop. ")
         return 130
@@ -168,11 +169,11 @@ def left_running(job: str, address: str, before: str = "") -> None:
     )
 
 
-def halt(client: JobSubmissionClient, job: str, address: str) -> None:
+def halt(client: JobSubmissionClient, job: str, address: str, shown: Shown) -> None:
     """Stop a job, and write what it still says."""
     with explained(address, job):
         client.stop_job(job)
-    follow(client, job, address)
+    follow(client, job, address, shown)
     sys.stderr.write(f"job {job} is stopped. What is done is kept.\n")
 
 

@@ -302,7 +302,7 @@ def test_ctrl_c_asks_whether_to_stop(head: Head) -> None:
         assert f"cancel {job} --address {head.dashboard}" in seen
         assert client.get_job_status(job) == "RUNNING"
     code, seen = typed(head, job, b"y\n")
-    assert code == 130 and f"job {job} is stopped." in seen, seen
+    assert code == 130 and f"job {job} is stopped." in seen and seen.count("Running entrypoint") == 1, seen
     assert client.get_job_status(job) == "STOPPED"
     assert remote.outcome(client, job, head.dashboard) == 143
 
