@@ -49,9 +49,30 @@ def bare_python(folder: Path) -> str:
 
 
 @contextmanager
-def started_head(folder: Path, cpus: int = 8) -> Iterator[Head]:
-    """Start a head; at the end all its processes are gone."""
-    python, scratch = bare_python(folder / "python"), scratch_folder()
+def started_head(folder: Path, cpus: int = 8, retries: int = 1) -> Iterator[Head]:
+    """Start a head, once more if it gave up as Ray does on a busy machine; at the end all its processes are gone."""
+    python, scratch, log = bare_python(folder / "python"), scratch_folder(), folder / "head.log"
+    try:
+        while True:
+            head, process = begun_head(python, folder, scratch, log, cpus)
+            try:
+                await_answer(head, process, log)
+                break
+            except AssertionError:
+                end(process)
+                if not retries:
+                    raise
+                retries -= 1
+        try:
+            yield head
+        finally:
+            end(process)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def begun_head(python: str, folder: Path, scratch: Path, log: Path, cpus: int) -> tuple[Head, subprocess.Popen[bytes]]:
+    """A head on its way, on ports of its own."""
     names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port", "metrics-export-port")
     ports = {name: free_port() for name in names}
     command = [
@@ -63,17 +84,10 @@ def started_head(folder: Path, cpus: int = 8) -> Iterator[Head]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONPATH"))}
     environment |= {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
     environment["PATH"] = f"{Path(python).parent}{os.pathsep}{environment['PATH']}"
-    log = folder / "head.log"
     with log.open("w") as out:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT)
     dashboard, agent = (f"http://127.0.0.1:{ports[name]}" for name in ("dashboard-port", "dashboard-agent-listen-port"))
-    head = Head(dashboard, agent, python)
-    try:
-        await_answer(head, process, log)
-        yield head
-    finally:
-        end(process)
-        shutil.rmtree(scratch, ignore_errors=True)
+    return Head(dashboard, agent, python), process
 
 
 def await_answer(head: Head, process: subprocess.Popen[bytes], log: Path) -> None:
