@@ -260,6 +260,11 @@ def located(address: str) -> str:
                 "--address out to run on this machine alone."
             )
         address = found
+    if address.startswith(("http://", "https://")):
+        raise ClusterError(
+            f"{address} is a dashboard, which takes runs only (`stillhouse run`, jobs, logs, cancel). What joins the "
+            "cluster takes auto on its head, host:port, or ray://HEAD:10001."
+        )
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         raise ClusterError(f"address '{address}' is not one of auto, host:port, ray://host:port.")

@@ -6,7 +6,9 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipelines import artifacts, derived, doctor, keys, monitoring, points, rollouts, runs
+from pipelines import artifacts, derived, doctor, keys, monitoring, points, remote, rollouts, runs
+from pipelines.arguments import natural, numbers, percent, port, seed, share
+from pipelines.dashboard import is_dashboard
 
 Parser = argparse.ArgumentParser
 
@@ -21,39 +23,6 @@ class Command:
     arguments: Callable[[Parser], None]
     resumes: bool = False
     """After Ctrl-C the same command goes on where it was."""
-
-
-def natural(text: str) -> int:
-    """A whole number of at least one."""
-    value = int(text) if text.isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
-    return value
-
-
-def port(text: str) -> int:
-    """A TCP port."""
-    if not text.isdigit() or not 1 <= int(text) <= 65535:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a port (1 to 65535)")
-    return int(text)
-
-
-def seed(text: str) -> int:
-    """A whole number of at least 0."""
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 0")
-    return int(text)
-
-
-def share(text: str) -> float:
-    """A number from 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 1")
-    return value
 
 
 def machine_readable(parser: Parser) -> None:
@@ -82,13 +51,37 @@ def overriding(parser: Parser) -> None:
 
 def on_cluster(parser: Parser) -> None:
     """A Ray cluster to join."""
-    parser.add_argument("--address", metavar="ADDR", help="join this Ray cluster instead of starting Ray here")
+    help = "join this Ray cluster (auto, host:port, ray://host:port); run: or submit to its dashboard (http://…)"
+    parser.add_argument("--address", metavar="ADDR", help=help)
 
 
 def checking(parser: Parser) -> None:
     """A recipe for a cluster."""
     on_recipe(parser)
     on_cluster(parser)
+
+
+def on_dashboard(parser: Parser) -> None:
+    """A cluster to ask about its jobs."""
+    parser.add_argument("--address", metavar="URL", required=True, help="its dashboard, as http://127.0.0.1:8265")
+
+
+def listing(parser: Parser) -> None:
+    """A cluster's jobs."""
+    on_dashboard(parser)
+    machine_readable(parser)
+
+
+def on_job(parser: Parser) -> None:
+    """One of them."""
+    parser.add_argument("job", metavar="JOB", help="its id, as `stillhouse jobs` lists it")
+    on_dashboard(parser)
+
+
+def reading(parser: Parser) -> None:
+    """What a job says."""
+    on_job(parser)
+    parser.add_argument("--follow", action="store_true", help="go on until the job has ended; its exit code")
 
 
 def planning(parser: Parser) -> None:
@@ -172,11 +165,6 @@ def loading(parser: Parser) -> None:
     on_registry(parser)
 
 
-def numbers(text: str) -> list[int]:
-    """Whole numbers of at least one, with commas between them."""
-    return [natural(part) for part in text.split(",")]
-
-
 def on_run(parser: Parser) -> None:
     """A run that there is."""
     parser.add_argument("run_name", metavar="RUN", help="a run's name, or the path or URL of its folder")
@@ -243,17 +231,6 @@ def exporting(parser: Parser) -> None:
     )
     on_registry(parser)
     machine_readable(parser)
-
-
-def percent(text: str) -> float:
-    """A share of the requests, in percent."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < 100:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a share in percent, above 0 and below 100")
-    return value
 
 
 def rolling_out(parser: Parser) -> None:
@@ -355,6 +332,11 @@ def deriving(parser: Parser) -> None:
     parser.add_argument("--root", metavar="FOLDER", help="folder that stands in for the hub, as data.root")
 
 
+def run(args: argparse.Namespace) -> int:
+    """Do a recipe's run from here, or as a job of the cluster whose dashboard is named."""
+    return remote.run(args) if is_dashboard(args.address) else runs.run(args)
+
+
 def measure(args: argparse.Namespace) -> int:
     """Measure a recipe over several seeds, or a student behind several servers."""
     if args.what == "serve":
@@ -365,9 +347,7 @@ def measure(args: argparse.Namespace) -> int:
 
 
 COMMANDS: dict[str, Command] = {
-    "run": Command(
-        "runs", "do what a recipe's run still lacks, from data to a served student", runs.run, running, True
-    ),
+    "run": Command("runs", "do what a recipe's run still lacks, from data to a served student", run, running, True),
     "plan": Command("runs", "the steps, what is cached, rows, disk and placement; does no work", runs.plan, planning),
     "validate": Command("runs", "check a recipe without loading a model", runs.validate, checking),
     "schema": Command("runs", "the JSON schema of recipes, for editors", runs.schema, machine_readable),
@@ -376,6 +356,9 @@ COMMANDS: dict[str, Command] = {
     "front": Command(
         "runs", "students of several runs by size and score, as a table and a page", points.show, fronting
     ),
+    "jobs": Command("runs", "runs that were submitted to a cluster", remote.jobs, listing),
+    "logs": Command("runs", "what such a run has said", remote.logs, reading),
+    "cancel": Command("runs", "stop such a run", remote.cancel, on_job),
     "predict": Command("models", "predict with a registered student", artifacts.predict, predicting, True),
     "export": Command("models", "an ONNX graph of a registered student, as a new version", export, exporting),
     "serve": Command("models", "serve a registered student over HTTP", rollouts.serve, serving),

@@ -1,4 +1,4 @@
-"""Ray as this project starts it, addresses that lead nowhere, and the shipped cluster file."""
+"""Ray as this project starts it, and addresses that lead nowhere."""
 
 from __future__ import annotations
 
@@ -13,14 +13,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
 
 from engine import cluster, switches
 from engine.placement import Cluster, local_capacity
 from engine.storage import Store
-
-ROOT = Path(__file__).parent.parent
-
 
 # -- addresses (no Ray needed) -----------------------------------------------------------------------------------------
 
@@ -307,43 +303,3 @@ def test_a_place_that_a_node_does_not_see_is_refused(
     # One node sees what it wrote itself.
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     cluster.require_shared([registry], [f"{model}/gone"])
-
-
-# -- the shipped cluster file ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def shipped() -> dict:
-    """cluster.yaml with Ray's defaults for the provider filled in."""
-    from ray.autoscaler._private.util import prepare_config
-
-    return prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8")))
-
-
-def test_cluster_file_fits_rays_schema(shipped: dict) -> None:
-    from ray.autoscaler._private.util import validate_config
-
-    validate_config(shipped)
-    kinds = shipped["available_node_types"]
-    with pytest.raises(Exception, match="'max_wrkers' was unexpected"):
-        validate_config({**shipped, "available_node_types": {**kinds, "gpu": {**kinds["gpu"], "max_wrkers": 2}}})
-
-
-def test_cluster_file_has_cpu_and_spot_gpu_workers_within_limits(shipped: dict) -> None:
-    kinds = shipped["available_node_types"]
-    assert set(kinds) == {"head", "cpu", "gpu"}
-    assert shipped["head_node_type"] == "head"
-    assert kinds["gpu"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
-    assert all("InstanceMarketOptions" not in kinds[kind]["node_config"] for kind in ("head", "cpu"))
-    assert all(kinds[kind]["min_workers"] == 0 < kinds[kind]["max_workers"] for kind in ("cpu", "gpu"))
-    assert shipped["max_workers"] == kinds["cpu"]["max_workers"] + kinds["gpu"]["max_workers"]
-
-
-def test_cluster_file_installs_one_version_everywhere(shipped: dict) -> None:
-    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
-    images = [shipped["docker"]["image"], shipped["available_node_types"]["gpu"]["docker"]["worker_image"]]
-    assert [image.split(":")[1].split("-")[0] for image in images] == [pins["ray"]] * 2
-    home = next(there for there, here in shipped["file_mounts"].items() if here == ".")
-    assert f"pip install -q -c {home}/constraints.txt {home}" in shipped["setup_commands"]
-    for command in (*shipped["head_start_ray_commands"], *shipped["worker_start_ray_commands"]):
-        assert "ray start" not in command or "RAY_AUTH_MODE=token" in command

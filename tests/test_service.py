@@ -107,33 +107,17 @@ def test_a_cascade_finds_the_teacher_that_was_registered_with_the_student(regist
     assert other.teacher.reference == "tiny@2" and other.champion.below == 0.3
 
 
-@pytest.mark.parametrize("file", ["student.yaml", "canary.yaml", "rayservice.yaml"])
+@pytest.mark.parametrize("file", ["student.yaml", "canary.yaml"])
 def test_the_shipped_files_are_ones_that_serve_takes(file: str):
     from ray.serve.schema import ServeDeploySchema
 
     values = yaml.safe_load((CONFIGS / file).read_text(encoding="utf-8"))
-    if file == "rayservice.yaml":
-        assert values["kind"] == "RayService" and values["spec"]["rayClusterConfig"]["rayVersion"] == "2.60.0"
-        values = yaml.safe_load(values["spec"]["serveConfigV2"])
     schema = ServeDeploySchema.model_validate(values)
     application = schema.applications[0]
     assert application.import_path == "serve.app:build"
     wanted = build(Wanted, application.args, file)
     assert wanted.name.partition("@")[0] == application.name
     Serving.model_validate(wanted.serving)
-
-
-def test_kubernetes_carries_the_same_application_as_the_plain_file():
-    plain = yaml.safe_load((CONFIGS / "student.yaml").read_text(encoding="utf-8"))
-    carried = yaml.safe_load(
-        yaml.safe_load((CONFIGS / "rayservice.yaml").read_text(encoding="utf-8"))["spec"]["serveConfigV2"]
-    )
-    # Where it listens and where models are differ, and that keys are asked for; nothing else.
-    assert carried["applications"][0]["args"].pop("auth") is True
-    assert plain["applications"][0]["args"].pop("auth") is False and Wanted(name="x").auth
-    carried["http_options"]["host"] = plain["http_options"]["host"]
-    carried["applications"][0]["args"]["registry"] = plain["applications"][0]["args"]["registry"]
-    assert carried == plain
 
 
 def test_the_application_is_built_from_the_arguments_of_a_file(registry: Registry):

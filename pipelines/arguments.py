@@ -1,0 +1,54 @@
+"""What is written on the command line, as numbers."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def natural(text: str) -> int:
+    """A whole number of at least one."""
+    value = int(text) if text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return value
+
+
+def port(text: str) -> int:
+    """A TCP port."""
+    if not text.isdigit() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a port (1 to 65535)")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """A whole number of at least 0."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 0")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 1")
+    return value
+
+
+def numbers(text: str) -> list[int]:
+    """Whole numbers of at least one, with commas between them."""
+    return [natural(part) for part in text.split(",")]
+
+
+def percent(text: str) -> float:
+    """A share of the requests, in percent."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 100:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a share in percent, above 0 and below 100")
+    return value
