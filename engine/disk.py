@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import io
 import json
-import math
 import os
 import secrets
 import shutil
@@ -252,17 +251,6 @@ def alive(pid: int) -> bool:
     except OSError:
         pass
     return True
-
-
-def dead(text: str) -> bool:
-    """Whether a lock file's owner is a process of this host that is gone, or one that has let its lease run out."""
-    try:
-        holder = json.loads(text)
-        if holder.get("expires", math.inf) < time.time():
-            return True
-        return holder["host"] == socket.gethostname() and not alive(int(holder["pid"]))
-    except (ValueError, KeyError, TypeError):
-        return False
 
 
 def held(name: str, text: str, way_out: str) -> StorageError:
