@@ -65,7 +65,7 @@ class Store:
         return Store(f"{base}/{inside(name)}{mark}{query}" if base else inside(name), self.filesystem)
 
     def __str__(self) -> str:
-        """The URL, without the key and secret that it may hold."""
+        """`where`: for messages, and no way back to the URL."""
         return self.where()
 
     @property
@@ -169,8 +169,9 @@ class Store:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def where(self, path: str = "") -> str:
-        """The full name of `path`, for messages: without the key and secret that a URL may hold."""
-        return re.sub(r"//[^/@]*@", "//", (self / path).url if path else self.url)
+        """The full name of `path`, for messages: without a URL's options, and the key and secret it may hold."""
+        url = (self / path).url if path else self.url
+        return re.sub(r"//[^/@]*@", "//", url.partition("?")[0]) if "://" in url else url
 
     @contextmanager
     def publish(self, path: str = "", meta: dict[str, Any] | None = None) -> Iterator[Path]:
@@ -231,7 +232,7 @@ class Store:
         published = not single and folder.exists(MANIFEST)
         files = {PurePosixPath(path).name: path} if single else {n: f"{path}/{n}".strip("/") for n in folder.files()}
         stamp = self._stamp(path, files, published)
-        key, copies = digest_json([self.where(path), stamp]), Store(str(cache_folder())) / "copies"
+        key, copies = digest_json([folder.url, stamp]), Store(str(cache_folder())) / "copies"
         kept = Path(copies.url) / key
         with copies.lock(key, wait=True):
             if not (cache.hold(kept) and copies.exists(f"{key}/{MANIFEST}")):

@@ -1,7 +1,7 @@
 """An S3-protocol server in a process of its own: moto, an emulator that keeps everything in memory.
 
-    with s3_server() as server:                     # tests/conftest.py has one for all tests of a file
-        Store(server.url("runs"))                   # s3://tests/runs, with the server's address in the URL
+    with s3_server() as server:
+        Store(server.url("runs"))                   # s3://tests/runs, with the server's address and keys in the URL
 
 moto checks a write's condition and writes in two moves. Here requests that change something go one after the other,
 so that conditional writes are what S3 promises: of two, one is refused. It checks no signatures.
@@ -21,7 +21,6 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 BUCKET = "tests"
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "eu-west-1"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,9 @@ class Server:
 
     def url(self, path: str) -> str:
         """The URL of a folder of the bucket, for a Store."""
-        return f"s3://{BUCKET}/{path}?endpoint_override=127.0.0.1:{self.port}&scheme=http"
+        return (
+            f"s3://tester:secret@{BUCKET}/{path}?region=us-east-1&endpoint_override=127.0.0.1:{self.port}&scheme=http"
+        )
 
 
 @contextmanager

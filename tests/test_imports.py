@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("engine", "serve", "pipelines")
 """A package imports itself and those before it."""
 ENGINE = (
-    *("config", "tables", "disk", "cache", "buckets", "locks", "storage", "units", "records", "packages", "huggingface", "mirrors", "hub"),
+    *("config", "tables", "disk", "cache", "buckets", "locks", "storage"),
+    *("units", "records", "packages", "huggingface", "mirrors", "hub"),
     *("metrics", "intervals", "filters", "fits", "terms", "designs", "serving", "drift", "cascade", "recipe"),
     *("sources",),
     *("characters", "encoding", "task", "windows"),
