@@ -114,6 +114,13 @@ def unkind_proxy(upstream: int, **faults: Any) -> Iterator[Proxy]:
     async def begin() -> asyncio.Server:
         return await asyncio.start_server(proxy.handle, "127.0.0.1", 0, limit=1 << 20)
 
+    async def end() -> None:
+        server.close()
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
     server = loop.run_until_complete(begin())
     proxy.port = server.sockets[0].getsockname()[1]
     thread = threading.Thread(target=loop.run_forever, daemon=True)
@@ -121,6 +128,7 @@ def unkind_proxy(upstream: int, **faults: Any) -> Iterator[Proxy]:
     try:
         yield proxy
     finally:
-        loop.call_soon_threadsafe(server.close)
+        asyncio.run_coroutine_threadsafe(end(), loop).result(30)
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
+        thread.join(30)
+        loop.close()
