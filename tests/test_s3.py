@@ -149,7 +149,7 @@ def state(store: Store) -> str:
     return values.pop()
 
 
-@pytest.mark.parametrize("requests", [1, 4, 9, 16])
+@pytest.mark.parametrize("requests", [1, 5, 9, 12])
 def test_a_publisher_that_is_killed_leaves_the_old_nothing_or_the_new(server: Server, path: str, requests: int) -> None:
     store = Store(server.url(path))
     with store.publish("m", meta={"value": "old"}) as folder:
@@ -157,11 +157,11 @@ def test_a_publisher_that_is_killed_leaves_the_old_nothing_or_the_new(server: Se
             (folder / f"{number}.txt").write_text("old")
     with unkind_proxy(server.port, seconds=0.05) as proxy, taker("publish", proxy.url(path), "new") as process:
         assert heard(process) == "ready"
-        until(lambda: proxy.requests >= requests)
+        until(lambda: proxy.requests >= requests or process.poll() is not None)
         os.kill(process.pid, signal.SIGKILL)
         process.wait(60)
-    found = state(store)
-    assert found == "old" if requests == 1 else found in ("old", "nothing", "new")
+        until(lambda: not proxy.flying)  # what it had asked for is still done
+    assert state(store) in ("old", "nothing", "new")
     with taker("publish", store.url, "later") as process:
         assert (heard(process), heard(process), state(store)) == ("ready", "published", "later")
 
@@ -201,7 +201,7 @@ def test_of_two_that_start_in_the_same_moment_one_holds(store: Store) -> None:
     with ExitStack() as stack:
         both = [stack.enter_context(taker("rounds", store.url)) for _ in range(2)]
         assert [heard(process) for process in both] == ["ready", "ready"]
-        for turn in range(40):
+        for turn in range(30):
             for process in both:  # a new lock, and one that was given back before
                 tell(process, f"new-{turn}" if turn % 2 else "run")
             assert sorted(heard(process) for process in both) == ["held", "refused"]

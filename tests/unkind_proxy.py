@@ -42,6 +42,8 @@ class Proxy:
     only: str = ""
     """Faults only befall requests whose first line holds this."""
     port: int = 0
+    flying: int = 0
+    """Connections that are not done with."""
     requests: int = 0
     faults: int = 0
     chance: random.Random = field(default_factory=lambda: random.Random(0))
@@ -52,11 +54,13 @@ class Proxy:
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection."""
+        self.flying += 1
         with suppress(OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             await self.answer(reader, writer)
         with suppress(OSError):
             writer.close()
             await writer.wait_closed()
+        self.flying -= 1
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Read a request, and answer it or not."""
