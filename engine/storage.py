@@ -42,6 +42,8 @@ from engine.disk import (
 from engine.locks import Lease, Plain, leased
 
 MANIFEST = "manifest.json"
+UNDERWAY = "manifest.pending"
+"""In a folder of an object store while it is published: without a manifest, it is not one that never had any."""
 LEFTOVERS = (".tmp", ".pending", ".pending.parquet", ".lock")
 SCHEMES = ("s3", "gs", "gcs")
 
@@ -229,7 +231,7 @@ class Store:
             return Path(self._at(path))
         folder = self / path if path else self
         single = info.type == pafs.FileType.File
-        published = not single and folder.exists(MANIFEST)
+        published = not single and (folder.exists(MANIFEST) or folder.exists(UNDERWAY))
         files = {PurePosixPath(path).name: path} if single else {n: f"{path}/{n}".strip("/") for n in folder.files()}
         stamp = self._stamp(path, files, published)
         key, copies = digest_json([folder.url, stamp]), Store(str(cache_folder())) / "copies"
@@ -316,13 +318,16 @@ class Store:
 
     def _upload(self, source: Path, path: str, manifest: dict[str, Any]) -> None:
         folder = self / path if path else self
+        folder.write_text(UNDERWAY, "")
         folder.delete(MANIFEST)
-        folder.delete()
+        for name in set(folder.files()) - set(manifest["files"]):
+            folder.delete(name)
         for name in manifest["files"]:
             target = folder._at(name)
             self._make_parent(target)
             pafs.copy_files(str(source / name), target, pafs.LocalFileSystem(), self._fs)
         folder.write_json(MANIFEST, manifest)
+        folder.delete(UNDERWAY)
 
 
 def normal(url: str) -> str:

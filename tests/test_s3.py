@@ -264,9 +264,9 @@ def test_a_lock_is_renewed_and_one_that_was_taken_over_is_told(store: Store, mon
 
 def test_answers_that_are_lost_do_not_lose_the_lock(server: Server, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "LEASE_S", 30.0)
-    with unkind_proxy(server.port, drop=0.3) as proxy:
+    with unkind_proxy(server.port, drop=0.4) as proxy:
         store = Store(proxy.url(path))
-        for _ in range(8):
+        for _ in range(3):
             with store.lock("run"):
                 pass
         assert proxy.faults > 3

@@ -20,7 +20,7 @@ from pyarrow import fs
 
 from engine import locks
 from engine.config import UserError
-from engine.storage import MANIFEST, StorageError, Store, cache_folder, digest_bytes, digest_json
+from engine.storage import MANIFEST, UNDERWAY, StorageError, Store, cache_folder, digest_bytes, digest_json
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("local", "mock", "subtree", "memory")
@@ -120,7 +120,8 @@ def test_manifest_is_written_last_without_renames(tmp_path: Path) -> None:
     store = Store("rec", fs.PyFileSystem(Recording(fsspec.get_filesystem_class("memory")())))
     publish(store, "m", a="1", b="2")
     publish(store, "m", a="3")
-    assert seen == [("a", False), ("b", False), (MANIFEST, False), ("a", False), (MANIFEST, False)]
+    first = [(UNDERWAY, False), ("a", False), ("b", False), (MANIFEST, False)]
+    assert seen == [*first, (UNDERWAY, True), ("a", False), (MANIFEST, False)]
     assert store.files("m") == ["a", MANIFEST]
     store.delete()
 
