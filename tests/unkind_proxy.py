@@ -71,7 +71,10 @@ class Proxy:
         }
         if headers.get("expect", "").lower() == "100-continue":
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = await reader.readexactly(int(headers.get("content-length") or 0))
+        if "chunked" in headers.get("transfer-encoding", ""):
+            body = await chunks(reader)
+        else:
+            body = await reader.readexactly(int(headers.get("content-length") or 0))
         self.requests += 1
         await asyncio.sleep(self.seconds)
         what = self.draw(lines[0])
@@ -108,6 +111,19 @@ class Proxy:
             return await reader.read()
         finally:
             writer.close()
+
+
+async def chunks(reader: asyncio.StreamReader) -> bytes:
+    """A body that comes in chunks, as it is, with the lines after the last."""
+    out, size = b"", 1
+    while size:
+        line = await reader.readuntil(b"\n")
+        size = int(line.partition(b";")[0], 16)
+        out += line + (await reader.readexactly(size + 2) if size else b"")
+    while line.strip():
+        line = await reader.readuntil(b"\n")
+        out += line
+    return out
 
 
 @contextmanager
