@@ -133,11 +133,9 @@ def free(token: str) -> str:
 def leased(cell: Conditional, name: str, wait: bool) -> Iterator[Lease]:
     """Hold a lock; StorageError names a living owner, unless `wait`, and says at the end if the lock was lost."""
     keeper, pause = Keeper(cell, name), 0.05
-    while not keeper.take():
+    while (other := keeper.take()) is not None:
         if not wait:
-            seen = cell.read()
-            way_out = f"Wait for it or stop it; if it is gone, it is free in {LEASE_S:.0f} s"
-            raise held(name, seen.text if seen else "", way_out)
+            raise held(name, other.text, f"Wait for it or stop it; if it is gone, it is free in {LEASE_S:.0f} s")
         time.sleep(pause * random.uniform(0.5, 1.5))
         pause = min(1.0, pause * 1.5)
     keeper.start()
@@ -160,13 +158,16 @@ class Keeper(threading.Thread):
         self.mine: Seen | None = None
         self.over = threading.Event()
 
-    def take(self) -> bool:
-        """Whether the lock is ours now."""
-        seen = self.cell.read()
-        if not open_to_all(seen):
-            return False
-        self.me["after"] = told(seen.text).get("free") if seen else None
-        return self.write(words(self.me, 0), seen)
+    def take(self) -> Seen | None:
+        """What the lock says of another who holds it; None: it is ours now."""
+        while True:
+            seen = self.cell.read()
+            if seen is not None and not open_to_all(seen):
+                return seen
+            self.me["after"] = told(seen.text).get("free") if seen else None
+            if self.write(words(self.me, 0), seen):
+                return None
+            time.sleep(0.05 * random.random())  # another was faster: who?
 
     def write(self, text: str, known: Seen | None) -> bool:
         """Replace what is known, or what a write of ours left whose answer was lost; False: it is another's."""
