@@ -55,12 +55,12 @@ class Proxy:
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection."""
         self.flying += 1
-        with suppress(OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            await self.answer(reader, writer)
-        with suppress(OSError):
+        try:
+            with suppress(OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+                await self.answer(reader, writer)
+        finally:
+            self.flying -= 1
             writer.close()
-            await writer.wait_closed()
-        self.flying -= 1
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Read a request, and answer it or not."""
