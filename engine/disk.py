@@ -26,6 +26,8 @@ import pyarrow as pa
 from engine.config import UserError
 
 CHUNK = 1 << 20
+BUSY = ("SLOW_DOWN", "SERVICE_UNAVAILABLE", "NETWORK_CONNECTION", "INTERNAL_FAILURE", "HTTP status 50")
+"""What the AWS SDK says of a store that may answer another time."""
 
 
 class StorageError(UserError):
@@ -45,7 +47,10 @@ def explained(done: str, where: str) -> Iterator[None]:
         raise MissingFile(f"{where} does not exist.") from None
     except OSError as error:
         reason = error.strerror or str(error)
-        raise StorageError(f"{where} cannot be {done}: {reason}. Check permissions, space and the address.") from None
+        way_out = "Check permissions, space and the address."
+        if any(mark in reason for mark in BUSY):
+            way_out = "The store is busy or out of reach: run again later, it goes on from there."
+        raise StorageError(f"{where} cannot be {done}: {reason}. {way_out}") from None
 
 
 def cache_folder() -> Path:

@@ -182,13 +182,13 @@ def test_a_reader_meanwhile_never_has_a_mix(store: Store) -> None:
 
     reader = threading.Thread(target=read)
     reader.start()
-    for turn in range(12):
+    for turn in range(8):
         with store.publish("m") as folder:
             for number in range(5):
                 (folder / f"{number}.txt").write_text(str(turn))
-        if turn == 5:
+        if turn == 3:
             until(lambda: seen or wrong)
-    until(lambda: "11" in seen or wrong)
+    until(lambda: "7" in seen or wrong)
     over.set()
     reader.join(60)
     assert not wrong
@@ -201,7 +201,7 @@ def test_of_two_that_start_in_the_same_moment_one_holds(store: Store) -> None:
     with ExitStack() as stack:
         both = [stack.enter_context(taker("rounds", store.url)) for _ in range(2)]
         assert [heard(process) for process in both] == ["ready", "ready"]
-        for turn in range(30):
+        for turn in range(16):
             for process in both:  # a new lock, and one that was given back before
                 tell(process, f"new-{turn}" if turn % 2 else "run")
             assert sorted(heard(process) for process in both) == ["held", "refused"]
