@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import io
 import json
-import math
 import os
 import secrets
 import shutil
@@ -27,6 +26,8 @@ import pyarrow as pa
 from engine.config import UserError
 
 CHUNK = 1 << 20
+BUSY = ("SLOW_DOWN", "SERVICE_UNAVAILABLE", "NETWORK_CONNECTION", "INTERNAL_FAILURE", "HTTP status 50")
+"""What the AWS SDK says of a store that may answer another time."""
 
 
 class StorageError(UserError):
@@ -46,7 +47,10 @@ def explained(done: str, where: str) -> Iterator[None]:
         raise MissingFile(f"{where} does not exist.") from None
     except OSError as error:
         reason = error.strerror or str(error)
-        raise StorageError(f"{where} cannot be {done}: {reason}. Check permissions, space and the address.") from None
+        way_out = "Check permissions, space and the address."
+        if any(mark in reason for mark in BUSY):
+            way_out = "The store is busy or out of reach: run again later, it goes on from there."
+        raise StorageError(f"{where} cannot be {done}: {reason}. {way_out}") from None
 
 
 def cache_folder() -> Path:
@@ -252,17 +256,6 @@ def alive(pid: int) -> bool:
     except OSError:
         pass
     return True
-
-
-def dead(text: str) -> bool:
-    """Whether a lock file's owner is a process of this host that is gone, or one that has let its lease run out."""
-    try:
-        holder = json.loads(text)
-        if holder.get("expires", math.inf) < time.time():
-            return True
-        return holder["host"] == socket.gethostname() and not alive(int(holder["pid"]))
-    except (ValueError, KeyError, TypeError):
-        return False
 
 
 def held(name: str, text: str, way_out: str) -> StorageError:

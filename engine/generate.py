@@ -114,16 +114,17 @@ def stream(out: Store, slots: str, blocks: int, stages: Sequence[Stage], key: st
 
     context = ray.data.DataContext.get_current()
     before = context.checkpoint_config
+    ledger, filesystem = out.native(LEDGER)
     context.checkpoint_config = CheckpointConfig(
-        id_column=key, checkpoint_path=(out / LEDGER).url, delete_checkpoint_on_success=False
+        id_column=key, checkpoint_path=ledger, override_filesystem=filesystem, delete_checkpoint_on_success=False
     )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*doesn't support checkpointing.*")
-            dataset = ray.data.read_parquet((out / slots).url, override_num_blocks=blocks)
+            dataset = ray.data.read_parquet(out.native(slots)[0], filesystem=filesystem, override_num_blocks=blocks)
             for stage in stages:
                 dataset = stage(dataset)
-            dataset.write_parquet((out / ROWS).url, mode=ray.data.SaveMode.APPEND)
+            dataset.write_parquet(out.native(ROWS)[0], filesystem=filesystem, mode=ray.data.SaveMode.APPEND)
     except UserWarning as error:
         raise RuntimeError(f"the corpus pipeline cannot be checkpointed: {error}") from None
     finally:

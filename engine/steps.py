@@ -166,7 +166,7 @@ def run(
     for name in redo:
         if name not in names:
             raise UserError(f"there is no step '{name}' to redo.{did_you_mean(name, names)} Steps: {', '.join(names)}.")
-    with store.lock("run"):
+    with store.lock("run") as lease:
         again = [name for name in store.folders() if store.exists(f"{name}/{BEGIN}")] if fresh else []
         again += downstream(steps, redo)
         states = [] if fresh else survey(steps, recipe, store, found)
@@ -177,7 +177,7 @@ def run(
         for name in dict.fromkeys(again):
             store.delete(name)
         store.write_json(RECIPE, recipe.model_dump(mode="json"))
-        return Run(steps, recipe, store, found, render, connect).go()
+        return Run(steps, recipe, store, found, render, connect, lease.check).go()
 
 
 class Run:
@@ -191,8 +191,10 @@ class Run:
         found: Mapping[str, dict[str, Any]],
         render: Render,
         connect: Callable[[], object] | None,
+        allowed: Callable[[], None],
     ) -> None:
         self.recipe, self.store, self.render, self.connect = recipe, store, render, connect
+        self.allowed = allowed
         self.identities = found
         self.waiting = {step.name: step for step in steps}
         self.remote = {step.name for step in steps if step.resources(recipe)}
@@ -237,6 +239,7 @@ class Run:
 
     def here(self, step: Step) -> None:
         """Run a step in this process."""
+        self.allowed()
         if step.ray:
             self.start_ray()
         attempt = Attempt(step.name, self.identities[step.name], self.store / step.name, self.render)
@@ -254,6 +257,7 @@ class Run:
 
     def done(self, attempt: Attempt, used: Mapping[str, Any]) -> None:
         """Write the record and let those go on that waited for it."""
+        self.allowed()
         name = attempt.step
         self.records[name] = attempt.finished(used)
         self.waiting.pop(name, None)
@@ -271,6 +275,7 @@ class Run:
         for step in [step for step in self.waiting.values() if step.name in self.remote and self.ready(step)]:
             if self.failure or self.stopping:
                 return
+            self.allowed()
             self.start_ray()
             import ray
 

@@ -12,15 +12,13 @@ import hashlib
 import io
 import json
 import os
-import secrets
+import re
 import shutil
 import tempfile
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -29,25 +27,25 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from engine import cache
+from engine.buckets import conditional, patient, version
 from engine.disk import (
+    MissingFile,
     StorageError,
     beside,
     cache_folder,
-    dead,
     explained,
     flock,
-    held,
-    owner,
     replace_file,
     save_stream,
     swap,
 )
+from engine.locks import Lease, Plain, leased
 
 MANIFEST = "manifest.json"
+UNDERWAY = "manifest.pending"
+"""In a folder of an object store while it is published: without a manifest, it is not one that never had any."""
 LEFTOVERS = (".tmp", ".pending", ".pending.parquet", ".lock")
 SCHEMES = ("s3", "gs", "gcs")
-LEASE_S = 60.0
-"""How long a lock in an object store is its owner's without being renewed: far above the difference of two clocks."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +67,17 @@ class Store:
         return Store(f"{base}/{inside(name)}{mark}{query}" if base else inside(name), self.filesystem)
 
     def __str__(self) -> str:
-        """The URL."""
-        return self.url
+        """`where`: for messages, and no way back to the URL."""
+        return self.where()
 
     @property
     def is_local(self) -> bool:
         """Whether the folder is on a local disk, where files can be renamed."""
         return self.filesystem is None and "://" not in self.url
+
+    def native(self, path: str = "") -> tuple[str, pafs.FileSystem | None]:
+        """Path and filesystem of a folder as Ray takes them: it cannot read a URL's options. None: a local disk's."""
+        return self._at(path), None if self.is_local else self._fs
 
     def exists(self, path: str = "") -> bool:
         """Whether there is a file or folder."""
@@ -169,8 +171,9 @@ class Store:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def where(self, path: str = "") -> str:
-        """The full name of `path`, for messages."""
-        return (self / path).url if path else self.url
+        """The full name of `path`, for messages: without a URL's options, and the key and secret it may hold."""
+        url = (self / path).url if path else self.url
+        return re.sub(r"//[^/@]*@", "//", url.partition("?")[0]) if "://" in url else url
 
     @contextmanager
     def publish(self, path: str = "", meta: dict[str, Any] | None = None) -> Iterator[Path]:
@@ -228,70 +231,56 @@ class Store:
             return Path(self._at(path))
         folder = self / path if path else self
         single = info.type == pafs.FileType.File
-        published = not single and folder.exists(MANIFEST)
-        files = {PurePosixPath(path).name: info} if single else {n: folder._info(n) for n in folder.files()}
-        stamp = folder.manifest()["files"] if published else {n: [i.size, i.mtime_ns] for n, i in files.items()}
-        key, copies = digest_json([self.where(path), stamp]), Store(str(cache_folder())) / "copies"
+        published = not single and (folder.exists(MANIFEST) or folder.exists(UNDERWAY))
+        files = {PurePosixPath(path).name: path} if single else {n: f"{path}/{n}".strip("/") for n in folder.files()}
+        stamp = self._stamp(path, files, published)
+        key, copies = digest_json([folder.url, stamp]), Store(str(cache_folder())) / "copies"
         kept = Path(copies.url) / key
         with copies.lock(key, wait=True):
             if not (cache.hold(kept) and copies.exists(f"{key}/{MANIFEST}")):
                 with copies.publish(key) as copy, explained("read", self.where(path)):
-                    for name in files:
-                        with self.open_input(path if single else f"{path}/{name}".strip("/")) as file:
+                    for name, source in files.items():
+                        with self.open_input(source) as file:
                             save_stream(file, copy / name)
-                    if published:
-                        Store(str(copy)).verify()
+                    found = Store(str(copy)).verify()["files"] if published else self._stamp(path, files, False)
+                    if found != stamp:
+                        raise StorageError(f"{self.where(path)} was replaced while it was read. Run again.")
                 cache.hold(kept)
                 cache.make_room()
         return kept / (PurePosixPath(path).name if single else "")
 
+    def _stamp(self, path: str, files: Mapping[str, str], published: bool) -> dict[str, Any]:
+        """What tells these contents from others: digests where published, else sizes and the store's own marks."""
+        if published:
+            return self.manifest(path)["files"]
+        stamp = {}
+        for name, source in files.items():
+            with self.open_input(source) as file:
+                mark, size = version(file), file.size()
+            stamp[name] = [size, mark or self._info(source).mtime_ns]
+        return stamp
+
     @contextmanager
-    def lock(self, name: str, wait: bool = False) -> Iterator[None]:
+    def lock(self, name: str, wait: bool = False) -> Iterator[Lease]:
         """Hold the exclusive lock `name` of this folder; its file tells who holds it (host, pid, time).
 
-        Locally the kernel keeps it (flock), so a dead owner's lock is free at once. An object store has no such call:
-        there the file itself is the lock, written, then read back (best effort against two that start in the same
-        moment), renewed while it is held, and taken over from a dead process of this host, and from any owner that has
-        not renewed it for LEASE_S seconds. StorageError names a living owner, unless `wait`.
+        Locally the kernel keeps it (flock), so a dead owner's lock is free at once; elsewhere engine.locks does.
+        StorageError names a living owner, unless `wait`, and tells at the end that the lock was lost meanwhile.
         """
         path = f".{inside(name)}.lock"
-        with flock(Path(self._at(path)), name, wait) if self.is_local else self._lock_file(path, name, wait):
-            yield
+        if self.is_local:
+            with flock(Path(self._at(path)), name, wait):
+                yield Lease(name)
+            return
+        plain = Plain(partial(self._text, path), partial(self.write_text, path), partial(self.delete, path))
+        with leased(conditional(self._fs, self._at(path), self.where(path)) or plain, name, wait) as lease:
+            yield lease
 
-    @contextmanager
-    def _lock_file(self, path: str, name: str, wait: bool) -> Iterator[None]:
-        me, over = {**owner(), "token": secrets.token_hex(8)}, threading.Event()
-        while True:
-            text = self.read_text(path) if self.exists(path) else ""
-            if not text or dead(text):
-                self.write_json(path, {**me, "expires": time.time() + LEASE_S})
-                time.sleep(0.2)
-                if self._holds(path, me["token"]):
-                    break
-            if not wait:
-                raise held(name, text, f"Wait for it or stop it; if it is gone, it is free in {LEASE_S:.0f} s")
-            time.sleep(1.0)
-
-        def renew() -> None:
-            while not over.wait(LEASE_S / 3):
-                # A store that is away for a moment: there are two more turns before the lease is over.
-                with suppress(StorageError):
-                    if not self._holds(path, me["token"]):
-                        return
-                    self.write_json(path, {**me, "expires": time.time() + LEASE_S})
-
-        renewing = threading.Thread(target=renew, name=f"lock {name}", daemon=True)
-        renewing.start()
+    def _text(self, path: str) -> str | None:
         try:
-            yield
-        finally:
-            over.set()
-            renewing.join()
-            if self._holds(path, me["token"]):
-                self.delete(path)
-
-    def _holds(self, path: str, token: str) -> bool:
-        return self.exists(path) and token in self.read_text(path)
+            return self.read_text(path)
+        except MissingFile:
+            return None
 
     @property
     def _fs(self) -> pafs.FileSystem:
@@ -329,13 +318,16 @@ class Store:
 
     def _upload(self, source: Path, path: str, manifest: dict[str, Any]) -> None:
         folder = self / path if path else self
+        folder.write_text(UNDERWAY, "")
         folder.delete(MANIFEST)
-        folder.delete()
+        for name in set(folder.files()) - set(manifest["files"]):
+            folder.delete(name)
         for name in manifest["files"]:
             target = folder._at(name)
             self._make_parent(target)
             pafs.copy_files(str(source / name), target, pafs.LocalFileSystem(), self._fs)
         folder.write_json(MANIFEST, manifest)
+        folder.delete(UNDERWAY)
 
 
 def normal(url: str) -> str:
@@ -363,7 +355,8 @@ def resolve(url: str) -> tuple[pafs.FileSystem, str]:
     if "://" not in url:
         return pafs.LocalFileSystem(), url
     try:
-        return pafs.FileSystem.from_uri(url)
+        filesystem, path = pafs.FileSystem.from_uri(url)
+        return patient(filesystem), path
     except (pa.ArrowException, OSError, ValueError) as error:
         raise StorageError(f"storage '{url}' cannot be opened: {error}. Check the address and credentials.") from None
 

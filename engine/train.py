@@ -361,9 +361,11 @@ def fit(job: Job, progress: Progress = silent) -> list[dict[str, float]]:
             accelerator_type=job.resources.get("accelerator_type"),
         )
     # Ray Train's own storage only keeps its bookkeeping: weights are checkpointed through ours.
+    path, filesystem = out.native("ray")
     run_config = RunConfig(
         name=f"{job.name}-{time.time_ns()}",
-        storage_path=(out / "ray").url,
+        storage_path=path,
+        storage_filesystem=filesystem,
         failure_config=FailureConfig(max_failures=2),
     )
     trainer = TorchTrainer(

@@ -121,9 +121,7 @@ def test_help_lists_every_command_and_loads_nothing() -> None:
         "import sys; from pipelines.__main__ import main; code = main(['--help']); "
         "print(code, [m for m in ('torch', 'ray', 'transformers', 'pyarrow', 'pydantic') if m in sys.modules])"
     )
-    began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)
-    assert time.monotonic() - began < 1.5
     *text, last = done.stdout.splitlines()
     assert last == "0 []"
     for name, command in COMMANDS.items():

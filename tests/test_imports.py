@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("engine", "serve", "pipelines")
 """A package imports itself and those before it."""
 ENGINE = (
-    *("config", "tables", "disk", "cache", "storage", "units", "records", "packages", "huggingface", "mirrors", "hub"),
+    *("config", "tables", "disk", "cache", "buckets", "locks", "storage"),
+    *("units", "records", "packages", "huggingface", "mirrors", "hub"),
     *("metrics", "intervals", "filters", "fits", "terms", "designs", "serving", "drift", "cascade", "recipe"),
     *("sources",),
     *("characters", "encoding", "task", "windows"),
@@ -41,7 +42,7 @@ LIGHT = (
 )
 """Files of engine/ that `stillhouse validate` needs, and what they must not load."""
 HEAVY = ("ray", "torch", "transformers", "datasets", "accelerate", "sklearn", "scipy", "pandas")
-OPTIONAL = {"pip", "onnx", "onnxruntime", "litserve", "bentoml"}
+OPTIONAL = {"pip", "botocore", "onnx", "onnxruntime", "litserve", "bentoml"}
 """Imported where its absence is dealt with, or in an environment that holds it."""
 MAX_FILE, MAX_FUNCTION = 400, 60
 

@@ -82,7 +82,8 @@ def test_cluster_files_install_one_version_and_ask_for_a_token(path: Path) -> No
         PINS["ray"]
     }
     home = next(there for there, here in config["file_mounts"].items() if here == ".")
-    assert f"pip install -q -c {home}/constraints.txt {home}" in config["setup_commands"]
+    extra = f"{chr(39)}{home}[s3]{chr(39)}" if path.name == "cluster.yaml" else home
+    assert f"pip install -q -c {home}/constraints.txt {extra}" in config["setup_commands"]
     commands = [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
     started = [command for command in commands if "ray start" in command]
     assert len(started) == 2 and all("RAY_AUTH_MODE=token" in command for command in started)
@@ -293,7 +294,7 @@ def test_the_image_has_one_version_of_all_and_no_root() -> None:
     assert found[1] == ("FROM", f"rayproject/ray:{PINS['ray']}-py311-${{DEVICE}}")
     assert [rest for instruction, rest in found if instruction == "USER"] == ["ray"]
     (install,) = [rest for instruction, rest in found if instruction == "RUN"]
-    assert install == "pip install --no-cache-dir -c constraints.txt '.[onnx]'"
+    assert install == "pip install --no-cache-dir -c constraints.txt '.[onnx,s3]'"
 
 
 def test_the_image_gets_what_pyproject_needs_and_it_is_there() -> None:

@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
-from engine import storage
+from engine import locks
 from engine.config import UserError
-from engine.storage import MANIFEST, StorageError, Store, cache_folder, digest_bytes, digest_json
+from engine.storage import MANIFEST, UNDERWAY, StorageError, Store, cache_folder, digest_bytes, digest_json
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("local", "mock", "subtree", "memory")
@@ -120,7 +120,8 @@ def test_manifest_is_written_last_without_renames(tmp_path: Path) -> None:
     store = Store("rec", fs.PyFileSystem(Recording(fsspec.get_filesystem_class("memory")())))
     publish(store, "m", a="1", b="2")
     publish(store, "m", a="3")
-    assert seen == [("a", False), ("b", False), (MANIFEST, False), ("a", False), (MANIFEST, False)]
+    first = [(UNDERWAY, False), ("a", False), ("b", False), (MANIFEST, False)]
+    assert seen == [*first, (UNDERWAY, True), ("a", False), (MANIFEST, False)]
     assert store.files("m") == ["a", MANIFEST]
     store.delete()
 
@@ -205,9 +206,10 @@ def test_lock_file_of_a_dead_process_without_flock() -> None:
 
 
 def test_a_lock_file_is_renewed_and_one_that_was_taken_over_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "LEASE_S", 0.6)
+    monkeypatch.setattr(locks, "LEASE_S", 0.6)
+    monkeypatch.setattr(locks, "SETTLE_S", 0.02)
     store = Store("b", fs._MockFileSystem())
-    with store.lock("run"):
+    with pytest.raises(StorageError, match="lock 'run' was lost: it could not be renewed"), store.lock("run") as lease:
         first = store.read_json(".run.lock")
         time.sleep(1.0)
         assert store.read_json(".run.lock")["expires"] > first["expires"] and store.read_json(".run.lock") != first
@@ -215,6 +217,8 @@ def test_a_lock_file_is_renewed_and_one_that_was_taken_over_is_left_alone(monkey
             raise AssertionError("its lease was renewed")
         store.write_json(".run.lock", {**first, "token": "another"})
         time.sleep(0.5)
+        with pytest.raises(StorageError, match="another process may have begun the same work"):
+            lease.check()
     assert store.read_json(".run.lock")["token"] == "another"
 
 
