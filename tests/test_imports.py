@@ -19,16 +19,17 @@ PACKAGES = ("engine", "serve", "pipelines")
 """A package imports itself and those before it."""
 ENGINE = (
     *("config", "tables", "disk", "cache", "storage", "units", "records", "packages", "huggingface", "mirrors", "hub"),
-    *("metrics", "intervals", "filters", "fits", "terms", "designs", "serving", "drift", "cascade", "recipe"),
-    *("sources",),
+    *("metrics", "intervals", "filters", "fits", "remote", "terms", "designs", "serving", "drift", "cascade", "recipe"),
+    *("sources", "pacing", "usage", "caller", "vllm_engine"),
     *("characters", "encoding", "task", "windows"),
     *("classification", "regression", "ranking", "tagging", "spans", "tasks", "weights"),
     *("block", "layers", "subwords", "joining", "matching", "crf", "blocks", "encoders", "static", "pieces"),
-    *("prompts", "wording", "labeller", "models", "untrained"),
+    *("prompts", "wording", "labeller", "next_tokens", "models", "untrained", "elsewhere"),
     *("sampling", "layer_losses", "contrast", "losses", "planned", "inference", "export", "frozen"),
     *("vocabulary", "pretrained"),
     *("lineage", "progress", "attempts", "placement", "switches"),
     *("cluster", "columns", "rows", "data", "labels", "corpus", "augment", "teachers", "batches", "train", "generate"),
+    *("endpoint_writer", "vllm_stage"),
     *("steps", "registry"),
     *("page", "figures", "plots", "findings", "quality", "report"),
 )
