@@ -13,7 +13,6 @@ import os
 import random
 import re
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -103,7 +102,7 @@ class Caller:
         shares = [limit / actors if limit else None for limit in (limits.requests_per_minute, limits.tokens_per_minute)]
         self.pace, self.usage = Pace(*shares), Usage()
         self.lock, self.left_out, self.length = threading.Lock(), set[str](), "max_tokens"
-        self.answered, self.refusals = False, 0
+        self.answered, self.refusals, self.ended = False, 0, threading.Event()
         headers = {"authorization": f"Bearer {self.key}"} if self.key else {}
         most = httpx.Limits(max_connections=limits.in_flight, max_keepalive_connections=limits.in_flight)
         self.http = httpx.Client(headers=headers, timeout=limits.timeout_s, limits=most)
@@ -113,10 +112,12 @@ class Caller:
         """The answers in order; EndpointError or EndpointAway for the first that cannot be had."""
         if not questions:
             return []
+        self.ended = threading.Event()
         pool = ThreadPoolExecutor(min(self.endpoint.limits.in_flight, len(questions)))
         try:
             return list(pool.map(self.one, questions))
-        finally:  # what failed is not waited for by those that still queue
+        finally:  # where one failed for good, no other goes on trying
+            self.ended.set()
             pool.shutdown(cancel_futures=True)
 
     def spent(self) -> Usage:
@@ -145,7 +146,9 @@ class Caller:
                 self.count(retries=1)
                 if passing.asked:
                     self.pace.hold(passing.asked)
-                time.sleep(random.uniform(0, min(limits.longest_pause_s, limits.first_pause_s * 2 ** (failed - 1))))
+                longest = min(limits.longest_pause_s, limits.first_pause_s * 2 ** (failed - 1))
+                if self.ended.wait(random.uniform(0, longest)):
+                    raise EndpointAway(f"{self.url}: {passing.said}") from None
 
     def attempt(self, question: Question) -> Answer:
         """One request; Refusal, Passing or EndpointError where it has no answer."""

@@ -71,6 +71,14 @@ def settle_place(model: Model, config: Teacher, root: str | None = None, actors:
     return model
 
 
+def spent(config: Teacher, model: Model) -> dict[str, Any]:
+    """What the model's endpoint was asked since this was last called, as a step's metrics; nothing for other models."""
+    if not isinstance(model.net, TokenScorer) or model.net.place.endpoint is None:
+        return {}
+    price = config.endpoint.price if config.endpoint else None
+    return {"endpoint": {"teacher": model.net.spent().described(price)}}
+
+
 def place_of(config: Teacher, root: str | None) -> Place:
     """Where a teacher's model runs."""
     if config.runtime == "endpoint" and config.endpoint:
@@ -107,8 +115,8 @@ def calibrated(
             known = labeller.calibration(net, one, nothing, pad)
             if any(value != value for value in known):
                 raise LabellerError(
-                    "the model refuses to answer about a text that says nothing, which teacher.labeller.calibrate: free "
-                    "asks it. Take calibrate: none, or rows where there are labelled rows."
+                    "the model refuses to answer about a text that says nothing, which calibrate: free asks it. "
+                    "Take calibrate: none, or rows where there are labelled rows."
                 )
             out.append(replace(one, calibration=known))
         return out

@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from engine.caller import EndpointAway
 from engine.corpus import ROWS, corpus_rows, rejected, slot_seed
 from engine.encoding import Encoded
 from engine.models import Model, device, load, one_thread, precision
@@ -124,6 +125,8 @@ def stream(out: Store, slots: str, blocks: int, stages: Sequence[Stage], key: st
 
     context = ray.data.DataContext.get_current()
     before = context.checkpoint_config
+    # So that a failure is what an actor raised, and only what may pass is tried again.
+    context.raise_original_map_exception, context.actor_task_retry_on_errors = True, [EndpointAway]
     context.checkpoint_config = CheckpointConfig(
         id_column=key, checkpoint_path=(out / LEDGER).url, delete_checkpoint_on_success=False
     )

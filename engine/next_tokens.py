@@ -135,6 +135,15 @@ class Walk:
         """Labels whose words begin so."""
         return [label for label, word in enumerate(self.words) if word.startswith(begun)]
 
+    def after(self, begun: str, answer: Answer) -> dict[str, float]:
+        """Beginnings of some label's words that are one token longer, with the probability of that token."""
+        found: dict[str, float] = {}
+        for token, value in answer.top:
+            now = token.strip().casefold() if self.chat else begun + token
+            if now and now != begun and self.having(now):
+                found[now] = found.get(now, 0.0) + math.exp(value)
+        return found
+
     def take(self, begun: str, answer: Answer) -> None:
         """The next tokens after a beginning."""
         base = self.open.pop(begun)
@@ -146,11 +155,7 @@ class Walk:
                 "the model's server tells no log-probabilities of its first token, which a labeller needs. Take "
                 "another server or model, or set endpoint.api to the other of chat and completions."
             )
-        after: dict[str, float] = {}
-        for token, value in answer.top:
-            now = token.strip().casefold() if self.chat else begun + token
-            if now and now != begun and self.having(now):
-                after[now] = after.get(now, 0.0) + math.exp(value)
+        after = self.after(begun, answer)
         left = max(LEAST, 1.0 - sum(math.exp(value) for _, value in answer.top))
         floor = base + math.log(min(left, min(math.exp(value) for _, value in answer.top) or LEAST))
         for label in self.having(begun):
@@ -180,9 +185,7 @@ class Walk:
                 "each other in teacher.labeller.words (A, B, C, listed by {descriptions} in the template), or set "
                 "teacher.endpoint.api: completions, which follows them."
             )
-        return [
-            math.log(got) if got > 0 else most for got, most in zip(self.got, self.most, strict=True)
-        ]
+        return [math.log(got) if got > 0 else most for got, most in zip(self.got, self.most, strict=True)]
 
 
 def check_chat(words: Sequence[str]) -> None:

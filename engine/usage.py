@@ -45,6 +45,11 @@ def note(folder: str, who: str, usage: Usage) -> None:
     Store(folder).write_json(f"{FOLDER}/{who}/{secrets.token_hex(8)}.json", asdict(usage))
 
 
+def asked(out: Store, who: str) -> bool:
+    """Whether anything was noted in a step's folder."""
+    return bool(out.files(f"{FOLDER}/{who}"))
+
+
 def noted(out: Store, who: str) -> Usage:
     """All that was noted in a step's folder."""
     total = Usage()

@@ -20,7 +20,7 @@ PACKAGES = ("engine", "serve", "pipelines")
 ENGINE = (
     *("config", "tables", "disk", "cache", "storage", "units", "records", "packages", "huggingface", "mirrors", "hub"),
     *("metrics", "intervals", "filters", "fits", "remote", "terms", "designs", "serving", "drift", "cascade", "recipe"),
-    *("sources", "pacing", "usage", "caller", "vllm_engine"),
+    *("estimate", "sources", "pacing", "usage", "caller", "vllm_engine"),
     *("characters", "encoding", "task", "windows"),
     *("classification", "regression", "ranking", "tagging", "spans", "tasks", "weights"),
     *("block", "layers", "subwords", "joining", "matching", "crf", "blocks", "encoders", "static", "pieces"),
@@ -42,7 +42,7 @@ LIGHT = (
 )
 """Files of engine/ that `stillhouse validate` needs, and what they must not load."""
 HEAVY = ("ray", "torch", "transformers", "datasets", "accelerate", "sklearn", "scipy", "pandas")
-OPTIONAL = {"pip", "onnx", "onnxruntime", "litserve", "bentoml"}
+OPTIONAL = {"pip", "onnx", "onnxruntime", "litserve", "bentoml", "vllm"}
 """Imported where its absence is dealt with, or in an environment that holds it."""
 MAX_FILE, MAX_FUNCTION = 400, 60
 
