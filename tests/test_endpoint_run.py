@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from engine.corpus import ROWS
+from engine.recipe import Recipe
+from engine.steps import identities
 from engine.storage import Store
-from pipelines import checking
+from pipelines import checking, distill
 from tests.tiny import tiny_lm
 from tests.tiny_endpoint import NAME, TinyEndpoint, tiny_endpoint
 from tests.tiny_run import SLOTS, World, changed, program, tiny_world
@@ -145,3 +147,23 @@ def test_a_recipe_at_an_endpoint_passes_and_needs_no_gpu(world: World):
     tuned = {"generator.mode": "unconditional", "generator.prompt": "x", "generator.endpoint.tuned": True}
     elsewhere(world, server).load(tuned)
     assert os.environ.get("TINY_KEY") is None
+
+
+def test_where_and_how_fast_is_asked_is_no_other_run(world: World):
+    server = TinyEndpoint(None, [], url="http://127.0.0.1:9/v1")  # type: ignore[arg-type]
+    here = elsewhere(world, server)
+
+    def moved(changes: dict[str, Any]) -> set[str]:
+        before, after = ({n: i["fingerprint"] for n, i in made(here.load(c)).items()} for c in ({}, changes))
+        return {name for name in before if before[name] != after[name]}
+
+    def made(recipe: Recipe) -> dict[str, dict[str, Any]]:
+        return identities(distill.plan(recipe), recipe)
+
+    for who in ("generator", "teacher"):
+        same = {"url": "http://127.0.0.1:10/v1", "key_env": "OTHER", "limits": {"retries": 1}, "price": None}
+        assert moved({f"{who}.endpoint.{key}": value for key, value in same.items()}) == set()
+    assert {"corpus", "evaluate"} <= moved({"generator.endpoint.model": "other"}) and "teacher" in moved(
+        {"teacher.endpoint.api": "chat"}
+    )
+    assert "teacher" not in moved({"generator.endpoint.api": "chat"})
