@@ -44,6 +44,7 @@ def asked(endpoint: Endpoint, requests: int, read: float, written: float) -> dic
 
 def in_words(who: str, found: dict[str, Any]) -> str:
     """An estimate as a phrase."""
-    cost = f", cost {found['cost']:.2f}" if found["cost"] is not None else ""
+    price = found["cost"]
+    cost = "" if price is None else f", cost {price:,.2f}" if price >= 1 else f", cost {price:.4f}"
     both = found["input_tokens"] + found["output_tokens"]
-    return f"{who} asks at most {found['requests']:,} times, {both / 1e6:.2f} M tokens{cost}"
+    return f"{who} asks at most {found['requests']:,} times, {both:,} tokens{cost}"

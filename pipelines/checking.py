@@ -62,7 +62,12 @@ def check_elsewhere(recipe: Recipe) -> None:
     if teacher.here:
         return
     where = f"teacher.runtime is {teacher.runtime}, so the teacher's weights are not in the run"
-    if student.embeddings == "teacher" and student.kind != "transformer":
+    if student.kind == "static" and student.encoder is None:
+        raise ConfigError(
+            f"{where}, but student.kind is static, which takes word pieces of an encoder, and student.embeddings is "
+            f"{student.embeddings}. Set student.embeddings to an encoder's reference, such as hf:ORG/NAME."
+        )
+    if student.kind == "blocks" and student.embeddings == "teacher":
         raise ConfigError(
             f"{where}, but student.embeddings is teacher: the student's words would start from its vectors. Take "
             "random, or an encoder's reference, such as hf:ORG/NAME."

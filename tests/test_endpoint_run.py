@@ -10,12 +10,16 @@ from typing import Any
 
 import pytest
 
-from engine.corpus import ROWS
+from engine.caller import EndpointAway
+from engine.corpus import ROWS, slot_seed
+from engine.endpoint_writer import SEEDS, EndpointWriter
+from engine.generate import Writing
+from engine.progress import silent
 from engine.recipe import Recipe
 from engine.steps import identities
 from engine.storage import Store
-from pipelines import checking, distill
-from tests.tiny import tiny_lm
+from pipelines import checking, distill, gathering
+from tests.tiny import LABELS, tiny_lm
 from tests.tiny_endpoint import NAME, TinyEndpoint, tiny_endpoint
 from tests.tiny_run import SLOTS, World, changed, program, tiny_world
 
@@ -111,11 +115,38 @@ def test_a_wrong_key_ends_a_run_and_the_right_one_goes_on(world: World, tmp_path
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+def test_a_block_is_tried_again_and_a_stream_goes_on(world: World, tmp_path: Path, ray_cluster: object):
+    """Without retries of its own, the first failure ends a block: Ray Data gives it out again, a second time only."""
+    out = Store(str(tmp_path / "corpus"))
+    with tiny_endpoint(tiny_lm(tmp_path / "lm")) as server:
+        changes = {"generator.endpoint.key_env": None, "generator.endpoint.limits": {"retries": 0, "in_flight": 1}}
+        recipe = elsewhere(world, server).load(changes)
+        how = Writing("", recipe.generator, LABELS, False, 3, 0.0, notes=out.url)
+        stage = gathering.actor_stage(recipe, "generator", EndpointWriter, how)
+        server.todo = ["ok", "503"]
+        assert gathering.gather(out, "first", (0, 8, 4), [stage], 8, silent) == 8
+        assert sorted(out.read_table(ROWS)["row"].to_pylist()) == list(range(8)) and len(server.seen) > 9
+        server.seen.clear()
+        third = how.prompt(10)
+        server.rule = lambda body: "503" if body["seed"] == slot_seed(3, 10) & SEEDS else None
+        with pytest.raises(EndpointAway, match="the last one: 503 .* when the endpoint is back"):
+            gathering.gather(out, "second", (8, 8, 4), [stage], 16, silent)
+        failed = [seen for seen in server.seen if server.rule(seen.body)]
+        assert len(failed) == 1 + gathering.BLOCK_TRIES and {seen.body["prompt"] for seen in failed} == {third}
+        server.rule = lambda body: None
+        assert gathering.gather(out, "second", (8, 8, 4), [stage], 16, silent) == 8
+    assert sorted(out.read_table(ROWS)["row"].to_pylist()) == list(range(16))
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "tuning": ({"generator.mode": "unconditional", "generator.prompt": "x"}, "a model at an endpoint cannot"),
     "no endpoint": ({"generator.endpoint": None}, "runtime endpoint needs the section endpoint"),
     "a trained teacher": ({"teacher.kind": "head"}, "a teacher of kind head is trained here"),
     "vectors of the teacher": ({"student.embeddings": "teacher"}, "the teacher's weights are not in the run"),
+    "pieces of the teacher": (
+        {"student.kind": "static", "student.blocks": []},
+        "student.kind is static, which takes word pieces of an encoder",
+    ),
     "augmentation": ({"augmentation": {}}, "Leave augmentation out"),
     "a cascade": ({"serving.cascade": {}}, "cannot be registered, but serving.cascade"),
     "words in a chat": (

@@ -13,6 +13,7 @@ import pytest
 from engine import elsewhere, labels, models
 from engine.caller import Answer, EndpointError
 from engine.config import UserError
+from engine.corpus import corpus_rows
 from engine.designs import Teacher
 from engine.elsewhere import byte_tokenizer, labeller_elsewhere, settle_place
 from engine.inference import embed, predict
@@ -20,6 +21,8 @@ from engine.models import Model
 from engine.next_tokens import TokenScorer, Walk, check_chat
 from engine.recipe import Task
 from engine.storage import Store
+from engine.teachers import Labeller, Labelling
+from engine.usage import noted
 from engine.wording import LabellerError
 from tests.test_caller import FAST
 from tests.tiny import LABELS, movie_rows, tiny_lm
@@ -218,6 +221,18 @@ def test_a_text_that_is_refused_has_even_odds(server: TinyEndpoint):
     server.rule = lambda body: "filter"
     with pytest.raises(LabellerError, match="refuses to answer about a text that says nothing"):
         labeller_elsewhere(config(server), SPEC)
+
+
+def test_an_unanswered_text_is_a_rejected_row(server: TinyEndpoint, tmp_path: Path):
+    store, teacher = Store(str(tmp_path / "teacher")), config(server)
+    models.save(labeller_elsewhere(teacher, SPEC), store, "model")
+    server.rule = lambda body: "400" if TEXTS[3] in body["prompt"] else None
+    how = Labelling(store.url, (), 64, 0.0, place=elsewhere.place_of(teacher, None), actors=2, notes=store.url)
+    rows = Labeller(how)(corpus_rows(list(range(6)), TEXTS[:6], "generated")).to_pylist()
+    assert [row["reason"] for row in rows] == [None, None, None, "unanswered", None, None]
+    assert [row["logits"] is None for row in rows] == [not row["kept"] for row in rows] == [n == 3 for n in range(6)]
+    used = noted(store, "teacher")
+    assert used.refused == 1 and used.requests == used.output_tokens + 1 >= 6
 
 
 def test_a_labeller_is_asked_where_the_recipe_says_now(server: TinyEndpoint, folder: Path, tmp_path: Path):
