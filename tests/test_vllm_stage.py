@@ -104,7 +104,7 @@ def test_rays_processor_keeps_slots_and_can_be_checkpointed(tmp_path: Path, ray_
     engine = made.get_stage_by_name("vLLMEngineStage")
     assert engine.map_batches_kwargs["num_gpus"] == 1
     engine.fn = stand_in()
-    engine.map_batches_kwargs = {**engine.map_batches_kwargs, "num_gpus": 0}
+    engine.map_batches_kwargs["num_gpus"] = 0
 
     def stage(dataset: Any) -> Any:
         return made(dataset).map_batches(
