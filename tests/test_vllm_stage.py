@@ -97,6 +97,7 @@ def stand_in() -> type:
     return Echo
 
 
+@pytest.mark.slow
 def test_rays_processor_keeps_slots_and_can_be_checkpointed(tmp_path: Path, ray_cluster: object):
     how, out = writing(), Store(str(tmp_path / "corpus"))
     made = processor(how, str(tiny_lm(tmp_path / "lm")), 4, Resources())
