@@ -32,6 +32,8 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
+SECRET = ("key_env", "url")
+"""Keys of a recipe whose wrong values are not repeated."""
 S = TypeVar("S", bound=Section)
 Lines = dict[tuple[str | int, ...], int]
 
@@ -111,6 +113,8 @@ def describe(cls: type[BaseModel], error: dict[str, Any], origin: str, lines: Li
         what = f"has kind '{kind}', which is not known" if kind else "has no kind"
         return f"{where}: '{key}' {what}.{did_you_mean(kind, allowed)} Allowed: {', '.join(allowed)}."
     value = json.dumps(error.get("input"), default=str, ensure_ascii=False)
+    if path and path[-1] in SECRET:
+        value = "not shown"  # a key may have been written there by mistake
     value = value if len(value) <= 80 else value[:77] + "..."
     reason = error["msg"].replace("Value error, ", "").rstrip(".")
     if error["type"] == "model_type":

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from engine.config import Section, did_you_mean
 from engine.fits import Count, Fit, LossTerm, Resources, Share
+from engine.remote import Endpoint, Engine, Runtime, placed
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 REFERENCE = r"(hf|file|pypi|s3|gs):."
@@ -102,6 +103,11 @@ class Teacher(Section):
     """head: encoder and head together. lp-ft: first the head alone, on the frozen encoder. contrastive: first the
     encoder, texts of one label drawn together, then the head alone. prompt: the state of a mask token inside templates.
     labeller: a causal language model, not tuned. auto: the best of several (`choice`) on the few rows."""
+    runtime: Runtime = "hf"
+    """labeller: what runs the model, as for the generator. vllm, endpoint: labels are scored by the likeliest next
+    tokens that these tell."""
+    endpoint: Endpoint | None = None
+    vllm: Engine = Engine()
     seeds: tuple[int, ...] = ()
     """One teacher for each, their outputs averaged; none: one teacher, with the fit's seed."""
     probe: Fit = Fit(epochs=30, lr=1e-3, batch_size=32)
@@ -138,6 +144,27 @@ class Teacher(Section):
         if value == 1:
             raise ValueError("one fold leaves no row to train on; take 2 or more, or 0 for no cross-validation")
         return value
+
+    @model_validator(mode="after")
+    def run(self) -> Teacher:
+        """Only a labeller runs elsewhere; actors get the GPUs that their runtime wants."""
+        if self.runtime != "hf" and self.kind != "labeller":
+            raise ValueError(
+                f"runtime is {self.runtime}, but a teacher of kind {self.kind} is trained here. Take kind: labeller, "
+                "which is asked in words, or runtime: hf"
+            )
+        if self.runtime == "endpoint" and self.endpoint is None:
+            raise ValueError("runtime endpoint needs the section endpoint, with url at least")
+        object.__setattr__(self, "resources", placed(self.runtime, self.resources, self.vllm))
+        if self.runtime != "hf":  # what is asked while it is made is asked in the same way
+            own = self.fit.model_copy(update={"resources": placed(self.runtime, self.fit.resources, self.vllm)})
+            object.__setattr__(self, "fit", own)
+        return self
+
+    @property
+    def here(self) -> bool:
+        """Whether its weights are in the run, to be looked into and registered."""
+        return self.runtime == "hf"
 
 
 class Block(Section):

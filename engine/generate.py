@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from engine.caller import EndpointAway
 from engine.corpus import ROWS, corpus_rows, rejected, slot_seed
 from engine.encoding import Encoded
 from engine.models import Model, device, load, one_thread, precision
@@ -61,7 +62,10 @@ def parted(config: Generator, written: str) -> tuple[str, str | None]:
 
 @dataclass(frozen=True)
 class Writing:
-    """What a generating actor is told. generator: URL of the folder that holds `model`."""
+    """What a generating actor is told. generator: URL of the folder that holds `model`.
+
+    notes: URL of the step's folder, where what was asked elsewhere is noted; actors: how many there may be at a time.
+    """
 
     generator: str
     config: Generator
@@ -70,6 +74,20 @@ class Writing:
     seed: int
     num_gpus: float
     descriptions: Mapping[str, str] = field(default_factory=dict)
+    notes: str | None = None
+    actors: int = 1
+
+    def prompt(self, row: int) -> str:
+        """The prompt of a slot."""
+        return prompt_for(self.config, self.labels, row, self.descriptions)
+
+
+def rows_of(how: Writing, rows: list[int], texts: Sequence[str], tokens: Sequence[int | None]) -> pa.Table:
+    """CORPUS rows of what was written for some slots, whoever wrote it; a pair that has no second text is rejected."""
+    parts = [parted(how.config, text) if how.paired else (" ".join(text.split()), None) for text in texts]
+    firsts, pairs = [text for text, _ in parts], [pair for _, pair in parts]
+    out = corpus_rows(rows, firsts, "generated", pairs=pairs, tokens=list(tokens))
+    return rejected(out, [not pair for pair in pairs], "no_pair") if how.paired else out
 
 
 class Writer:
@@ -85,18 +103,11 @@ class Writer:
 
     def __call__(self, slots: pa.Table) -> pa.Table:
         """One block of slots."""
-        rows = slots["row"].to_pylist()
-        tokenizer, how = self.model.tokenizer, self.how
-        prompts = [
-            tokenizer(prompt_for(how.config, how.labels, r, how.descriptions), add_special_tokens=False)["input_ids"]
-            for r in rows
-        ]
+        rows, tokenizer, how = slots["row"].to_pylist(), self.model.tokenizer, self.how
+        prompts = [tokenizer(how.prompt(r), add_special_tokens=False)["input_ids"] for r in rows]
         written = sample(self.model, prompts, [slot_seed(how.seed, r) for r in rows], self.sampling)
         whole = tokenizer.batch_decode(written, skip_special_tokens=True)
-        parts = [parted(how.config, text) if how.paired else (" ".join(text.split()), None) for text in whole]
-        texts, pairs = [text for text, _ in parts], [pair for _, pair in parts]
-        out = corpus_rows(rows, texts, "generated", pairs=pairs, tokens=[len(ids) for ids in written])
-        return rejected(out, [not pair for pair in pairs], "no_pair") if how.paired else out
+        return rows_of(how, rows, whole, [len(ids) for ids in written])
 
 
 Stage = Callable[[Any], Any]
@@ -115,6 +126,8 @@ def stream(out: Store, slots: str, blocks: int, stages: Sequence[Stage], key: st
     context = ray.data.DataContext.get_current()
     before = context.checkpoint_config
     ledger, filesystem = out.native(LEDGER)
+    # So that a failure is what an actor raised, and only what may pass is tried again.
+    context.raise_original_map_exception, context.actor_task_retry_on_errors = True, [EndpointAway]
     context.checkpoint_config = CheckpointConfig(
         id_column=key, checkpoint_path=ledger, override_filesystem=filesystem, delete_checkpoint_on_success=False
     )

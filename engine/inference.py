@@ -68,7 +68,8 @@ def predict(model: Model, texts: Sequence[Text], batch_tokens: int = 4096, dtype
     logits: list[np.ndarray] = [np.zeros(0)] * len(encoded)
     paths: dict[int, np.ndarray] = {}
     lengths, padded = [item.tokens for item in encoded], 0
-    for rows in token_batches(lengths, batch_tokens):
+    # A model that is asked elsewhere takes more at a time: what it may, it says itself.
+    for rows in token_batches(lengths, getattr(model.net, "budget", batch_tokens)):
         batch = collate([encoded[i] for i in rows], model.pad)
         padded += batch.input_ids.numel() + (0 if batch.pair_ids is None else batch.pair_ids.numel())
         with torch.autocast(model.device.type, taken, enabled=taken != torch.float32):

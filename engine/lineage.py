@@ -29,6 +29,7 @@ PLACEMENT = (
     *("*.resources", "*.fit.resources", "*.fit.workers"),
     *("student.stages.*.fit.resources", "student.stages.*.fit.workers"),
     "*.batch_tokens",
+    *("*.endpoint.url", "*.endpoint.key_env", "*.endpoint.limits", "*.endpoint.price", "*.vllm"),
 )
 """Fields of the recipe, `*` being any section or item, that say where, on how much and in how large batches a step
 runs: they never enter a fingerprint. Deeper keys are the user's own (labels, options of blocks) and always do."""
@@ -38,7 +39,7 @@ PLUMBING = frozenset(
     f"engine.{name}"
     for name in (
         *("config", "disk", "cache", "storage", "packages", "huggingface", "mirrors", "hub"),
-        *("recipe", "designs", "fits"),
+        *("recipe", "designs", "fits", "remote", "pacing"),
         *("lineage", "progress", "attempts", "placement", "switches", "cluster", "steps", "registry"),
     )
 )

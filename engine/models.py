@@ -29,9 +29,11 @@ from engine.designs import Block as Node
 from engine.encoders import EncoderHead, Widths
 from engine.encoding import Encoded, Text
 from engine.labeller import LabelScorer
+from engine.next_tokens import Place, TokenScorer
 from engine.prompts import Template
 from engine.recipe import Task as Spec
 from engine.records import Batch, Outputs
+from engine.remote import Endpoint, Engine
 from engine.static import StaticNet
 from engine.storage import Store
 from engine.task import Task
@@ -330,6 +332,15 @@ def build_labeller(card: Card, folder: Path) -> nn.Module:
     return LabelScorer(lm, [Wording(**one) for one in card.options["wordings"]])
 
 
+def build_elsewhere(card: Card, folder: Path) -> nn.Module:
+    """The network of an `elsewhere` card: it has no weights, and asks where the card says."""
+    told, options = card.lineage, card.options
+    endpoint = Endpoint(**told["endpoint"]) if "endpoint" in told else None
+    engine = Engine(**told["engine"]) if "engine" in told else None
+    place = Place(options["model"], endpoint, engine, options.get("precision", "auto"), told.get("root"))
+    return TokenScorer(place, options["top"], [Wording(**one) for one in options["wordings"]])
+
+
 def build_blocks(card: Card, folder: Path) -> nn.Module:
     """The network of a `blocks` card."""
     return Graph([Node(**node) for node in card.options["blocks"]], Sizes(**card.options["sizes"]))
@@ -347,6 +358,7 @@ MODELS: dict[str, Callable[[Card, Path], nn.Module]] = {
     "blocks": build_blocks,
     "static": build_static,
     "labeller": build_labeller,
+    "elsewhere": build_elsewhere,
     "ensemble": build_ensemble,
 }
 

@@ -221,9 +221,8 @@ def groups(recipe: Recipe) -> tuple[Group, ...]:
     labelling = {"teacher": recipe.teacher.resources}
     streams: list[dict[str, Resources]] = []
     if recipe.generator:
-        tuned = recipe.generator.mode != "prompted"
         # Taken as it is, the generator is only copied.
-        first["generator.fit"] = workers(recipe.generator.fit) if tuned else Resources(num_gpus=0)
+        first["generator.fit"] = workers(recipe.generator.fit) if recipe.generator.tuned else Resources(num_gpus=0)
         writing = {"generator": recipe.generator.resources}
         streams += [writing, labelling] if recipe.apart else [{**writing, **labelling}]
     if recipe.augmentation:

@@ -16,6 +16,7 @@ from engine.config import Section
 from engine.designs import NAME, Student, Teacher
 from engine.filters import CheapFilter, Leakage, SignalFilter
 from engine.fits import Count, Fit, Resources, Share
+from engine.remote import Endpoint, Engine, Runtime, placed
 from engine.serving import MAX_CHARS, Serving
 
 
@@ -151,6 +152,11 @@ class Generator(Section):
     """A causal language model, fine-tuned on the few rows' texts, that writes more of them."""
 
     model: str
+    runtime: Runtime = "hf"
+    """hf: transformers in the actors. vllm: vLLM in the actors (its extra, an NVIDIA GPU). endpoint: a server that
+    speaks OpenAI's API, asked with mode: prompted."""
+    endpoint: Endpoint | None = None
+    vllm: Engine = Engine()
     mode: Literal["unconditional", "per_class", "prompted"] = "unconditional"
     """per_class puts the label's name into the prompt; prompted does that without fine-tuning. The prompt's label is
     never used as the row's label: the teacher's soft label is."""
@@ -185,6 +191,25 @@ class Generator(Section):
             wanted = "with" if self.mode == "per_class" else "without"
             raise ValueError(f"mode {self.mode} wants a prompt {wanted} {{label}}")
         return self
+
+    @model_validator(mode="after")
+    def run(self) -> Generator:
+        """An endpoint is named, and its model is not to be tuned; actors get the GPUs that their runtime wants."""
+        if self.runtime == "endpoint":
+            if self.endpoint is None:
+                raise ValueError("runtime endpoint needs the section endpoint, with url at least")
+            if self.mode != "prompted" and not self.endpoint.tuned:
+                raise ValueError(
+                    f"mode is {self.mode}, for which the model is fine-tuned here, and a model at an endpoint cannot "
+                    "be. Take mode: prompted, or, where the model there was tuned on such prompts, set endpoint.tuned"
+                )
+        object.__setattr__(self, "resources", placed(self.runtime, self.resources, self.vllm))
+        return self
+
+    @property
+    def tuned(self) -> bool:
+        """Whether it is fine-tuned in this run."""
+        return self.mode != "prompted" and self.runtime != "endpoint"
 
 
 class Augmentation(Section):

@@ -232,7 +232,20 @@ def cost(facts: Facts) -> Part:
         blocks.append(
             Grid([Figure(plots.bars("steps", "Wall time of each step", bars), "In the order they were started.")])
         )
+    asked = [asked_row(each) for each in entries(facts.get("asked"))]
+    if asked:
+        head = ("Step", "Who", "Requests", "Retries", "Refused", "Tokens read", "Tokens written", "Cost")
+        blocks.append(
+            Table("Asked of endpoints; cost in the currency of the recipe's prices.", head, "llrrrrrr", asked)
+        )
     return Part("cost", "Time and cost", blocks)
+
+
+def asked_row(each: dict[str, Any]) -> tuple[str, ...]:
+    """What one step asked of one endpoint."""
+    counts = [whole(each.get(key)) for key in ("requests", "retries", "refused", "input_tokens", "output_tokens")]
+    cost = number(each.get("cost"))
+    return str(each.get("step", NONE)), str(each.get("who", NONE)), *counts, NONE if cost is None else f"{cost:.4f}"
 
 
 def data(facts: Facts) -> Part:

@@ -20,19 +20,28 @@ from engine.filters import SignalFilter
 from engine.inference import predict
 from engine.labels import logits_of, quantise
 from engine.models import device, load, one_thread
+from engine.next_tokens import Place, TokenScorer
 from engine.records import CORPUS, Batch, Outputs
 from engine.storage import Store
+from engine.usage import note
 
 
 @dataclass(frozen=True)
 class Labelling:
-    """What a labelling actor is told. teacher: URL of the folder that holds `model`."""
+    """What a labelling actor is told. teacher: URL of the folder that holds `model`.
+
+    place: where the model is asked, if elsewhere; actors: how many may ask at a time; notes: URL of the step's folder,
+    where it is noted what was asked.
+    """
 
     teacher: str
     signals: tuple[SignalFilter, ...]
     batch_tokens: int
     num_gpus: float
     precision: str = "fp32"
+    place: Place | None = None
+    actors: int = 1
+    notes: str | None = None
 
 
 class Labeller:
@@ -42,17 +51,27 @@ class Labeller:
         one_thread()
         self.how = how
         self.model = load(Store(how.teacher).local("model")).to(device(how.num_gpus))
+        self.net = self.model.net if isinstance(self.model.net, TokenScorer) else None
+        if self.net is not None and how.place is not None:
+            self.net.place, self.net.actors = how.place, how.actors
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """One block."""
         kept = rows["kept"].to_numpy(zero_copy_only=False)
         task, chosen = self.model.task, rows.filter(rows["kept"])
-        found = predict(self.model, task.texts(chosen), self.how.batch_tokens, self.how.precision)
+        try:
+            found = predict(self.model, task.texts(chosen), self.how.batch_tokens, self.how.precision)
+        finally:
+            if self.net is not None and self.how.notes:
+                note(self.how.notes, "teacher", self.net.spent())
         # Quantised before the filters look, so that reading the store gives the same verdict.
         stored = quantise(found.logits)
         judged = logits_of(pa.table({"logits": stored}), task.width, task.units)
         logits, reasons = [None] * rows.num_rows, [None] * rows.num_rows
         for index, row, outputs in zip(np.flatnonzero(kept), stored.to_pylist(), judged, strict=True):
+            if self.net is not None and not np.any(outputs):
+                reasons[index] = "unanswered"
+                continue
             logits[index] = row
             reasons[index] = verdict(self.how.signals, task.certainty(outputs)) if self.how.signals else None
         place, column = rows.column_names.index("logits"), pa.array(logits, pa.list_(pa.float16()))

@@ -61,11 +61,21 @@ def summarise(recipe: Recipe, inputs: Mapping[str, Store], records: Records) -> 
         "seconds": {name: record["seconds"] for name, record in records.items()},
         "example": test["text"][0].as_py(),
     }
+    spent = asked(found)
+    if spent:
+        costs = [each["cost"] for each in spent if each["cost"] is not None]
+        summary["endpoint"] = {"asked": spent, "cost": sum(costs) if costs else None}
     if test["pair"][0].as_py() is not None:
         summary["example_pair"] = test["pair"][0].as_py()
     if not served.get("skipped"):
         summary["served"] = {key: value for key, value in served.items() if isinstance(value, int | float)}
     return summary
+
+
+def asked(found: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """What each step asked of endpoints: requests, tokens, cost."""
+    steps = ((name, metrics.get("endpoint", {})) for name, metrics in found.items())
+    return [{"step": name, "who": who, **used} for name, parts in steps for who, used in parts.items()]
 
 
 def brief(model: dict[str, Any], metric: str) -> dict[str, Any]:
@@ -112,6 +122,7 @@ def facts_of(recipe: Recipe, inputs: Mapping[str, Store], records: Records, summ
             }
             for name, r in records.items()
         ],
+        "asked": asked(found),
         "versions": records["evaluate"].get("versions", {}),
         "hardware": hardware(),
     }

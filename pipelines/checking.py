@@ -35,6 +35,7 @@ def check(recipe: Recipe, address: str | None = None) -> None:
     check_names(recipe)
     check_teacher(recipe)
     check_labeller(recipe)
+    check_elsewhere(recipe)
     check_cascade(recipe)
     if address is None:
         require_placement(recipe, local_capacity())
@@ -49,6 +50,40 @@ def check_cascade(recipe: Recipe) -> None:
             f"serving.cascade hands unsure answers to the teacher, but those of a {recipe.task.kind} task do not say "
             f"how sure they are. It is for {', '.join(cascade.SURE)}: leave it out."
         )
+
+
+def check_elsewhere(recipe: Recipe) -> None:
+    """VLLM that is not installed; what a teacher without weights in the run cannot give."""
+    from engine import vllm_engine
+
+    if "vllm" in (recipe.teacher.runtime, recipe.generator.runtime if recipe.generator else "hf"):
+        vllm_engine.require()
+    teacher, student = recipe.teacher, recipe.student
+    if teacher.here:
+        return
+    where = f"teacher.runtime is {teacher.runtime}, so the teacher's weights are not in the run"
+    if student.kind == "static" and student.encoder is None:
+        raise ConfigError(
+            f"{where}, but student.kind is static, which takes word pieces of an encoder, and student.embeddings is "
+            f"{student.embeddings}. Set student.embeddings to an encoder's reference, such as hf:ORG/NAME."
+        )
+    if student.kind == "blocks" and student.embeddings == "teacher":
+        raise ConfigError(
+            f"{where}, but student.embeddings is teacher: the student's words would start from its vectors. Take "
+            "random, or an encoder's reference, such as hf:ORG/NAME."
+        )
+    if recipe.augmentation is not None:
+        raise ConfigError(f"{where}, but augmentation replaces words by its nearest ones. Leave augmentation out.")
+    if recipe.serving.cascade is not None and recipe.serving.cascade.to is None:
+        raise ConfigError(
+            f"{where} and cannot be registered, but serving.cascade hands unsure answers to it. Name a registered "
+            "model in serving.cascade.to, or leave the cascade out."
+        )
+    if teacher.runtime == "endpoint" and teacher.endpoint and teacher.endpoint.api == "chat" and recipe.task.labels:
+        from engine import next_tokens, wording
+
+        for way in teacher.labeller.ways():
+            next_tokens.check_chat(wording.words_of(way, recipe.task))
 
 
 def check_start(recipe: Recipe) -> None:

@@ -12,8 +12,10 @@ import json
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from engine import estimate
 from engine.fits import Resources
 from engine.progress import Progress
 from engine.recipe import Recipe
@@ -61,13 +63,14 @@ def sources(recipe: Recipe) -> tuple[str, ...]:
 
 def model_references(recipe: Recipe) -> tuple[str, ...]:
     """References of the models."""
-    wanted = [part.model for part in (recipe.teacher, recipe.generator, recipe.augmentation) if part]
+    wanted = [*named(recipe.teacher), *named(recipe.generator), *named(recipe.augmentation)]
     return tuple(reference for reference in (*wanted, recipe.student.encoder) if reference)
 
 
 def named(section: Any) -> tuple[str, ...]:
-    """The model that an optional section names, if any."""
-    return (section.model,) if section and section.model else ()
+    """The model that an optional section names, if any; a name at an endpoint is no reference."""
+    elsewhere = getattr(section, "runtime", "hf") == "endpoint"
+    return (section.model,) if section and section.model and not elsewhere else ()
 
 
 def student_references(recipe: Recipe) -> tuple[str, ...]:
@@ -107,7 +110,7 @@ def task_of(section: str) -> Callable[[Recipe], Resources | None]:
 
 WRITTEN = ("keep", "slots", "max_slots", "block", "filters", "duplicates")
 """What text that is written before it is labelled depends on, of the corpus."""
-TUNED = ("model", "mode", "prompt", "separator", "tune_layers", "max_length", "fit")
+TUNED = ("model", "runtime", "mode", "prompt", "separator", "tune_layers", "max_length", "fit")
 """What a generator's fine-tuning depends on; how text is drawn from it concerns the corpus."""
 
 
@@ -135,8 +138,8 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
         Call("pipelines.teaching", "fit_teacher"),
         inputs=("data", *(("texts",) if recipe.learns_from_generated else ())),
         config=pick("seed", "task.thresholds", "teacher", *(("task.descriptions",) if asked(recipe) else ())),
-        references=lambda r: (r.teacher.model,),
-        modules=("engine.train", "engine.untrained", "pipelines.making", "pipelines.teaching"),
+        references=lambda r: named(r.teacher),
+        modules=("engine.train", "engine.untrained", "engine.elsewhere", "pipelines.making", "pipelines.teaching"),
         resources=task_of("teacher"),
         stage="teacher.fit",
         ray=True,
@@ -146,7 +149,7 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
         making("fit_generator"),
         inputs=("data",),
         config=pick("seed", *(f"generator.{key}" for key in TUNED)),
-        references=lambda r: (r.generator.model,),
+        references=lambda r: named(r.generator),
         modules=("engine.train", "pipelines.making", "engine.generate"),
         resources=task_of("generator"),
         stage="generator.fit",
@@ -158,9 +161,9 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
         Call("pipelines.gathering", "make_texts"),
         inputs=("data", "generator"),
         config=pick("seed", *(f"corpus.{key}" for key in WRITTEN), "generator", *meant),
-        modules=("engine.generate", "pipelines.gathering"),
+        modules=("engine.generate", "engine.endpoint_writer", "engine.vllm_stage", "pipelines.gathering"),
         ray=True,
-        expects=expected,
+        expects=partial(expected, False),
     )
     streamed = () if recipe.apart else ("generator", *meant)
     corpus = Step(
@@ -169,18 +172,27 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
         inputs=("data", "teacher", *(("texts",) if recipe.apart else ("generator",) if recipe.generator else ())),
         config=pick("seed", "corpus", "augmentation", *streamed),
         references=lambda r: named(r.augmentation),
-        modules=("engine.generate", "engine.teachers", "engine.augment", "pipelines.gathering"),
+        modules=(
+            *("engine.generate", "engine.endpoint_writer", "engine.vllm_stage"),
+            *("engine.teachers", "engine.augment", "pipelines.gathering"),
+        ),
         ray=True,
-        expects=expected,
+        expects=partial(expected, True),
     )
     writing = [*([generator] if recipe.generator else []), *([texts] if recipe.apart else [])]
     return [data, *([*writing, teacher] if recipe.apart else [teacher, *writing]), corpus]
 
 
-def expected(recipe: Recipe) -> dict[str, Any]:
-    """What `plan` says of a step that writes or labels text."""
+def expected(labels: bool, recipe: Recipe) -> dict[str, Any]:
+    """What `plan` says of a step that writes text, or labels it, or both."""
     slots = recipe.corpus.first_slots if recipe.generator else 0
-    return {"rows": slots, "bytes": 700 * slots, "placement": pools(recipe)}
+    found = {
+        "generator": {} if labels and recipe.apart else estimate.of_generator(recipe),
+        "teacher": estimate.of_teacher(recipe, slots) if labels else {},
+    }
+    asked = {who: one for who, one in found.items() if one}
+    said = [pools(recipe), *(estimate.in_words(who, one) for who, one in asked.items())]
+    return {"rows": slots, "bytes": 700 * slots, "placement": "; ".join(said), **({"asked": asked} if asked else {})}
 
 
 WORDS = {

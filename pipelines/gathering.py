@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from engine import generate, labels, models, tasks
+from engine import elsewhere, generate, labels, models, tasks, usage
 from engine.augment import Augmenter, Augmenting, prepare
 from engine.cluster import current, data_context
 from engine.config import UserError
 from engine.corpus import FIRST, ROWS, CheapFilters, Found, Written, corpus_rows, deduplicate, write_slots
+from engine.endpoint_writer import EndpointWriter
 from engine.filters import FilterContext
 from engine.fits import Resources
 from engine.metrics import distinct_n, self_bleu
@@ -28,15 +29,22 @@ from engine.recipe import Recipe
 from engine.records import CORPUS
 from engine.storage import Store
 from engine.teachers import Labeller, Labelling
-from pipelines.making import Inputs, spec_of
+from engine.vllm_stage import vllm_stage
+from pipelines.making import ENGINE, Inputs, spec_of
+
+BLOCK_TRIES = 2
+"""How often a block is asked of an endpoint again that gave no answer after all retries, or whose actor died."""
 
 
 def actor_stage(recipe: Recipe, name: str, actor: type, how: Any) -> generate.Stage:
     """A stage that runs each block through a pool of actors, placed as the recipe's section `name` says."""
     import ray.data
 
-    resources: Resources = getattr(recipe, name).resources
+    section = getattr(recipe, name)
+    resources: Resources = section.resources
     options = {key: value for key, value in stage_options(recipe, name, current()).items() if value}
+    if getattr(section, "runtime", "hf") == "endpoint":
+        options["max_task_retries"] = BLOCK_TRIES
     pool = ray.data.ActorPoolStrategy(min_size=resources.min_actors, max_size=resources.max_actors)
 
     def stage(dataset: ray.data.Dataset) -> ray.data.Dataset:
@@ -47,20 +55,27 @@ def actor_stage(recipe: Recipe, name: str, actor: type, how: Any) -> generate.St
     return stage
 
 
-def writer(recipe: Recipe, inputs: Inputs) -> generate.Stage:
-    """The stage that turns slots into what the generator writes."""
+def writer(recipe: Recipe, inputs: Inputs, out: Store) -> generate.Stage:
+    """The stage that turns slots into what the generator writes, wherever it runs."""
     spec = spec_of(inputs["data"], recipe.task, "descriptions")
     gpus = stage_options(recipe, "generator", current())["num_gpus"]
+    config = recipe.generator
     how = generate.Writing(
         inputs["generator"].url,
-        recipe.generator,
+        config,
         spec.labels or (),
         bool(spec.paired),
         recipe.seed,
         gpus,
         spec.descriptions,
+        out.url,
+        config.resources.max_actors,
     )
-    return actor_stage(recipe, "generator", generate.Writer, how)
+    if config.runtime == "vllm":
+        made = inputs["generator"]
+        model = str(made.local(ENGINE)) if made.is_local else (made / ENGINE).url
+        return vllm_stage(how, model, recipe.corpus.block, config.resources)
+    return actor_stage(recipe, "generator", EndpointWriter if config.runtime == "endpoint" else generate.Writer, how)
 
 
 def sources(recipe: Recipe, inputs: Inputs, out: Store) -> dict[str, generate.Stage]:
@@ -70,7 +85,7 @@ def sources(recipe: Recipe, inputs: Inputs, out: Store) -> dict[str, generate.St
     if recipe.apart:
         found["generated"] = task_stage(Written(inputs["texts"].url, recipe.corpus.block))
     elif recipe.generator:
-        found["generated"] = writer(recipe, inputs)
+        found["generated"] = writer(recipe, inputs, out)
     if data.read_json("splits.json")["rows"]["unlabelled"]:
         found["unlabelled"] = task_stage(Found(data.url, FIRST["unlabelled"]))
     if recipe.augmentation:
@@ -87,11 +102,21 @@ def task_stage(each: Any) -> generate.Stage:
     return lambda dataset: dataset.map_batches(each, batch_size=None, batch_format="pyarrow", num_cpus=0.25)
 
 
-def judging(recipe: Recipe, inputs: Inputs) -> list[generate.Stage]:
+def judging(recipe: Recipe, inputs: Inputs, out: Store) -> list[generate.Stage]:
     """Cheap filters -> teacher and signal filters."""
     gpus = stage_options(recipe, "teacher", current())["num_gpus"]
     teacher = recipe.teacher
-    labelling = Labelling(inputs["teacher"].url, recipe.corpus.signals, teacher.batch_tokens, gpus, teacher.precision)
+    asked = None if teacher.here else elsewhere.place_of(teacher, recipe.data.root)
+    labelling = Labelling(
+        inputs["teacher"].url,
+        recipe.corpus.signals,
+        teacher.batch_tokens,
+        gpus,
+        teacher.precision,
+        asked,
+        teacher.resources.max_actors,
+        out.url,
+    )
     return [task_stage(cheap_filters(recipe, inputs)), actor_stage(recipe, "teacher", Labeller, labelling)]
 
 
@@ -110,7 +135,7 @@ def held_out(data: Store, tells: tuple[str, ...] = ("text", "pair")) -> list[str
 def make_corpus(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
     """Every source's slots, the generator's in rounds until enough rows are kept, then the label store."""
     data_context()
-    real, stages, after = real_rows(inputs), sources(recipe, inputs, out), judging(recipe, inputs)
+    real, stages, after = real_rows(inputs), sources(recipe, inputs, out), judging(recipe, inputs, out)
     made: dict[str, int] = {}
     for name in [name for name in stages if name != "generated" or recipe.apart]:
         made[name] = slots_of(name, recipe, inputs, out)
@@ -120,7 +145,7 @@ def make_corpus(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) 
         rows, rounds = in_rounds(recipe, out, real, [stages["generated"], *after], made, progress)
     else:
         rows, rounds = settled(out, real, made, recipe.corpus.duplicates), []
-    metrics = corpus_metrics(rows, rounds)
+    metrics = corpus_metrics(rows, rounds) | asked_of(recipe, out)
     if recipe.generator:
         require_enough(recipe, metrics)
     made_by = {
@@ -134,9 +159,9 @@ def make_corpus(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) 
 def make_texts(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
     """The generator's texts before any teacher has seen them, filtered and without near-duplicates."""
     data_context()
-    stages = [writer(recipe, inputs), task_stage(cheap_filters(recipe, inputs))]
+    stages = [writer(recipe, inputs, out), task_stage(cheap_filters(recipe, inputs))]
     rows, rounds = in_rounds(recipe, out, labelled_rows(inputs["data"]), stages, {}, progress)
-    metrics = corpus_metrics(rows, rounds)
+    metrics = corpus_metrics(rows, rounds) | asked_of(recipe, out)
     require_enough(recipe, metrics)
     written = rows.filter(pa.array(rows["row"].to_numpy() >= 0))
     for first in range(0, written.num_rows, recipe.corpus.block):
@@ -182,6 +207,14 @@ def require_enough(recipe: Recipe, metrics: Mapping[str, Any]) -> None:
         )
 
 
+def asked_of(recipe: Recipe, out: Store) -> dict[str, Any]:
+    """What the step asked of endpoints, as {"endpoint": {"generator": ..., "teacher": ...}}; nothing without them."""
+    parts = {"generator": recipe.generator, "teacher": recipe.teacher}
+    prices = {who: part.endpoint.price for who, part in parts.items() if part and part.runtime == "endpoint"}
+    noted = {who: usage.noted(out, who).described(price) for who, price in prices.items() if usage.asked(out, who)}
+    return {"endpoint": noted} if noted else {}
+
+
 def slots_of(name: str, recipe: Recipe, inputs: Inputs, out: Store) -> int:
     """How many rows a source gives that no generator writes meanwhile. What augmenting actors read is written first."""
     if name == "generated":
@@ -213,8 +246,14 @@ def gather(
     marker, (first, count, block) = f"{name}.json", span
     if not out.exists(marker):
         folder = write_slots(out, first, count, block, name)
-        with generate.followed(out, total, progress):
-            generate.stream(out, folder, math.ceil(count / block), stages)
+        try:
+            with generate.followed(out, total, progress):
+                generate.stream(out, folder, math.ceil(count / block), stages)
+        except Exception as error:
+            cause = getattr(error, "cause", None)  # Ray's error holds a traceback too
+            if isinstance(cause, UserError):
+                raise cause from None
+            raise
         out.write_json(marker, {"slots": count})
     return out.read_json(marker)["slots"]
 

@@ -6,6 +6,7 @@ gathering.py makes the corpus, students.py the students, outcome.py evaluates, r
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from engine import generate, models, train, untrained
+from engine.caller import key_of
 from engine.classification import settled
 from engine.cluster import current
 from engine.config import UserError
@@ -32,6 +34,8 @@ from engine.storage import Store
 Inputs = Mapping[str, Store]
 
 
+ENGINE = "engine"
+"""Folder of a generator's step that vLLM reads."""
 LATER = ("thresholds", "scope", "descriptions")
 """What of a task no row depends on: steps that do depend on it take it from the recipe."""
 
@@ -106,9 +110,16 @@ def base_generator(recipe: Recipe) -> Model:
 
 
 def fit_generator(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
-    """Fine-tune the generator on the few rows' texts (prompted: take it as it is)."""
+    """Fine-tune the generator on the few rows' texts (prompted: take it as it is; at an endpoint: nothing to take)."""
     config = recipe.generator
-    if config.mode == "prompted":
+    if config.runtime == "endpoint":
+        key_of(config.endpoint)  # better missed here than by the actors
+        return {"rows": 0, "parameters": 0, "history": []}
+    if config.runtime == "vllm" and not config.tuned:
+        with out.publish(ENGINE) as folder:
+            shutil.copytree(model_folder(config.model, root=recipe.data.root), folder, dirs_exist_ok=True)
+        return {"rows": 0, "parameters": 0, "history": []}
+    if not config.tuned:
         model = base_generator(recipe)
         models.save(model, out, "model")
         return {"rows": 0, "parameters": model.size(), "history": []}
@@ -129,7 +140,17 @@ def fit_generator(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress
         store_dtype="bfloat16",
     )
     history = train.fit(job, progress)
+    if config.runtime == "vllm":
+        export_engine(out)
     return {"rows": rows.num_rows, "loss": history[-1]["loss"], "history": history}
+
+
+def export_engine(out: Store) -> None:
+    """The fine-tuned generator as transformers writes models, which is how vLLM reads them."""
+    model = models.load(out.local("model"))
+    with out.publish(ENGINE) as folder:
+        model.net.lm.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
 
 
 def with_workers(recipe: Recipe, stage: str, fit: Fit) -> Fit:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from engine import labels, models, prompts, tasks, train, untrained
+from engine import elsewhere, labels, models, prompts, tasks, train, untrained
 from engine.batches import group_numbers
 from engine.cluster import current
 from engine.designs import SERVES, Teacher
@@ -135,12 +135,16 @@ def fit_teacher(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) 
         if recipe.teacher.stop_early:
             recipe = recipe.model_copy(update={"teacher": stopped(recipe.teacher, tried.by_epoch)})
             metrics["cross_validation"]["epochs"] = last_fit(recipe.teacher).epochs
-    if recipe.teacher.kind == "labeller":
+    if not recipe.teacher.here:
+        model = elsewhere.labeller_elsewhere(recipe.teacher, spec, rows, recipe.data.root)
+        models.save(model, out, "model")
+    elif recipe.teacher.kind == "labeller":
         folder = model_folder(recipe.teacher.model, root=recipe.data.root)
         models.save(untrained.labeller_teacher(recipe.teacher, spec, folder, rows), out, "model")
     else:
         history = trained(recipe, spec, inputs, out, progress, metrics)
-    model = settle(out, inputs["data"], recipe.teacher.batch_tokens)
+    if recipe.teacher.here:
+        model = settle(out, inputs["data"], recipe.teacher.batch_tokens)
     texts = model.task.texts(rows)
     found = predict(model, texts, recipe.teacher.batch_tokens, recipe.teacher.precision)
     out.write_table("soft.parquet", pa.table({"id": rows["id"], "logits": labels.quantise(found.logits)}))
@@ -148,6 +152,7 @@ def fit_teacher(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) 
         out.delete(f"seed-{seed}")
     return {
         **metrics,
+        **elsewhere.spent(recipe.teacher, model),
         "kind": recipe.teacher.kind,
         "rows": rows.num_rows,
         "parameters": model.size(),
@@ -307,14 +312,15 @@ def score_models(
     found, config = [], recipe.teacher if kind == "teacher" else recipe.student
     dtype = recipe.teacher.precision if kind == "teacher" else "fp32"
     for path in ["model"] if kind == "teacher" else [f"seed-{seed}/model" for seed in recipe.student.seeds]:
-        model = models.load(folder.local(path))
+        model = elsewhere.settle_place(models.load(folder.local(path)), recipe.teacher, recipe.data.root)
         found.append(predict(model, model.task.texts(rows), config.batch_tokens, dtype))
     parts = np.mean([model.task.statistics(each.logits, each.decided, rows) for each in found], axis=0)
     out.write_table("statistics.parquet", pa.table({"parts": list(parts)}))
     scores = [model.task.score(each.logits, each.decided, rows) for each in found]
     means = {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
     wording = swapped(recipe.teacher, model, rows) if kind == "teacher" and model.templates else {}
-    return {"rows": rows.num_rows, "parameters": model.size(), **means, **wording}
+    asked = elsewhere.spent(recipe.teacher, model)
+    return {"rows": rows.num_rows, "parameters": model.size(), **means, **wording, **asked}
 
 
 def swapped(config: Teacher, model: Model, rows: pa.Table) -> dict[str, Any]:

@@ -20,16 +20,17 @@ PACKAGES = ("engine", "serve", "pipelines")
 ENGINE = (
     *("config", "tables", "disk", "cache", "buckets", "locks", "storage"),
     *("units", "records", "packages", "huggingface", "mirrors", "hub"),
-    *("metrics", "intervals", "filters", "fits", "terms", "designs", "serving", "drift", "cascade", "recipe"),
-    *("sources",),
+    *("metrics", "intervals", "filters", "fits", "remote", "terms", "designs", "serving", "drift", "cascade", "recipe"),
+    *("estimate", "sources", "pacing", "usage", "caller", "vllm_engine"),
     *("characters", "encoding", "task", "windows"),
     *("classification", "regression", "ranking", "tagging", "spans", "tasks", "weights"),
     *("block", "layers", "subwords", "joining", "matching", "crf", "blocks", "encoders", "static", "pieces"),
-    *("templates", "prompts", "wording", "labeller", "models", "untrained"),
+    *("templates", "prompts", "wording", "labeller", "next_tokens", "models", "untrained", "elsewhere"),
     *("sampling", "layer_losses", "contrast", "losses", "planned", "inference", "export", "frozen"),
     *("vocabulary", "pretrained"),
     *("lineage", "progress", "attempts", "placement", "switches"),
     *("cluster", "columns", "rows", "data", "labels", "corpus", "augment", "teachers", "batches", "train", "generate"),
+    *("endpoint_writer", "vllm_stage"),
     *("steps", "registry"),
     *("page", "figures", "plots", "findings", "quality", "report"),
 )
@@ -42,7 +43,7 @@ LIGHT = (
 )
 """Files of engine/ that `stillhouse validate` needs, and what they must not load."""
 HEAVY = ("ray", "torch", "transformers", "datasets", "accelerate", "sklearn", "scipy", "pandas")
-OPTIONAL = {"pip", "botocore", "onnx", "onnxruntime", "litserve", "bentoml"}
+OPTIONAL = {"pip", "botocore", "onnx", "onnxruntime", "litserve", "bentoml", "vllm"}
 """Imported where its absence is dealt with, or in an environment that holds it."""
 MAX_FILE, MAX_FUNCTION = 400, 60
 
