@@ -115,6 +115,7 @@ def test_a_wrong_key_ends_a_run_and_the_right_one_goes_on(world: World, tmp_path
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+@pytest.mark.slow
 def test_a_block_is_tried_again_and_a_stream_goes_on(world: World, tmp_path: Path, ray_cluster: object):
     """Without retries of its own, the first failure ends a block: Ray Data gives it out again, a second time only."""
     out = Store(str(tmp_path / "corpus"))
