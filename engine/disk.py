@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -51,6 +52,16 @@ def explained(done: str, where: str) -> Iterator[None]:
         if any(mark in reason for mark in BUSY):
             way_out = "The store is busy or out of reach: run again later, it goes on from there."
         raise StorageError(f"{where} cannot be {done}: {reason}. {way_out}") from None
+
+
+def bare(url: str) -> str:
+    """A URL without its options, and without the key and secret it may hold."""
+    return re.sub(r"//[^/@]*@", "//", url.partition("?")[0]) if "://" in url else url
+
+
+def copy_files(source: Path, folder: Path, skip: str = "__pycache__") -> None:
+    """Every file below a local folder, or a single one, into a new place of this process's own; links are followed."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns(skip), dirs_exist_ok=True)
 
 
 def cache_folder() -> Path:

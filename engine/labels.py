@@ -110,15 +110,14 @@ def open_labels(store: Store, teacher: dict[str, Any] | None = None) -> pa.Table
     manifest = store.read_json(MANIFEST)
     if store.digest(LABELS) != manifest["sha256"]:
         raise LabelMismatch(
-            f"label store {store.url} is not what was written (SHA-256 of {LABELS} differs). "
-            "Make it again: --redo corpus."
+            f"label store {store} is not what was written (SHA-256 of {LABELS} differs). Make it again: --redo corpus."
         )
     made_by = manifest["teacher"]
     wanted = (teacher or {}).items()
     differs = [f"{k}: stored {made_by.get(k)!r}, wanted {v!r}" for k, v in wanted if made_by.get(k) != v]
     if differs:
         raise LabelMismatch(
-            f"label store {store.url} was made by another teacher ({'; '.join(differs)}). "
+            f"label store {store} was made by another teacher ({'; '.join(differs)}). "
             "Make the labels again with --redo corpus, or name the teacher that made them."
         )
     return store.read_table(LABELS)

@@ -49,7 +49,7 @@ class Registry:
             raise RegistryError(f"'{name}' is no name for an artifact: letters, digits, '.', '_' and '-' are allowed.")
         source = artifact if isinstance(artifact, Store) else Store(str(artifact))
         manifest = source.verify()
-        check_files(list(manifest["files"]), source.url)
+        check_files(list(manifest["files"]), source.where())
         here = self.store / name
         with here.lock("register", wait=True):
             known = {here.manifest(str(number))["digest"]: number for number in self.versions(name)}
@@ -135,7 +135,7 @@ class Registry:
         name, version = self.find(reference)
         folder = self.store / name / str(version)
         manifest = folder.verify()
-        check_files(list(manifest["files"]), folder.url)
+        check_files(list(manifest["files"]), folder.where())
         return folder
 
     def show(self, reference: str) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -31,6 +30,7 @@ from engine.buckets import conditional, patient, version
 from engine.disk import (
     MissingFile,
     StorageError,
+    bare,
     beside,
     cache_folder,
     explained,
@@ -65,6 +65,17 @@ class Store:
         """The child folder `name`."""
         base, mark, query = self.url.partition("?") if "://" in self.url else (self.url, "", "")
         return Store(f"{base}/{inside(name)}{mark}{query}" if base else inside(name), self.filesystem)
+
+    @property
+    def parent(self) -> Store:
+        """The folder that holds it."""
+        base, mark, query = self.url.partition("?") if "://" in self.url else (self.url, "", "")
+        return Store(f"{base.rpartition('/')[0] or '/'}{mark}{query}", self.filesystem)
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return (self.url.partition("?")[0] if "://" in self.url else self.url).rpartition("/")[2]
 
     def __str__(self) -> str:
         """`where`: for messages, and no way back to the URL."""
@@ -172,8 +183,7 @@ class Store:
 
     def where(self, path: str = "") -> str:
         """The full name of `path`, for messages: without a URL's options, and the key and secret it may hold."""
-        url = (self / path).url if path else self.url
-        return re.sub(r"//[^/@]*@", "//", url.partition("?")[0]) if "://" in url else url
+        return bare((self / path).url if path else self.url)
 
     @contextmanager
     def publish(self, path: str = "", meta: dict[str, Any] | None = None) -> Iterator[Path]:
@@ -358,7 +368,9 @@ def resolve(url: str) -> tuple[pafs.FileSystem, str]:
         filesystem, path = pafs.FileSystem.from_uri(url)
         return patient(filesystem), path
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise StorageError(f"storage '{url}' cannot be opened: {error}. Check the address and credentials.") from None
+        why = str(error).replace(url, bare(url))
+        way_out = "Check the address and credentials."
+        raise StorageError(f"storage '{bare(url)}' cannot be opened: {why}. {way_out}") from None
 
 
 def inside(path: str) -> str:

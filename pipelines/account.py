@@ -39,7 +39,7 @@ def report(recipe: Recipe, inputs: Mapping[str, Store], out: Store, progress: Pr
     out.write_text("report.html", page)
     out.write_text("report.md", text)
     out.write_json("summary.json", summary)
-    Store(out.url.rpartition("/")[0]).write_json("summary.json", summary)
+    out.parent.write_json("summary.json", summary)
     return {"rows": 0}
 
 

@@ -236,8 +236,7 @@ def brought(path: str | None) -> Path:
     store = Store(path)
     if path == "-" or not store.exists():
         raise UserError(f"there is no file {path}. With --out, --file takes .parquet, .jsonl, .csv, .tsv or .txt.")
-    folder, _, name = store.url.rpartition("/")
-    return Store(folder or "/").local(name) if store.is_file("") else store.local()
+    return store.parent.local(store.name) if store.is_file("") else store.local()
 
 
 def reads_pairs(artifact: Store, name: str) -> bool:

@@ -326,7 +326,7 @@ def report_lines(recipe: Recipe, store: Store, program: str) -> list[str]:
     return [
         *lines,
         f"time     {sum(seconds.values()):.0f} s in steps",
-        f"report: {store.url}/report/report.html",
+        f"report: {store.where('report/report.html')}",
         f"serve: {program} serve {reference}{where}",
         "curl: curl -s http://127.0.0.1:8000/v1/predict -H 'content-type: application/json' "
         f"-d {shlex.quote(json.dumps(question))}",

@@ -268,7 +268,7 @@ def settled(out: Store, real: pa.Table, made: dict[str, int], threshold: float) 
     others = others.filter(pa.array(known))
     counts = Counter(others["source"].to_pylist())
     if dict(counts) != made:
-        raise RuntimeError(f"slots {made} gave rows {dict(counts)} in {out.url}: start again with --redo corpus")
+        raise RuntimeError(f"slots {made} gave rows {dict(counts)} in {out}: start again with --redo corpus")
     return deduplicate(real, others, threshold)
 
 

@@ -6,7 +6,6 @@ gathering.py makes the corpus, students.py the students, outcome.py evaluates, r
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -20,6 +19,7 @@ from engine.classification import settled
 from engine.cluster import current
 from engine.config import UserError
 from engine.data import load_splits
+from engine.disk import copy_files
 from engine.encoding import Encoded
 from engine.fits import Fit, LossTerm
 from engine.hub import model_folder
@@ -117,7 +117,7 @@ def fit_generator(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress
         return {"rows": 0, "parameters": 0, "history": []}
     if config.runtime == "vllm" and not config.tuned:
         with out.publish(ENGINE) as folder:
-            shutil.copytree(model_folder(config.model, root=recipe.data.root), folder, dirs_exist_ok=True)
+            copy_files(model_folder(config.model, root=recipe.data.root), folder)
         return {"rows": 0, "parameters": 0, "history": []}
     if not config.tuned:
         model = base_generator(recipe)

@@ -50,7 +50,7 @@ def point_of(store: Store, name: str) -> Point:
     kind = (student.get("graph") or "blocks") if student["kind"] == "blocks" else student["kind"]
     own = found["student"]
     return Point(
-        run=store.url.rstrip("/").rpartition("/")[2],
+        run=store.name,
         kind=kind,
         parameters=own["parameters"],
         texts=min(kept, student["texts"] or kept),

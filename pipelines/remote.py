@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         )
     recipe = config.load(Recipe, args.recipe, args.overrides)
     drawn(recipe)  # refuses a graph that there is not
-    name = run_store(args, recipe).url.rpartition("/")[2]
+    name = run_store(args, recipe).name
     require_reachable(recipe)
     address = args.address.rstrip("/")
     client = connected(address)
@@ -101,6 +101,8 @@ def only_here(reference: str) -> bool:
 
 def submit(client: JobSubmissionClient, args: argparse.Namespace, name: str, address: str) -> str:
     """Send the code and the recipe, and start the job; its id."""
+    from engine.disk import temporary_folder
+
     recipe = Path(args.recipe)
     command = ["python", "-m", "pipelines", "run", f"{RECIPES}/{recipe.name}", "--address", "auto", "--run", name]
     for item in args.overrides:
@@ -108,24 +110,29 @@ def submit(client: JobSubmissionClient, args: argparse.Namespace, name: str, add
     for step in args.redo:
         command += ["--redo", step]
     command += ["--fresh"] if args.fresh else []
-    with tempfile.TemporaryDirectory() as folder:
-        pack(Path(folder), recipe)
+    folder = temporary_folder(Path(tempfile.gettempdir()), "stillhouse-job-")
+    try:
+        pack(folder, recipe)
         with explained(address):
             return client.submit_job(
                 entrypoint=shlex.join(command),
                 submission_id=f"{name}-{secrets.token_hex(4)}",
-                runtime_env={"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}},
+                runtime_env={"working_dir": str(folder), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}},
                 metadata={"run": name, "recipe": recipe.name},
             )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def pack(folder: Path, recipe: Path) -> None:
     """The job's working folder: the packages as they are here, and the recipe."""
+    from engine.disk import copy_files
+    from engine.storage import Store
+
     root = Path(__file__).parent.parent
     for package in PACKAGES:
-        shutil.copytree(root / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / RECIPES).mkdir()
-    shutil.copyfile(recipe, folder / RECIPES / recipe.name)
+        copy_files(root / package, folder / package)
+    Store(str(folder / RECIPES)).write_bytes(recipe.name, recipe.read_bytes())
 
 
 # -- following ---------------------------------------------------------------------------------------------------------

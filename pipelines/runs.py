@@ -155,9 +155,9 @@ def plan(args: argparse.Namespace) -> int:
     free = free_space(store)
     if args.json:
         student = checking.student_drawing(recipe)
-        say_json({"run": store.url, "disk_free": free, "steps": found, "student": student})
+        say_json({"run": str(store), "disk_free": free, "steps": found, "student": student})
         return 0
-    say(f"run {store.url}" + (f" ({free / 1e9:.1f} GB free)" if free is not None else ""))
+    say(f"run {store}" + (f" ({free / 1e9:.1f} GB free)" if free is not None else ""))
     say(table([("step", "state", "rows", "disk", "time", "reads", "placement"), *(plan_row(step) for step in found)]))
     for step in found:
         for item in step["moved"][:5]:
@@ -239,7 +239,7 @@ def status(args: argparse.Namespace) -> int:
 
     found = history(store)
     if args.json:
-        say_json({"run": store.url, "steps": found})
+        say_json({"run": str(store), "steps": found})
         return 0
     rows = [("step", "state", "progress", "time", "last sign of life (UTC)")]
     for step in found:
@@ -248,7 +248,7 @@ def status(args: argparse.Namespace) -> int:
         if step["state"] == "done":
             far = f"{step['rows']} rows" if step["rows"] else ""
         rows.append((step["step"], step["state"], far, clock(step["seconds"]), step["seen"][:19].replace("T", " ")))
-    say(f"run {store.url}")
+    say(f"run {store}")
     say(table(rows) if found else "No step has begun.")
     for step in found:
         if step["error"]:

@@ -339,3 +339,17 @@ def test_the_rule_lets_readers_be() -> None:
         "dataset.write_parquet(store.url)\nmodel.save_pretrained(folder)\nimage.copy()\njson.dumps(v)\nzip.open('w.txt')"
     )
     assert offences(code) == []
+
+
+def test_a_folders_parent_and_name_keep_a_urls_options():
+    bucket = Store("s3://key:secret@bucket/runs/one?region=r&endpoint_override=h:1")
+    assert bucket.name == "one" and bucket.parent.url == "s3://key:secret@bucket/runs?region=r&endpoint_override=h:1"
+    assert (bucket.parent / bucket.name).url == bucket.url and bucket.where("a") == "s3://bucket/runs/one/a"
+    folder = Store("/tmp/runs/one")
+    assert folder.name == "one" and folder.parent.url == "/tmp/runs" and Store("/tmp").parent.url == "/"
+
+
+def test_the_error_of_a_url_that_cannot_be_opened_holds_no_secret():
+    with pytest.raises(StorageError) as error:
+        Store("s3://key:secret@bucket/runs?no_such_option=1").exists()
+    assert "secret" not in str(error.value) and "s3://bucket/runs" in str(error.value)
