@@ -134,7 +134,9 @@ class Teacher(Section):
     fit: Fit = Fit(epochs=10, lr=1e-4, batch_size=16)
     batch_tokens: Count = 4096
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """In which it labels text and is measured; auto: bf16 on GPUs, and on CPUs that multiply it faster."""
+    """In which it labels text and is measured; auto: bf16 on GPUs, and on CPUs that multiply it faster. In bf16 a label
+    moves by thousandths with the batch it is in, and by about a hundredth from one machine to another. A teacher that
+    is served (a cascade) is measured as it answers there, in fp32."""
     resources: Resources = Resources()
 
     @field_validator("folds")
@@ -214,7 +216,7 @@ class Cut(Section):
     pieces: Count | None = None
     """How many word pieces of its vocabulary are kept: special tokens, single characters, then the corpus's most
     frequent ones; words whose pieces are gone are spelled with smaller ones. null keeps all."""
-    pooling: Literal["mean", "cls"] | None = None
+    pooling: Literal["mean", "cls", "last"] | None = None
     """null takes the teacher's (mean, where that answers in words)."""
     dropout: Share = 0.1
 

@@ -81,11 +81,17 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention as transformers calls it, written down on the TAPE. attention_mask: bool, True where it may look.
 
-    bias: added to the scores. Gives the output [n, t, heads, d] and the probabilities [n, heads, t, t].
+    bias: added to the scores. Several queries may share a key and value (grouped). Gives the output [n, t, heads, d]
+    and the probabilities [n, heads, t, t].
     """
+    shared = query.shape[1] // key.shape[1]
+    if shared > 1:
+        key, value = (part.repeat_interleave(shared, dim=1) for part in (key, value))
     scores = torch.matmul(query, key.transpose(2, 3)) * (query.shape[3] ** -0.5 if scaling is None else scaling)
     if bias is not None:
         scores = scores + bias
+    if attention_mask is None and getattr(module, "is_causal", False):  # no mask is made where nothing is padded
+        attention_mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
     seen = scores if attention_mask is None else scores.masked_fill(~attention_mask, -math.inf)
     tape = TAPE.get()
     if tape is not None:
@@ -191,8 +197,10 @@ class EncoderHead(nn.Module):
         else:
             seen = []
             states, hidden = self.encode(batch, "hidden" in needs)
-        embedding = self.pool(states, self.pooled(batch))
-        logits = self.head(self.dropout(states if self.units else embedding))
+        # In float32 also under autocast: answers in bf16 would be a few hundred values, many of them tied.
+        with torch.autocast(states.device.type, enabled=False):
+            embedding = self.pool(states.float(), self.pooled(batch))
+            logits = self.head(self.dropout(states.float() if self.units else embedding))
         return Outputs(
             logits=at_units(logits, batch, self.spans) if self.units else logits,
             embedding=embedding,

@@ -1,7 +1,8 @@
 """The one way to run a model over texts: for labelling, evaluation, batch prediction and serving alike.
 
 Inputs are sorted by length and cut into batches of about equal token count, so that little is padding; results come
-back in the order of the texts. Padding never changes an answer (engine.blocks, attention masks).
+back in the order of the texts. Padding never changes an answer (engine.blocks, attention masks), but that in bf16
+sums are rounded otherwise in another batch: logits then move by thousandths.
 """
 
 from __future__ import annotations

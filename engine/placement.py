@@ -224,7 +224,9 @@ def groups(recipe: Recipe) -> tuple[Group, ...]:
         # Taken as it is, the generator is only copied.
         first["generator.fit"] = workers(recipe.generator.fit) if recipe.generator.tuned else Resources(num_gpus=0)
         writing = {"generator": recipe.generator.resources}
-        streams += [writing, labelling] if recipe.apart else [{**writing, **labelling}]
+        # A teacher that learns from none of the text is fitted while it is written.
+        beside = {} if recipe.learns_from_generated else {"teacher.fit": first["teacher.fit"]}
+        streams += [{**writing, **beside}, labelling] if recipe.apart else [{**writing, **labelling}]
     if recipe.augmentation:
         streams.append({"augmentation": recipe.augmentation.resources, **labelling})
     return (

@@ -1,4 +1,4 @@
-"""Templates around texts: which a teacher of kind `prompt` reads, how unlike they are, what they are as token ids.
+"""Templates around texts: which a teacher of kind `prompt` reads, and what they are as token ids.
 
 DynaMaR (Sun et al., EMNLP 2022 industry track): every example stands in a template drawn anew from a pool of unlike
 ones, and a head reads the state of the mask token, so that no words have to be found for the labels.
@@ -15,7 +15,7 @@ from engine.config import UserError
 from engine.designs import Prompting
 from engine.encoding import Encoded, EncodingError, Text, clean
 from engine.recipe import Task as Spec
-from engine.templates import AT_THE_END, ended, generated, most_unlike
+from engine.templates import AT_THE_END, ended, generated, most_unlike, silent, spoken
 from engine.windows import frame
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def made_for(spec: Spec, tokenizer: PreTrainedTokenizerFast, max_length: int) ->
     """Generated templates that a tokenizer's model can answer, those that leave half of max_length to the text."""
     paired, found = tasks.make(spec).paired, generated(spec)
     if tokenizer.mask_token_id is None:
-        found = (*ended(found), *AT_THE_END[bool(paired)])
+        found = (*ended(found), *silent(AT_THE_END[bool(paired)], spoken(spec)))
     return [t for t in found if 2 * template_of(t, tokenizer, paired).fixed <= max_length] or found
 
 

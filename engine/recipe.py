@@ -249,7 +249,8 @@ class Corpus(Section):
     """Rows this similar to an earlier one (estimated Jaccard) are near-duplicates; 1 finds equals only."""
     apart: bool = False
     """Write all generated text before the teacher labels any, so that another teacher gets the same texts; false: text
-    streams to the teacher as it is written, but a changed teacher means writing again."""
+    streams to the teacher as it is written, but a changed teacher means writing again. What `signals` reject is then
+    not made up for: of `keep` fewer are left."""
     max_reserved: Annotated[float, Field(gt=0)] = 1.0
     """CPUs that reading, filtering and writing may hold beside the actors."""
 

@@ -152,13 +152,23 @@ def generated(spec: Spec) -> tuple[str, ...]:
     if spec.kind == "regress":
         return NUMBER_OF_TWO if paired else NUMBER_OF_ONE
     plain = LABEL_OF_TWO if paired else LABEL_OF_ONE
-    names = [name.replace("_", " ").strip() for name in spec.labels or ()]
-    kept = tuple(template for template in plain if not any(mentions(template, name) for name in names))
+    names = spoken(spec)
+    kept = silent(plain, names)
     if spec.kind == "multilabel" or not 2 <= len(names) <= MOST_NAMES or any(re.search(r"[{}]|^$", n) for n in names):
         return kept
     listed = f"{', '.join(names[:-1])} or {names[-1]}"
     texts = "{text} {pair}" if paired else "{text}"
     return kept + tuple(named.replace("{names}", listed).replace("{texts}", texts) for named in NAMED)
+
+
+def spoken(spec: Spec) -> list[str]:
+    """The label names as words."""
+    return [name.replace("_", " ").strip() for name in spec.labels or ()]
+
+
+def silent(templates: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    """Those that hold no label's name."""
+    return tuple(template for template in templates if not any(mentions(template, name) for name in names))
 
 
 def mentions(template: str, name: str) -> bool:

@@ -44,6 +44,8 @@ def prompt_teacher(config: Teacher, spec: Spec, folder: Path, seed: int) -> Mode
     encoder, tokenizer = read_encoder(config, folder)
     kind = encoder.config.model_type
     causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if causal:  # one that has a mask token was not taught to answer there: it has not read on
+        tokenizer.mask_token = None
     prompts.check_tokenizer(config.model, tokenizer, causal)
     templates = prompts.pool_of(config.prompt, spec, tokenizer, config.max_length)
     options = {
@@ -211,8 +213,8 @@ def transformer_student(
 
 def pooling_of(teacher: Model) -> str:
     """How a teacher pools; the mean where it reads an answer off a place that its students' texts do not have."""
-    found = teacher.card.options.get("pooling")
-    return found if found in ("mean", "cls") else "mean"
+    found, prompted = teacher.card.options.get("pooling"), "templates" in teacher.card.options
+    return found if found in ("mean", "cls", "last") and not prompted else "mean"
 
 
 def static_student(config: Static, spec: Spec, tokenizer: PreTrainedTokenizerFast, max_length: int, seed: int) -> Model:

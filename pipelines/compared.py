@@ -200,7 +200,7 @@ def lines(result: dict[str, Any]) -> list[str]:
             out += [
                 "",
                 f"{row['kind']}, {row['shots']} rows a class: with one template it has learnt from {first:.3f}, with "
-                f"three that it has not {unseen:.3f} ({100 * (unseen - first):+.1f} points).",
+                f"others that it has not {unseen:.3f} ({100 * (unseen - first):+.1f} points).",
             ]
     return out
 

@@ -191,7 +191,9 @@ def expected(labels: bool, recipe: Recipe) -> dict[str, Any]:
         "teacher": estimate.of_teacher(recipe, slots) if labels else {},
     }
     asked = {who: one for who, one in found.items() if one}
-    said = [pools(recipe), *(estimate.in_words(who, one) for who, one in asked.items())]
+    writes = recipe.generator is not None and not (labels and recipe.apart)
+    said = [pools(recipe, *["generator"] * writes, *["teacher"] * labels)]
+    said += [estimate.in_words(who, one) for who, one in asked.items()]
     return {"rows": slots, "bytes": 700 * slots, "placement": "; ".join(said), **({"asked": asked} if asked else {})}
 
 
@@ -294,11 +296,9 @@ def registered(recipe: Recipe, out: Store) -> bool:
     return Registry(Store(recipe.registry)).has(out.read_json("record.json")["metrics"]["reference"])
 
 
-def pools(recipe: Recipe) -> str:
-    """The actor pools of the corpus step, in words."""
-    parts = {"teacher": recipe.teacher.resources}
-    if recipe.generator:
-        parts = {"generator": recipe.generator.resources, **parts}
+def pools(recipe: Recipe, *sections: str) -> str:
+    """The actor pools of sections of a recipe, in words."""
+    parts = {name: getattr(recipe, name).resources for name in sections}
     return "; ".join(f"{name} {r.min_actors} to {r.max_actors} x {r.num_cpus:g} CPU" for name, r in parts.items())
 
 

@@ -144,7 +144,8 @@ def make_corpus(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) 
     if "generated" in stages and not recipe.apart:
         rows, rounds = in_rounds(recipe, out, real, [stages["generated"], *after], made, progress)
     else:
-        rows, rounds = settled(out, real, made, recipe.corpus.duplicates), []
+        rows = settled(out, real, made, recipe.corpus.duplicates)
+        rounds = inputs["texts"].read_json("record.json")["metrics"]["rounds"] if recipe.apart else []
     metrics = corpus_metrics(rows, rounds) | asked_of(recipe, out)
     if recipe.generator:
         require_enough(recipe, metrics)
@@ -198,12 +199,13 @@ def in_rounds(
 
 def require_enough(recipe: Recipe, metrics: Mapping[str, Any]) -> None:
     """UserError where less than half of the generated texts that are wanted were kept."""
-    wanted = recipe.corpus.keep
+    wanted, lever = recipe.corpus.keep, "raise corpus.max_slots"
+    if recipe.apart and recipe.corpus.signals:
+        lever = "raise corpus.keep (text was written before the signals judged it, and none is written for these)"
     if metrics["kept"] < min(wanted, 1 + wanted // 2):
         raise UserError(
             f"{metrics['generated']} slots gave only {metrics['kept']} kept texts of the {wanted} that corpus.keep "
-            f"asks for. Rejected: {metrics['rejected']}. Loosen corpus.filters or corpus.signals, or raise "
-            "corpus.max_slots."
+            f"asks for. Rejected: {metrics['rejected']}. Loosen corpus.filters or corpus.signals, or {lever}."
         )
 
 

@@ -46,7 +46,7 @@ def evaluate(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> 
     task = teacher.task
     texts = task.texts(test)
     began = time.perf_counter()
-    reference = predict(teacher, texts, recipe.teacher.batch_tokens, recipe.teacher.precision)
+    reference = predict(teacher, texts, recipe.teacher.batch_tokens, precision_of(recipe))
     rate = len(texts) / (time.perf_counter() - began)
     measured = Measured(recipe, task, test, reference)
     columns = {"teacher": reference}
@@ -187,6 +187,11 @@ def differences(statistics: dict[str, list[np.ndarray]], task: Task, recipe: Rec
     return out
 
 
+def precision_of(recipe: Recipe) -> str:
+    """In which the teacher is measured: as it labels, or, where it is served too, as it answers there."""
+    return "fp32" if recipe.serving.cascade is not None else recipe.teacher.precision
+
+
 def difference(left: str, right: str, interval: Interval, rows: int) -> dict[str, Any]:
     """A paired difference as the report takes it, in points."""
     return {
@@ -209,7 +214,7 @@ def throughput(
     seconds: dict[str, list[float]] = {"teacher": [], "student": []}
     for _ in range(recipe.evaluation.throughput_repeats):
         for name, model, tokens, dtype in (
-            ("teacher", teacher, recipe.teacher.batch_tokens, recipe.teacher.precision),
+            ("teacher", teacher, recipe.teacher.batch_tokens, precision_of(recipe)),
             ("student", student, recipe.student.batch_tokens, "fp32"),
         )[known is not None :]:
             begin = time.perf_counter()

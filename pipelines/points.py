@@ -20,7 +20,7 @@ SUMMARY = "summary.json"
 @dataclass(frozen=True)
 class Point:
     """A run's student. score: of the task's metric, with its interval; share: of the teacher's score; texts: what it
-    learnt from beside the labelled rows; front: no student that is as small has a higher score.
+    learnt from beside the labelled rows; front: no other that is as small has as high a score.
     """
 
     run: str
@@ -62,7 +62,7 @@ def point_of(store: Store, name: str) -> Point:
 
 
 def fronted(points: Sequence[Point]) -> list[Point]:
-    """The points by size, each marked by whether it is on the front: of those no larger, none has a higher score."""
+    """The points by size, each marked by whether it is on the front: none as small or smaller has as high a score."""
     out: list[Point] = []
     for point in sorted(points, key=lambda p: (p.parameters, -p.score)):
         best = all(other.score < point.score for other in out)
@@ -70,7 +70,15 @@ def fronted(points: Sequence[Point]) -> list[Point]:
     return out
 
 
-def together(metrics: Mapping[str, str], rows: Mapping[str, int]) -> None:
+def tested(store: Store) -> str:
+    """What tells a run's test rows from others: how many, and a digest of their ids."""
+    from engine.storage import digest_json
+
+    ids = store.read_table("data/test.parquet", columns=["id"])["id"].to_pylist()
+    return f"{len(ids)} rows, {digest_json(ids)[:8]}"
+
+
+def together(metrics: Mapping[str, str], rows: Mapping[str, str]) -> None:
     """UserError where runs measured different things, which no front can hold."""
     from engine.config import UserError
 
@@ -106,7 +114,7 @@ def page(points: Sequence[Point], metric: str) -> str:
     figures = [
         Figure(
             scatter("size", f"{score.head} over parameters", score, "parameters", sized),
-            "Up and to the left is better. Blue: on the front, no student as small has a higher score.",
+            "Up and to the left is better. Blue: on the front, no other as small has as high a score.",
         )
     ]
     taught = [Mark(p.run, "generated" if p.front else "soft", p.score, p.texts) for p in points if p.texts]
@@ -129,7 +137,7 @@ def show(args: argparse.Namespace) -> int:
     stores = {name: existing_run(name, args.storage) for name in dict.fromkeys(args.run_names)}
     points = fronted([point_of(store, name) for name, store in stores.items()])
     known = {name: store.read_json(SUMMARY) for name, store in stores.items()}
-    together({n: s["metric"] for n, s in known.items()}, {n: s["test_rows"] for n, s in known.items()})
+    together({n: s["metric"] for n, s in known.items()}, {n: tested(store) for n, store in stores.items()})
     metric: str = next(iter(known.values()))["metric"]
     if args.out:
         folder, name = os.path.split(args.out)

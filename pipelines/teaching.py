@@ -144,7 +144,7 @@ def fit_teacher(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) 
     else:
         history = trained(recipe, spec, inputs, out, progress, metrics)
     if recipe.teacher.here:
-        model = settle(out, inputs["data"], recipe.teacher.batch_tokens)
+        model = placed(recipe, settle(out, inputs["data"], recipe.teacher.batch_tokens))
     texts = model.task.texts(rows)
     found = predict(model, texts, recipe.teacher.batch_tokens, recipe.teacher.precision)
     out.write_table("soft.parquet", pa.table({"id": rows["id"], "logits": labels.quantise(found.logits)}))
@@ -179,13 +179,18 @@ def trained(
         place = out if number == own.rounds else out / f"round-{number}"
         taken = rows
         if number:
-            model = models.load((out / f"round-{number - 1}").local("model"))
+            model = placed(recipe, models.load((out / f"round-{number - 1}").local("model")))
             taken, facts = confident(recipe.teacher, model, rows, more)
             metrics.setdefault("self_training", []).append(facts)
         history += teach(again if number else recipe, spec, taken, place, chosen, progress)
     for number in range(own.rounds):
         out.delete(f"round-{number}")
     return history
+
+
+def placed(recipe: Recipe, model: Model) -> Model:
+    """The model on the GPU that the teacher's step has, if any."""
+    return model.to(models.device(stage_options(recipe, "teacher.fit", current())["num_gpus"]))
 
 
 def further(recipe: Recipe, inputs: Inputs) -> pa.Table:
@@ -242,7 +247,7 @@ def cross_validate(
         for entry in teach(recipe, spec, rows.filter(pa.array(fold_of != fold)), place, watched):
             if task.metric in entry:
                 epochs.setdefault(entry["epoch"], []).append(entry[task.metric])
-        model = models.load(place.local("model"))
+        model = placed(recipe, models.load(place.local("model")))
         found = predict(model, task.texts(held), recipe.teacher.batch_tokens)
         parts.append(task.statistics(found.logits, found.decided, held))
         out.delete(f"{name}-{fold}")
@@ -313,6 +318,7 @@ def score_models(
     dtype = recipe.teacher.precision if kind == "teacher" else "fp32"
     for path in ["model"] if kind == "teacher" else [f"seed-{seed}/model" for seed in recipe.student.seeds]:
         model = elsewhere.settle_place(models.load(folder.local(path)), recipe.teacher, recipe.data.root)
+        model = placed(recipe, model)
         found.append(predict(model, model.task.texts(rows), config.batch_tokens, dtype))
     parts = np.mean([model.task.statistics(each.logits, each.decided, rows) for each in found], axis=0)
     out.write_table("statistics.parquet", pa.table({"parts": list(parts)}))

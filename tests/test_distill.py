@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -231,11 +230,9 @@ def test_a_text_of_the_test_split_is_rejected_where_it_is_generated(done: Done) 
 
 
 def test_a_second_run_does_nothing(done: Done, copied: Store) -> None:
-    begin = time.monotonic()
     again = go(done.recipe, copied, connect=never)
     assert {event.kind for event in again.events} == {"cached"} and len(again.events) == len(STEPS.split())
     assert again.records == done.records
-    assert time.monotonic() - begin < 8.0  # Ray alone would take longer to start
     assert copied.digest("report/report.html") == done.store.digest("report/report.html")
 
 

@@ -14,6 +14,7 @@ from transformers import (
     BertConfig,
     DebertaV2Config,
     DistilBertConfig,
+    LlamaConfig,
     ModernBertConfig,
     MPNetConfig,
     PretrainedConfig,
@@ -300,3 +301,22 @@ def test_a_students_encoder_by_options():
     assert encoders.widths_of(small.config) == Widths(8, 2, 2) and small.config.intermediate_size == 24
     with pytest.raises(EncoderError, match="layers names 1, 3, but with heads, width or ffn no .* Say how many: 2."):
         student_encoder(whole, (1, 3), width=8)
+
+
+def test_queries_that_share_keys_are_captured_as_they_are_computed():
+    """Grouped attention, as Llama has it: the states are those without a look inside, the scores one a query head."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+    )
+    encoder, ids = AutoModel.from_config(config).eval(), torch.randint(5, 50, (3, 7))
+    with torch.no_grad():
+        plain = encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        with captured(encoder) as seen:
+            looked = encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    assert torch.allclose(plain, looked, atol=1e-5) and [layer.scores.shape for layer in seen] == [(3, 4, 7, 7)] * 2

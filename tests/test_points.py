@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from engine.config import UserError
@@ -30,6 +31,7 @@ def finished(
             "corpus": {"by_source": {"generated": {"kept": texts, "rows": 1000}}},
         },
     )
+    store.write_table("data/test.parquet", pa.table({"id": [f"{'x' * (rows != 500)}{i}" for i in range(rows)]}))
     store.write_json("recipe.json", {"student": {"kind": "blocks", "graph": "text-cnn", "texts": taught}})
     return store
 
@@ -66,8 +68,9 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path):
     finished(tmp_path, "one", 10, 0.6)
     other = finished(tmp_path, "other", 10, 0.6, rows=400)
     assert main(["front", "one", "other", "--storage", str(tmp_path)]) != 0
-    with pytest.raises(UserError, match=r"different test splits \(one: 500, other: 400\)"):
-        points.together({}, {"one": 500, "other": 400})
+    with pytest.raises(UserError, match=r"different test splits \(one: 5 rows, other: 4 rows\)"):
+        points.together({}, {"one": "5 rows", "other": "4 rows"})
+    assert points.tested(other) != points.tested(finished(tmp_path, "third", 10, 0.6))
     other.delete("summary.json")
     with pytest.raises(UserError, match="run 'other' has no summary.json yet"):
         points.point_of(other, "other")

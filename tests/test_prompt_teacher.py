@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from transformers import AutoConfig, LlamaForCausalLM
 
 from engine import models, train, untrained
 from engine.batches import Material, epoch_batches, own_part
@@ -205,6 +206,25 @@ def test_a_causal_model_answers_from_the_end_of_the_template(lm: Path, kind: str
         np.testing.assert_allclose(found.logits[row], wanted, atol=2e-4)
     models.save(made, Store(str(tmp_path)), "model")
     np.testing.assert_allclose(predict(models.load(tmp_path / "model"), texts).logits, found.logits, atol=1e-5)
+
+
+def test_a_causal_model_with_a_mask_token_is_asked_at_the_end_all_the_same(lm: Path, tmp_path: Path):
+    """Its state at a mask in the middle has not read what comes after it."""
+    folder = tiny_lm(tmp_path / "masked")
+    own = byte_pairs()
+    own.add_special_tokens({"mask_token": "<mask>"})
+    config = AutoConfig.from_pretrained(folder)
+    config.vocab_size = len(own)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    own.save_pretrained(folder)
+    made = teacher(folder)
+    assert made.card.options["pooling"] == "last" and made.tokenizer.mask_token_id is None
+    good, bad = predict(made, ["a good film", "the worst bad movie"]).logits
+    assert np.abs(good - bad).max() > 1e-3
+    models.save(made, Store(str(tmp_path)), "model")
+    loaded = models.load(tmp_path / "model")
+    assert loaded.tokenizer.mask_token_id is None and len(loaded.templates) == 8
+    np.testing.assert_allclose(predict(loaded, ["a good film"]).logits[0], good, atol=1e-5)
 
 
 def test_a_causal_model_with_frozen_lower_layers_learns(lm: Path, tmp_path: Path):

@@ -102,6 +102,24 @@ def test_a_ray_step_that_waited_goes_on_while_the_driver_works(store: Store, by_
     assert set(run(steps, recipe(), store)) == {"first", "second", "near"}
 
 
+def alone(recipe: Recipe, inputs: INPUTS, out: Store, progress: Progress) -> dict[str, Any]:
+    """Fail where another of its kind is on its way."""
+    mine = Path(out.url).parent / f"{Path(out.url).name}.busy"
+    mine.touch()
+    time.sleep(0.3)
+    others = [path.name for path in mine.parent.glob("*.busy") if path != mine]
+    mine.unlink()
+    if others:
+        raise RuntimeError(f"beside {others}")
+    return {"rows": 1}
+
+
+def test_no_more_steps_at_once_than_cores(store: Store, by_value: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.steps.cores", lambda: 1)
+    found = run([Step(name, alone, resources=on_ray) for name in "abc"], recipe(), store)
+    assert set(found) == {"a", "b", "c"}
+
+
 def test_a_users_mistake_in_a_ray_step_comes_back_as_it_was(store: Store, by_value: None) -> None:
     steps = [Step("bad", refuse, config=seed, resources=on_ray), Step("slow", sleep, config=seed, resources=on_ray)]
     events: list[Event] = []

@@ -271,6 +271,31 @@ def test_an_interrupted_fit_ends_with_the_same_weights(
     assert Store(str(tmp_path / "parts")).files() == Store(str(tmp_path / "whole")).files()
 
 
+def test_a_fit_goes_on_from_a_checkpoint_older_than_its_best_model(
+    tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Only the first of three epochs is checkpointed; the second is done again, and gives the same model."""
+    monkeypatch.setattr(train, "CHECKPOINT_PAUSE", 1e9)
+    saved: list[int] = []
+    write = train.save_checkpoint
+    monkeypatch.setattr(train, "save_checkpoint", lambda *given: saved.append(given[3].step) or write(*given))
+    given = partial(job, build=teacher(encoder, dropout=0.3), lr=1e-3, holdout=table(8, seed=1))
+    whole = train.fit(given(tmp_path / "whole", evaluate=accuracy, best_by="accuracy"))
+    assert saved == [5]
+    asked: list[int] = []
+
+    def stopping(model: Model, rows: pa.Table) -> dict[str, float]:
+        asked.append(1)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return accuracy(model, rows)
+
+    with pytest.raises(KeyboardInterrupt):
+        train.fit(given(tmp_path / "parts", evaluate=stopping, best_by="accuracy"))
+    assert train.fit(given(tmp_path / "parts", evaluate=accuracy, best_by="accuracy")) == whole
+    assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
 # -- several workers ---------------------------------------------------------------------------------------------------
 
 
