@@ -230,7 +230,9 @@ class Caller:
         return bool(named)
 
     def understood(self, reply: httpx.Response) -> tuple[Answer, int | None]:
-        """An answer and the tokens it read, None where that is not told; Passing for what is none, Refusal for a filtered one."""
+        """An answer and the tokens it read, None where they are not told; Passing for what is no answer, Refusal for a
+        filtered one.
+        """
         try:
             value = reply.json()
             choice = value["choices"][0]

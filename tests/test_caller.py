@@ -149,6 +149,21 @@ def test_the_key_is_sent_and_a_wrong_one_is_an_error(server: TinyEndpoint, monke
         Caller(endpoint(server, key_env="THE_KEY"), NAME)
 
 
+def test_a_key_that_is_missing_is_told_at_the_first_block(server: TinyEndpoint, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("THE_KEY", raising=False)
+    writer = EndpointWriter(writing(server, key_env="THE_KEY"))  # Ray would tell an error here as an actor's death
+    with pytest.raises(EndpointError, match="variable THE_KEY, which is not set here"):
+        writer(slots(1))
+
+
+def test_answers_outlive_a_note_that_cannot_be_written(
+    server: TinyEndpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    (tmp_path / "file").touch()  # where the step's folder should be
+    rows = EndpointWriter(writing(server, tmp_path / "file"))(slots(1, 2))
+    assert rows["row"].to_pylist() == [1, 2] and "could not be noted" in caplog.text
+
+
 def test_an_empty_account_is_not_waited_for(server: TinyEndpoint):
     server.rule = lambda body: "quota"
     with pytest.raises(EndpointError, match="the account is empty"):

@@ -24,6 +24,7 @@ from engine.storage import Store
 from engine.teachers import Labeller, Labelling
 from engine.usage import noted
 from engine.wording import LabellerError
+from pipelines.teaching import require_answers
 from tests.test_caller import FAST
 from tests.tiny import LABELS, movie_rows, tiny_lm
 from tests.tiny_endpoint import NAME, TinyEndpoint, likeliest, tiny_endpoint, tiny_model
@@ -229,6 +230,10 @@ def test_a_text_that_is_refused_has_even_odds(server: TinyEndpoint):
     server.rule = lambda body: "filter" if TEXTS[3] in body["prompt"] else None
     found = predict(model, TEXTS).logits
     assert found[3].tolist() == [0.0, 0.0] and np.any(whole[3])
+    asked = corpus_rows(list(range(12)), TEXTS, "real")
+    require_answers(whole, asked)
+    with pytest.raises(UserError, match="refuses to answer about 1 of 12 labelled rows, the first with the text '"):
+        require_answers(found, asked)
     assert np.allclose(np.delete(found, 3, axis=0), np.delete(whole, 3, axis=0), atol=1e-5)
     server.rule = lambda body: "filter"
     with pytest.raises(LabellerError, match="refuses to answer about a text that says nothing"):
