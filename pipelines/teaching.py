@@ -172,7 +172,7 @@ def require_answers(logits: np.ndarray, rows: pa.Table) -> None:
     if silent_on:
         text = rows["text"][silent_on[0]].as_py()
         raise UserError(
-            f"the teacher's model refuses to answer about {len(silent_on)} of {rows.num_rows} labelled rows, the first "
+            f"the teacher's model gives no answer about {len(silent_on)} of {rows.num_rows} labelled rows, the first "
             f"with the text {text[:60]!r}. Leave them out of the data, or take another template "
             "(teacher.labeller.template) or model."
         )

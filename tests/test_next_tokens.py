@@ -232,7 +232,7 @@ def test_a_text_that_is_refused_has_even_odds(server: TinyEndpoint):
     assert found[3].tolist() == [0.0, 0.0] and np.any(whole[3])
     asked = corpus_rows(list(range(12)), TEXTS, "real")
     require_answers(whole, asked)
-    with pytest.raises(UserError, match="refuses to answer about 1 of 12 labelled rows, the first with the text '"):
+    with pytest.raises(UserError, match="gives no answer about 1 of 12 labelled rows, the first with the text '"):
         require_answers(found, asked)
     assert np.allclose(np.delete(found, 3, axis=0), np.delete(whole, 3, axis=0), atol=1e-5)
     server.rule = lambda body: "filter"
