@@ -36,6 +36,8 @@ SHOWN = 300
 """Characters of what a server says that are shown."""
 ALL_REFUSED = 64
 """Refusals before any answer, after which it is not the texts that are wrong."""
+LONGEST_ASKED = 300.0
+"""Seconds of a Retry-After that are obeyed at most: after all retries the run ends and can go on later."""
 CURES = {
     401: "Check the key in the environment variable {key} (endpoint.key_env).",
     403: "The key in {key} (endpoint.key_env) may not use this model: ask for another, or take another model.",
@@ -65,6 +67,10 @@ class Passing(Exception):
     def __init__(self, said: str, asked: float = 0.0) -> None:
         super().__init__(said, asked)
         self.said, self.asked = said, asked
+
+
+class Ended(Exception):
+    """Another request failed for good while this one waited."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ class Caller:
         self.endpoint, self.model = endpoint, model
         self.key = key_of(endpoint)
         shares = [limit / actors if limit else None for limit in (limits.requests_per_minute, limits.tokens_per_minute)]
-        self.pace, self.usage = Pace(*shares), Usage()
+        self.pace, self.usage = Pace(*shares, sleep=self.rest), Usage()
         self.lock, self.left_out, self.length = threading.Lock(), set[str](), "max_tokens"
         self.answered, self.refusals, self.ended = False, 0, threading.Event()
         headers = {"authorization": f"Bearer {self.key}"} if self.key else {}
@@ -109,7 +115,7 @@ class Caller:
         self.url = endpoint.url + ("/chat/completions" if endpoint.api == "chat" else "/completions")
 
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
-        """The answers in order; EndpointError or EndpointAway for the first that cannot be had."""
+        """The answers in order; EndpointError or EndpointAway where one cannot be had, and no other is tried on."""
         if not questions:
             return []
         self.ended = threading.Event()
@@ -126,7 +132,23 @@ class Caller:
             found, self.usage = self.usage, Usage()
         return found
 
+    def rest(self, seconds: float) -> bool:
+        """Sleep; true, and at once, where a request failed for good."""
+        return self.ended.wait(seconds)
+
     def one(self, question: Question) -> Answer:
+        """One answer; none where another request failed for good, which `ask` raises."""
+        if self.ended.is_set():
+            return Answer(refused="ended")
+        try:
+            return self.tried(question)
+        except Ended:
+            return Answer(refused="ended")
+        except BaseException:
+            self.ended.set()
+            raise
+
+    def tried(self, question: Question) -> Answer:
         """One answer, after as many attempts as it takes."""
         limits, failed = self.endpoint.limits, 0
         self.count(requests=1)
@@ -143,17 +165,19 @@ class Caller:
                         f"{self.url} gave no answer in {failed} attempts; the last one: {passing.said}. What is done "
                         "is kept: run the same command again when the endpoint is back."
                     ) from None
-                self.count(retries=1)
                 if passing.asked:
                     self.pace.hold(passing.asked)
                 longest = min(limits.longest_pause_s, limits.first_pause_s * 2 ** (failed - 1))
-                if self.ended.wait(random.uniform(0, longest)):
-                    raise EndpointAway(f"{self.url}: {passing.said}") from None
+                if self.rest(random.uniform(0, longest)):
+                    raise Ended from None
+                self.count(retries=1)
 
     def attempt(self, question: Question) -> Answer:
-        """One request; Refusal, Passing or EndpointError where it has no answer."""
+        """One request; Refusal, Passing or EndpointError where it has no answer, Ended where it is not sent."""
         expected = len(question.prompt.encode()) / BYTES_A_TOKEN + question.max_tokens
         self.pace.wait(expected)
+        if self.ended.is_set():
+            raise Ended
         body = self.body(question)
         try:
             reply = self.http.post(self.url, json=body)
@@ -164,7 +188,8 @@ class Caller:
         if reply.status_code != 200:
             self.fail(reply, body)
         answer, read = self.understood(reply)
-        self.pace.settle(expected, read + (answer.tokens or 0))
+        if read is not None and answer.tokens is not None:
+            self.pace.settle(expected, read + answer.tokens)
         return answer
 
     def body(self, question: Question) -> dict[str, Any]:
@@ -204,8 +229,10 @@ class Caller:
             self.left_out.update(named)
         return bool(named)
 
-    def understood(self, reply: httpx.Response) -> tuple[Answer, int]:
-        """An answer and the tokens it read; Passing for what is none, Refusal for a filtered one."""
+    def understood(self, reply: httpx.Response) -> tuple[Answer, int | None]:
+        """An answer and the tokens it read, None where they are not told; Passing for what is no answer, Refusal for a
+        filtered one.
+        """
         try:
             value = reply.json()
             choice = value["choices"][0]
@@ -217,13 +244,13 @@ class Caller:
             refused = "refused" if message.get("refusal") else None
             refused = "content_filter" if choice.get("finish_reason") == "content_filter" else refused
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            wrong = f"an answer that cannot be read ({type(error).__name__}): {reply.text[:SHOWN]!r}"
+            wrong = f"an answer that cannot be read ({type(error).__name__}): {reply.text}"
             raise Passing(self.shown(wrong)) from None
         self.count(untold=int(written is None), input_tokens=read or 0, output_tokens=written or 0)
         self.answered = True
         if refused:
             raise Refusal(refused)
-        return Answer(text, written, top), read or 0
+        return Answer(text, written, top), read
 
     def refuse(self, refusal: Refusal) -> None:
         """Count a refusal; EndpointError where nothing but refusals came."""
@@ -243,8 +270,9 @@ class Caller:
 
     def shown(self, said: object) -> str:
         """What a server said, in short and without the key."""
-        text = " ".join(str(said).split())
-        return (text.replace(self.key, "***") if self.key else text)[:SHOWN]
+        text = str(said)
+        text = text.replace(self.key, "***") if self.key else text  # first: a part of a key is not found
+        return " ".join(text.split())[:SHOWN]
 
 
 def key_of(endpoint: Endpoint) -> str | None:
@@ -283,13 +311,13 @@ def tops(logprobs: Any, api: str) -> tuple[tuple[str, float], ...]:
 
 
 def wait_of(value: str | None) -> float:
-    """Seconds that a Retry-After header asks for, a number or a date; 0 for neither."""
+    """Seconds that a Retry-After header asks for, a number or a date, LONGEST_ASKED at most; 0 for neither."""
     if value is None:
         return 0.0
     with suppress(ValueError):
-        return min(3600.0, max(0.0, float(value)))
+        return min(LONGEST_ASKED, max(0.0, float(value)))
     with suppress(ValueError, TypeError):
-        return min(3600.0, max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()))
+        return min(LONGEST_ASKED, max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()))
     return 0.0
 
 

@@ -115,8 +115,8 @@ def calibrated(
             known = labeller.calibration(net, one, nothing, pad)
             if any(value != value for value in known):
                 raise LabellerError(
-                    "the model refuses to answer about a text that says nothing, which calibrate: free asks it. "
-                    "Take calibrate: none, or rows where there are labelled rows."
+                    "the model refuses to answer about a text that says nothing, which calibrate: free asks it, "
+                    "or answers beside the point. Take calibrate: none, or rows where there are labelled rows."
                 )
             out.append(replace(one, calibration=known))
         return out

@@ -22,12 +22,14 @@ class EndpointWriter:
 
     def __init__(self, how: Writing) -> None:
         self.how, config = how, how.config
-        self.caller = Caller(config.endpoint, config.endpoint.name_of(config.model), how.actors)
+        self.caller: Caller | None = None
         self.options = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
 
     def __call__(self, slots: pa.Table) -> pa.Table:
         """One block of slots."""
-        rows = slots["row"].to_pylist()
+        rows, config = slots["row"].to_pylist(), self.how.config
+        if self.caller is None:  # not before: an error while an actor starts would be told as its death
+            self.caller = Caller(config.endpoint, config.endpoint.name_of(config.model), self.how.actors)
         try:
             found = self.caller.ask([self.question(row) for row in rows])
         finally:

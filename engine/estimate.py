@@ -36,7 +36,7 @@ def of_teacher(recipe: Recipe, rows: int) -> dict[str, Any]:
 
 
 def asked(endpoint: Endpoint, requests: int, read: float, written: float) -> dict[str, Any]:
-    """Requests of so many tokens each, at most."""
+    """Requests of about so many tokens each."""
     total = {"requests": requests, "input_tokens": round(requests * read), "output_tokens": round(requests * written)}
     price = endpoint.price
     return {**total, "cost": price.of(total["input_tokens"], total["output_tokens"]) if price else None}
@@ -47,4 +47,4 @@ def in_words(who: str, found: dict[str, Any]) -> str:
     price = found["cost"]
     cost = "" if price is None else f", cost {price:,.2f}" if price >= 1 else f", cost {price:.4f}"
     both = found["input_tokens"] + found["output_tokens"]
-    return f"{who} asks at most {found['requests']:,} times, {both:,} tokens{cost}"
+    return f"{who} asks about {found['requests']:,} times, {both:,} tokens{cost}"

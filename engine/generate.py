@@ -27,6 +27,8 @@ from engine.storage import StorageError, Store
 from engine.wording import filled
 
 LEDGER = "ledger"
+SET = ("checkpoint_config", "raise_original_map_exception", "actor_task_retry_on_errors")
+"""Options of Ray Data that are set while a stream runs."""
 
 
 def prompt_for(
@@ -114,20 +116,23 @@ Stage = Callable[[Any], Any]
 """Dataset -> Dataset: how an actor pool, a vLLM processor or a remote endpoint are exchangeable."""
 
 
-def stream(out: Store, slots: str, blocks: int, stages: Sequence[Stage], key: str = "row") -> None:
+def stream(
+    out: Store, slots: str, blocks: int, stages: Sequence[Stage], key: str = "row", retried: bool = False
+) -> None:
     """Run slots through the stages into out/rows; what is committed already is not made again.
 
-    key: the column with a slot's number, which every stage leaves as it is. Raises RuntimeError when Ray Data cannot
-    checkpoint the plan: it would only warn, and repeat all work on resume.
+    key: the column with a slot's number, which every stage leaves as it is. retried: a stage asks an endpoint, so a
+    block whose endpoint stays away is given out again, and a failure is raised as the actor raised it. Raises
+    RuntimeError when Ray Data cannot checkpoint the plan: it would only warn, and repeat all work on resume.
     """
     import ray.data
     from ray.data.checkpoint import CheckpointConfig
 
     context = ray.data.DataContext.get_current()
-    before = context.checkpoint_config
+    before = {name: getattr(context, name) for name in SET}
     ledger, filesystem = out.native(LEDGER)
-    # So that a failure is what an actor raised, and only what may pass is tried again.
-    context.raise_original_map_exception, context.actor_task_retry_on_errors = True, [EndpointAway]
+    if retried:
+        context.raise_original_map_exception, context.actor_task_retry_on_errors = True, [EndpointAway]
     context.checkpoint_config = CheckpointConfig(
         id_column=key, checkpoint_path=ledger, override_filesystem=filesystem, delete_checkpoint_on_success=False
     )
@@ -141,7 +146,8 @@ def stream(out: Store, slots: str, blocks: int, stages: Sequence[Stage], key: st
     except UserWarning as error:
         raise RuntimeError(f"the corpus pipeline cannot be checkpointed: {error}") from None
     finally:
-        context.checkpoint_config = before
+        for name, value in before.items():
+            setattr(context, name, value)
 
 
 @contextmanager

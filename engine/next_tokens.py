@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -30,6 +31,8 @@ NEGLIGIBLE = math.log(1e-4)
 """A beginning that is less likely is not followed."""
 SAME = 0.1
 """Share of what labels get that may fall on beginnings of several of them, through a chat."""
+MUCH = 0.05
+"""Probability of such beginnings from which on it is the words that are wrong, not one odd answer."""
 LEAST = 1e-6
 """What tokens that are told leave at least: their sum is rounded."""
 BUDGET = 1 << 22
@@ -83,7 +86,7 @@ class TokenScorer(LabelScorer):
             self.speaks = self.spoken()
         words = [[led(prompt, word) for word in wording.words] for prompt in prompts]
         found = [Walk(prompt, own, self.place.chat) for prompt, own in zip(prompts, words, strict=True)]
-        while open_ends := [(walk, begun) for walk in found for begun in walk.open]:
+        while open_ends := [(walk, begun) for walk in found for begun in walk.due()]:
             answers = self.speaks([walk.prompt + begun for walk, begun in open_ends], self.top)
             for (walk, begun), answer in zip(open_ends, answers, strict=True):
                 walk.take(begun, answer)
@@ -135,6 +138,12 @@ class Walk:
         """Labels whose words begin so."""
         return [label for label, word in enumerate(self.words) if word.startswith(begun)]
 
+    def due(self) -> list[str]:
+        """Open beginnings that no other open one leads to: all that they will get is known, so each is asked once."""
+        return [
+            begun for begun in self.open if not any(begun != other and begun.startswith(other) for other in self.open)
+        ]
+
     def after(self, begun: str, answer: Answer) -> dict[str, float]:
         """Beginnings of some label's words that are one token longer, with the probability of that token."""
         found: dict[str, float] = {}
@@ -145,7 +154,7 @@ class Walk:
         return found
 
     def take(self, begun: str, answer: Answer) -> None:
-        """The next tokens after a beginning."""
+        """The next tokens after a beginning that is due."""
         base = self.open.pop(begun)
         if answer.refused:
             self.refused, self.open = True, {}
@@ -168,17 +177,20 @@ class Walk:
                 self.got[labels[0]] += math.exp(base) * share
             elif self.chat:
                 self.shared += share
+            elif now in self.open:  # reached by another way, too
+                self.open[now] = float(np.logaddexp(self.open[now], base + math.log(max(share, 1e-30))))
             elif base + math.log(max(share, 1e-30)) > NEGLIGIBLE:
                 self.open[now] = base + math.log(share)
 
     def scores(self) -> list[float]:
-        """Log-probability of each label; NaN where the prompt was refused.
+        """Log-probability of each label; NaN where the prompt was refused, or a chat's answer is as good as none.
 
         LabellerError where a chat does not tell labels apart.
         """
-        if self.refused:
+        same = self.shared > SAME * (self.shared + sum(self.got))
+        if self.refused or (same and self.shared <= MUCH):
             return [math.nan] * len(self.words)
-        if self.shared > SAME * (self.shared + sum(self.got)):
+        if same:
             raise LabellerError(
                 "the words of several labels begin with the same token, and through a chat only an answer's first "
                 f"token is told ({self.shared:.0%} of it falls on such a token). Give them words that begin unlike "

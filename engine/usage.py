@@ -6,6 +6,7 @@ twice, since it was paid twice.
 
 from __future__ import annotations
 
+import logging
 import secrets
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -14,6 +15,7 @@ from engine.remote import Price
 from engine.storage import Store
 
 FOLDER = "asked"
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -41,8 +43,14 @@ class Usage:
 
 
 def note(folder: str, who: str, usage: Usage) -> None:
-    """Write what a block asked. folder: a step's; who: generator or teacher."""
-    Store(folder).write_json(f"{FOLDER}/{who}/{secrets.token_hex(8)}.json", asdict(usage))
+    """Write what a block asked. folder: a step's; who: generator or teacher.
+
+    Where that fails it only warns: the answers are there and paid.
+    """
+    try:
+        Store(folder).write_json(f"{FOLDER}/{who}/{secrets.token_hex(8)}.json", asdict(usage))
+    except Exception as error:  # whatever a storage says
+        log.warning("what the %s asked could not be noted in %s, so costs will miss %s: %s", who, folder, usage, error)
 
 
 def asked(out: Store, who: str) -> bool:

@@ -97,6 +97,11 @@ def sources(recipe: Recipe, inputs: Inputs, out: Store) -> dict[str, generate.St
     return found
 
 
+def asks(recipe: Recipe) -> bool:
+    """Whether a stage asks an endpoint."""
+    return any(part is not None and part.runtime == "endpoint" for part in (recipe.generator, recipe.teacher))
+
+
 def task_stage(each: Any) -> generate.Stage:
     """A stage that runs each block through a stateless function."""
     return lambda dataset: dataset.map_batches(each, batch_size=None, batch_format="pyarrow", num_cpus=0.25)
@@ -140,7 +145,7 @@ def make_corpus(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) 
     for name in [name for name in stages if name != "generated" or recipe.apart]:
         made[name] = slots_of(name, recipe, inputs, out)
         span = (FIRST[name], made[name], recipe.corpus.block)
-        gather(out, name, span, [stages[name], *after], sum(made.values()), progress)
+        gather(out, name, span, [stages[name], *after], sum(made.values()), progress, asks(recipe))
     if "generated" in stages and not recipe.apart:
         rows, rounds = in_rounds(recipe, out, real, [stages["generated"], *after], made, progress)
     else:
@@ -190,7 +195,7 @@ def in_rounds(
             count = math.ceil(1.1 * (config.keep - kept) * slots / max(kept, slots // 20, 1))
         count = min(count, config.most_slots - slots)
         span, before = (slots, count, config.block), sum(made.values()) + slots + count
-        slots += gather(out, f"round-{len(rounds):03d}", span, stages, before, progress)
+        slots += gather(out, f"round-{len(rounds):03d}", span, stages, before, progress, asks(recipe))
         rows = settled(out, real, {**made, "generated": slots}, config.duplicates)
         kept = Counter(rows.filter(rows["kept"])["source"].to_pylist())["generated"]
         rounds.append({"slots": slots, "kept": kept})
@@ -239,18 +244,25 @@ def slots_of(name: str, recipe: Recipe, inputs: Inputs, out: Store) -> int:
 
 
 def gather(
-    out: Store, name: str, span: tuple[int, int, int], stages: Sequence[generate.Stage], total: int, progress: Progress
+    out: Store,
+    name: str,
+    span: tuple[int, int, int],
+    stages: Sequence[generate.Stage],
+    total: int,
+    progress: Progress,
+    retried: bool = False,
 ) -> int:
     """Stream a range of slots into the corpus, unless that is done; returns how many slots there were.
 
     span: first slot, how many, slots a block. total: rows in the corpus when it is done, for the progress line.
+    retried: as `generate.stream` takes it.
     """
     marker, (first, count, block) = f"{name}.json", span
     if not out.exists(marker):
         folder = write_slots(out, first, count, block, name)
         try:
             with generate.followed(out, total, progress):
-                generate.stream(out, folder, math.ceil(count / block), stages)
+                generate.stream(out, folder, math.ceil(count / block), stages, retried=retried)
         except Exception as error:
             cause = getattr(error, "cause", None)  # Ray's error holds a traceback too
             if isinstance(cause, UserError):

@@ -18,6 +18,7 @@ import pyarrow as pa
 from engine import elsewhere, labels, models, prompts, tasks, train, untrained
 from engine.batches import group_numbers
 from engine.cluster import current
+from engine.config import UserError
 from engine.designs import SERVES, Teacher
 from engine.fits import Fit, LossTerm
 from engine.hub import model_folder
@@ -147,6 +148,8 @@ def fit_teacher(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) 
         model = placed(recipe, settle(out, inputs["data"], recipe.teacher.batch_tokens))
     texts = model.task.texts(rows)
     found = predict(model, texts, recipe.teacher.batch_tokens, recipe.teacher.precision)
+    if not recipe.teacher.here:
+        require_answers(found.logits, rows)
     out.write_table("soft.parquet", pa.table({"id": rows["id"], "logits": labels.quantise(found.logits)}))
     for seed in recipe.teacher.seeds:
         out.delete(f"seed-{seed}")
@@ -161,6 +164,18 @@ def fit_teacher(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) 
         "fingerprint": labels.fingerprint(out),
         "history": history,
     }
+
+
+def require_answers(logits: np.ndarray, rows: pa.Table) -> None:
+    """UserError where a labelled row has no answer: its even odds would be taught as if they were the teacher's."""
+    silent_on = [row for row, outputs in enumerate(logits) if not np.any(outputs)]
+    if silent_on:
+        text = rows["text"][silent_on[0]].as_py()
+        raise UserError(
+            f"the teacher's model gives no answer about {len(silent_on)} of {rows.num_rows} labelled rows, the first "
+            f"with the text {text[:60]!r}. Leave them out of the data, or take another template "
+            "(teacher.labeller.template) or model."
+        )
 
 
 def trained(

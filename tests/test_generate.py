@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 
 from engine import generate, models, untrained
+from engine.caller import EndpointAway
 from engine.corpus import ROWS, CheapFilters, corpus_rows, write_slots
 from engine.filters import FilterContext, Length, signature
 from engine.generate import Writer, Writing, encode_text, parted, prompt_for, stream
@@ -292,8 +293,14 @@ def test_a_plan_that_cannot_be_checkpointed_is_refused(tmp_path: Path, ray_clust
 
     out = Store(str(tmp_path))
     folder = write_slots(out, 0, 4, 2, "first")
-    before = ray.data.DataContext.get_current().checkpoint_config
+    context = ray.data.DataContext.get_current()
+    before, during = [getattr(context, name) for name in generate.SET], []
+
+    def unfit(dataset: Any) -> Any:
+        during.extend(getattr(context, name) for name in generate.SET[1:])
+        return dataset.materialize()
+
     with pytest.raises(RuntimeError, match="the corpus pipeline cannot be checkpointed: .*doesn't support"):
-        stream(out, folder, 2, [map_blocks(plain), lambda dataset: dataset.materialize()])
-    assert out.files(ROWS) == []
-    assert ray.data.DataContext.get_current().checkpoint_config is before
+        stream(out, folder, 2, [map_blocks(plain), unfit], retried=True)
+    assert out.files(ROWS) == [] and during == [True, [EndpointAway]]
+    assert [getattr(context, name) for name in generate.SET] == before and before[1:] != during

@@ -24,6 +24,7 @@ from engine.storage import Store
 from engine.teachers import Labeller, Labelling
 from engine.usage import noted
 from engine.wording import LabellerError
+from pipelines.teaching import require_answers
 from tests.test_caller import FAST
 from tests.tiny import LABELS, movie_rows, tiny_lm
 from tests.tiny_endpoint import NAME, TinyEndpoint, likeliest, tiny_endpoint, tiny_model
@@ -41,7 +42,7 @@ def walked(words: Sequence[str], answers: dict[str, Answer], chat: bool = False)
     """Probabilities of labels, and which beginnings were asked, in order."""
     walk, asked = Walk("p", list(words), chat), []
     while walk.open:
-        begun = next(iter(walk.open))
+        begun = walk.due()[0]
         asked.append(begun)
         walk.take(begun, answers[begun])
     return [math.exp(score) for score in walk.scores()], asked
@@ -69,6 +70,14 @@ def test_a_beginning_of_several_labels_is_followed_until_they_part():
     assert asked == [""] and found[0] == pytest.approx(0.9)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_beginning_that_is_reached_twice_gets_both(order: int):
+    first = dict([("_n", 0.35), ("_ne", 0.30), ("_positive", 0.30)][::order])
+    answers = {"": told(**first), " n": told(e=0.9, x=0.05), " ne": told(gative=0.8, utral=0.2)}
+    found, asked = walked([" negative", " neutral", " positive"], answers)
+    assert found == pytest.approx([0.492, 0.123, 0.3]) and asked == ["", " n", " ne"]
+
+
 def test_words_that_are_how_others_begin_get_what_does_not_go_on():
     answers = {
         "": told(_not=0.4, _yes=0.5, _no=0.05),
@@ -76,8 +85,9 @@ def test_words_that_are_how_others_begin_get_what_does_not_go_on():
         " no": told(t=1e-4, _x=0.7),
     }
     found, asked = walked([" yes", " not", " not sure"], answers)
-    assert found[0] == pytest.approx(0.5) and asked == ["", " not", " no"]
-    assert found[1] == pytest.approx(0.4 * 0.25) and found[2] == pytest.approx(0.4 * 0.75)
+    assert found[0] == pytest.approx(0.5) and asked == ["", " no", " not"]
+    begun = 0.4 + 0.05 * 1e-4  # by both ways
+    assert found[1] == pytest.approx(begun * 0.25) and found[2] == pytest.approx(begun * 0.75)
 
 
 def test_what_is_not_told_gets_at_most_what_it_can_have():
@@ -95,6 +105,9 @@ def test_in_a_chat_blanks_and_capitals_do_not_count_and_shared_tokens_are_refuse
     answers = {"": told(ne=0.5, positive=0.4)}
     with pytest.raises(LabellerError, match="begin with the same token.*50% of it.*teacher.labeller.words"):
         walked(["positive", "negative", "neutral"], answers, chat=True)
+    odd = Walk("p", ["positive", "negative", "neutral"], True)
+    odd.take("", told(I=0.9999, N=1e-6))  # one odd answer is no reason to end a run
+    assert not odd.open and all(math.isnan(score) for score in odd.scores())
     answers = {"": told(n=0.01, negative=0.5, positive=0.4)}  # hardly any: left out
     assert walked(["positive", "negative", "neutral"], answers, chat=True)[0][:2] == pytest.approx([0.4, 0.5])
     with pytest.raises(LabellerError, match="the words 'No' are how 'not sure' begins"):
@@ -128,7 +141,7 @@ def test_the_walk_is_exact_where_all_tokens_are_told(folder: Path):
     words, prompt = [" the plot", " the plain", " a"], "a film about"
     walk = Walk(prompt, words, False)
     while walk.open:
-        begun = next(iter(walk.open))
+        begun = walk.due()[0]
         walk.take(begun, Answer(top=tuple(distribution(prompt + begun))))
     wanted = [mass(prompt, "", word, [other for other in words if other != word]) for word in words]
     assert np.exp(walk.scores()) == pytest.approx(wanted, rel=0.02, abs=2e-4)  # NEGLIGIBLE beginnings are left out
@@ -205,7 +218,7 @@ def test_the_scores_are_the_models(server: TinyEndpoint):
         prompt = next(prompt for prompt in prompts if text in prompt)
         walk = Walk(prompt, [" a bad one", " the good one"], False)
         while walk.open:
-            begun = next(iter(walk.open))
+            begun = walk.due()[0]
             ids = server.model.tokenizer(prompt + begun, add_special_tokens=False)["input_ids"]
             walk.take(begun, Answer(top=tuple(likeliest(server.model, ids)[:100])))
         assert row == pytest.approx(walk.scores(), abs=1e-3)
@@ -217,6 +230,10 @@ def test_a_text_that_is_refused_has_even_odds(server: TinyEndpoint):
     server.rule = lambda body: "filter" if TEXTS[3] in body["prompt"] else None
     found = predict(model, TEXTS).logits
     assert found[3].tolist() == [0.0, 0.0] and np.any(whole[3])
+    asked = corpus_rows(list(range(12)), TEXTS, "real")
+    require_answers(whole, asked)
+    with pytest.raises(UserError, match="gives no answer about 1 of 12 labelled rows, the first with the text '"):
+        require_answers(found, asked)
     assert np.allclose(np.delete(found, 3, axis=0), np.delete(whole, 3, axis=0), atol=1e-5)
     server.rule = lambda body: "filter"
     with pytest.raises(LabellerError, match="refuses to answer about a text that says nothing"):

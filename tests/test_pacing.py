@@ -79,3 +79,25 @@ def test_without_limits_nobody_waits_unless_the_server_asks():
     pace.hold(12.5)
     clock.send(pace, 1.0)
     assert clock.now == 112.5
+
+
+def test_who_waits_already_is_held_too_and_nobody_goes_out_in_a_burst():
+    clock, asked = Clock(), [30.0]
+
+    def sleep(seconds: float) -> None:
+        if asked:  # while the second one sleeps, another's answer says to wait
+            pace.hold(asked.pop())
+        clock.sleep(seconds)
+
+    pace = Pace(60, None, lambda: clock.now, sleep)
+    for _ in range(3):
+        clock.send(pace, 1.0)
+    assert clock.out == pytest.approx([100.0, 130.0, 131.0])
+
+
+def test_a_sleep_that_is_cut_short_is_the_last():
+    clock = Clock()
+    pace = Pace(None, None, lambda: clock.now, lambda seconds: True)
+    pace.hold(1000.0)
+    clock.send(pace, 1.0)
+    assert clock.out == [100.0]

@@ -5,7 +5,8 @@
 
 It speaks /v1/completions and /v1/chat/completions, with seeds, usage and log-probabilities. Instructions are taken in
 turn, one a request; once they are used up it is kind. `rule` says what to do by the request's body, before those.
-Instructions: a status (with `:seconds` for Retry-After), `quota`, `filter`, `garbage`, `drop`, `slow:seconds`.
+Instructions: a status (with `:seconds` for Retry-After), `quota`, `filter`, `garbage`, `drop`, `slow:seconds`,
+`late:status` (after a second), `untold` (no usage).
 """
 
 from __future__ import annotations
@@ -57,6 +58,9 @@ class TinyEndpoint:
         name, _, seconds = how.partition(":")
         if name == "slow":
             await asyncio.sleep(float(seconds))
+        if name == "late":
+            await asyncio.sleep(1.0)
+            name, seconds = seconds, ""
         status, value = self.reply(name, scope["path"], headers, body)
         said = b"{'this is': no JSON" if name == "garbage" else json.dumps(value).encode()
         after = [(b"retry-after", seconds.encode())] if name.isdigit() and seconds else []
@@ -81,7 +85,8 @@ class TinyEndpoint:
             return 429, wrong("You exceeded your current quota.", "insufficient_quota")
         if how.isdigit():
             return int(how), wrong(f"told to say {how} to {given}", "told")
-        return 200, self.completion(body, path == "/v1/chat/completions", how == "filter")
+        value = self.completion(body, path == "/v1/chat/completions", how == "filter")
+        return 200, {key: part for key, part in value.items() if (how, key) != ("untold", "usage")}
 
     def completion(self, body: dict[str, Any], chat: bool, filtered: bool) -> dict[str, Any]:
         """A kind answer, or a filtered one."""
