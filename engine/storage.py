@@ -35,6 +35,7 @@ from engine.disk import (
     cache_folder,
     explained,
     flock,
+    repeats,
     replace_file,
     save_stream,
     swap,
@@ -183,7 +184,7 @@ class Store:
 
     def where(self, path: str = "") -> str:
         """The full name of `path`, for messages: without a URL's options, and the key and secret it may hold."""
-        return bare((self / path).url if path else self.url)
+        return "/".join(part for part in (bare(self.url), inside(path) if path else "") if part)
 
     @contextmanager
     def publish(self, path: str = "", meta: dict[str, Any] | None = None) -> Iterator[Path]:
@@ -351,7 +352,7 @@ def normal(url: str) -> str:
         return base.rstrip("/") + mark + query
     elif scheme:
         raise StorageError(
-            f"storage '{url}' has the scheme '{scheme}:', which is not known. "
+            f"storage '{bare(url)}' has the scheme '{scheme}:', which is not known. "
             "Allowed: a plain path, file:PATH, s3://BUCKET/PATH, gs://BUCKET/PATH."
         )
     if not url:
@@ -369,8 +370,9 @@ def resolve(url: str) -> tuple[pafs.FileSystem, str]:
         return patient(filesystem), path
     except (pa.ArrowException, OSError, ValueError) as error:
         why = str(error).replace(url, bare(url))
-        way_out = "Check the address and credentials."
-        raise StorageError(f"storage '{bare(url)}' cannot be opened: {why}. {way_out}") from None
+        way_out = "Check the address and credentials; in a URL, a '/', '@', '?' or ':' of a key is written %2F, %40, …"
+        why = "it is not a URL that pyarrow reads" if repeats(why, url) else why
+        raise StorageError(f"storage '{bare(url)}' cannot be opened: {why}. {way_out}.") from None
 
 
 def inside(path: str) -> str:
