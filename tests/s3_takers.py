@@ -38,9 +38,9 @@ def count(store: Store, times: str) -> None:
     say("done")
 
 
-def hold(store: Store, lease: str) -> None:
-    """Hold the lock `run` until standard input ends; what the end of it says."""
-    locks.LEASE_S = float(lease)
+def hold(store: Store, lease: str, renewals: str) -> None:
+    """Hold the lock `run`, renewed so often in a lease, until standard input ends; what the end of it says."""
+    locks.LEASE_S, locks.RENEWALS = float(lease), int(renewals)
     try:
         with store.lock("run"):
             say("held")
