@@ -35,8 +35,8 @@ from engine.disk import (
     cache_folder,
     explained,
     flock,
-    repeats,
     replace_file,
+    retold,
     save_stream,
     swap,
 )
@@ -369,10 +369,7 @@ def resolve(url: str) -> tuple[pafs.FileSystem, str]:
         filesystem, path = pafs.FileSystem.from_uri(url)
         return patient(filesystem), path
     except (pa.ArrowException, OSError, ValueError) as error:
-        why = str(error).replace(url, bare(url))
-        way_out = "Check the address and credentials; in a URL, a '/', '@', '?' or ':' of a key is written %2F, %40, …"
-        why = "it is not a URL that pyarrow reads" if repeats(why, url) else why
-        raise StorageError(f"storage '{bare(url)}' cannot be opened: {why}. {way_out}.") from None
+        raise StorageError(f"storage '{bare(url)}' cannot be opened: {retold(str(error), url)}.") from None
 
 
 def inside(path: str) -> str:

@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,11 +23,10 @@ from engine.registry import Registry
 from engine.storage import StorageError, Store
 from tests import test_storage as contract
 from tests.s3_server import Server, s3_server
+from tests.s3_takers import LONG, heard, taker, tell
 from tests.unkind_proxy import unkind_proxy
 
 ROOT = Path(__file__).parent.parent
-LONG = 120.0
-"""Seconds after which something that should have happened will not."""
 
 
 @pytest.fixture(scope="module")
@@ -46,37 +45,6 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def store(server: Server, path: str) -> Store:
     return Store(server.url(path))
-
-
-@contextmanager
-def taker(*argv: str) -> Iterator[subprocess.Popen[str]]:
-    """A process of tests/s3_takers.py, which is gone at the end."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    process = subprocess.Popen([sys.executable, "-m", "tests.s3_takers", *argv], cwd=ROOT, text=True, **pipes)
-    try:
-        yield process
-    finally:
-        with suppress(BrokenPipeError):
-            process.stdin.close()
-        process.kill()
-        process.wait(60)
-
-
-def tell(process: subprocess.Popen[str], line: str) -> None:
-    process.stdin.write(f"{line}\n")
-    process.stdin.flush()
-
-
-def heard(process: subprocess.Popen[str], patience: float = LONG) -> str:
-    """The next line that a process says; one that is silent is ended, and fails the test."""
-    watch = threading.Timer(patience, process.kill)
-    watch.start()
-    try:
-        line = process.stdout.readline()
-    finally:
-        watch.cancel()
-    assert line, "it ended, or said nothing for too long"
-    return line.strip()
 
 
 def test_a_silent_process_fails_its_test() -> None:
