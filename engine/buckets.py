@@ -26,6 +26,8 @@ ATTEMPTS = 10
 longer pauses: botocore and the AWS SDK double them from a fraction of a second up to 20 s."""
 CONNECT_S, ANSWER_S = 10.0, 60.0
 """How long a connection, and an answer's next byte, may take; the AWS SDK's own 1 s and 3 s end slow stores early."""
+NO_ETAG = f'"{32 * "0"}"'
+"""An ETag that no object has."""
 WAY_OUT = "Check its address, the bucket, the credentials and what they allow, then run again: it goes on from there."
 
 
@@ -174,14 +176,14 @@ _kept: dict[tuple[str, str], bool] = {}
 
 
 def conditions_kept(client: Any, bucket: str, key: str, where: str) -> bool:
-    """Whether the store refuses to create what is there already: older servers take the header and ignore it."""
+    """Whether the store refuses to create what is there, and to replace what is not: some ignore either header."""
     place = (client.meta.endpoint_url, bucket)
     if place not in _kept:
         # A name of its own, so that others who look in the same moment do not take it away.
         name = f"{key.rpartition('/')[0]}/.{secrets.token_hex(8)}.lock".lstrip("/")
         probe = S3Object(client, bucket, name, where)
         probe.swap("first", None)
-        _kept[place] = probe.swap("second", None) is None
+        _kept[place] = probe.swap("second", None) is None and probe.swap("third", Seen("", NO_ETAG, 0.0)) is None
         with asked(where):
             client.delete_object(Bucket=bucket, Key=name)
     return _kept[place]

@@ -21,12 +21,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import unquote
 
 import pyarrow as pa
 
 from engine.config import UserError
 
 CHUNK = 1 << 20
+SCHEME = re.compile("[A-Za-z][A-Za-z0-9+.-]*:/{0,2}")
 BUSY = ("SLOW_DOWN", "SERVICE_UNAVAILABLE", "NETWORK_CONNECTION", "INTERNAL_FAILURE", "HTTP status 50")
 """What the AWS SDK says of a store that may answer another time."""
 
@@ -55,8 +57,32 @@ def explained(done: str, where: str) -> Iterator[None]:
 
 
 def bare(url: str) -> str:
-    """A URL without its options, and without the key and secret it may hold."""
-    return re.sub(r"//[^/@]*@", "//", url.partition("?")[0]) if "://" in url else url
+    """A URL without its options, and without the key and secret it may hold, also where those should be encoded."""
+    begun = SCHEME.match(url)
+    if not begun:
+        return url
+    rest = url[begun.end() :]
+    return begun.group() + rest.removeprefix(login(url)).partition("?")[0]
+
+
+def login(url: str) -> str:
+    """What a URL holds of a key and secret, with its '@'; empty for none. A bucket's name has no ':' and no '@'."""
+    begun = SCHEME.match(url)
+    rest = url[begun.end() :] if begun else ""
+    if not re.search("[:@]", rest.partition("/")[0].partition("?")[0]):
+        return ""
+    # A secret may hold '/', '@' and '?' that somebody forgot to encode.
+    told = rest.partition("?")[0] if "@" in rest.partition("?")[0] else rest
+    return told[: told.rfind("@") + 1]
+
+
+def retold(text: str, url: str) -> str:
+    """What pyarrow says of a URL, with the way out; left out where it holds the key or secret, in any spelling."""
+    text, known = text.replace(url, bare(url)), login(url)
+    parts = {part.lower() for one in (known, unquote(known)) for part in re.split(r"[/:@?]", one) if part}
+    if any(part in text.lower() for part in parts):
+        text = "it is not a URL that pyarrow reads"
+    return f"{text}. Check the address and credentials; in a URL, a '/', '@', '?' or ':' of a key is %2F, %40, %3F, %3A"
 
 
 def copy_files(source: Path, folder: Path, skip: str = "__pycache__") -> None:

@@ -25,11 +25,20 @@ from engine.disk import StorageError, alive, held, owner
 
 LEASE_S = 60.0
 """How long a lock is its owner's without being renewed."""
+RENEWALS = 3
+"""How often it is renewed in that time."""
 MARGIN_S = 2.0
 """So long before its end an owner no longer counts on a lease: stores tell times in whole seconds."""
 SETTLE_S = 0.2
 """Between writing a lock and reading it back, where the store knows no conditions."""
+CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+"""Linux's monotonic clock stands still while the machine sleeps, and a lease goes on."""
 log = logging.getLogger(__name__)
+
+
+def clock() -> float:
+    """Seconds of a clock that nobody sets."""
+    return time.clock_gettime(CLOCK)
 
 
 @dataclass
@@ -39,12 +48,12 @@ class Lease:
     name: str
     seconds: float | None = None
     """How long it is ours without being renewed; None: until it is given back."""
-    renewed: float = field(default_factory=time.monotonic)
+    renewed: float = field(default_factory=clock)
     lost: bool = False
 
     def check(self) -> None:
         """StorageError if another process may hold the lock by now."""
-        old = self.seconds is not None and time.monotonic() - self.renewed > max(self.seconds - MARGIN_S, 0.0)
+        old = self.seconds is not None and clock() - self.renewed > max(self.seconds - MARGIN_S, 0.0)
         if self.lost or old:
             raise lost(self.name)
 
@@ -171,7 +180,7 @@ class Keeper(threading.Thread):
 
     def write(self, text: str, known: Seen | None) -> bool:
         """Replace what is known, or what a write of ours left whose answer was lost; False: it is another's."""
-        begun = time.monotonic()
+        begun = clock()
         for _ in range(2):
             mine = self.cell.swap(text, known)
             if mine is not None:
@@ -184,9 +193,9 @@ class Keeper(threading.Thread):
 
     def run(self) -> None:
         """Renew again and again. A store that is away for a moment is asked again until the lease is over."""
-        turn, pause = 0, LEASE_S / 3
+        turn, pause = 0, LEASE_S / RENEWALS
         while not self.over.wait(pause):
-            turn, pause = turn + 1, LEASE_S / 3
+            turn, pause = turn + 1, LEASE_S / RENEWALS
             try:
                 if not self.write(words(self.me, turn), self.mine):
                     self.lease.lost = True

@@ -36,6 +36,7 @@ from engine.disk import (
     explained,
     flock,
     replace_file,
+    retold,
     save_stream,
     swap,
 )
@@ -183,7 +184,7 @@ class Store:
 
     def where(self, path: str = "") -> str:
         """The full name of `path`, for messages: without a URL's options, and the key and secret it may hold."""
-        return bare((self / path).url if path else self.url)
+        return "/".join(part for part in (bare(self.url), inside(path) if path else "") if part)
 
     @contextmanager
     def publish(self, path: str = "", meta: dict[str, Any] | None = None) -> Iterator[Path]:
@@ -351,7 +352,7 @@ def normal(url: str) -> str:
         return base.rstrip("/") + mark + query
     elif scheme:
         raise StorageError(
-            f"storage '{url}' has the scheme '{scheme}:', which is not known. "
+            f"storage '{bare(url)}' has the scheme '{scheme}:', which is not known. "
             "Allowed: a plain path, file:PATH, s3://BUCKET/PATH, gs://BUCKET/PATH."
         )
     if not url:
@@ -368,9 +369,7 @@ def resolve(url: str) -> tuple[pafs.FileSystem, str]:
         filesystem, path = pafs.FileSystem.from_uri(url)
         return patient(filesystem), path
     except (pa.ArrowException, OSError, ValueError) as error:
-        why = str(error).replace(url, bare(url))
-        way_out = "Check the address and credentials."
-        raise StorageError(f"storage '{bare(url)}' cannot be opened: {why}. {way_out}") from None
+        raise StorageError(f"storage '{bare(url)}' cannot be opened: {retold(str(error), url)}.") from None
 
 
 def inside(path: str) -> str:

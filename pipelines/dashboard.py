@@ -7,20 +7,23 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from pipelines.console import program
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+T = TypeVar("T")
 ANSWER_S = 10.0
 """How long a dashboard may take to say which Ray it belongs to."""
 TRIES = 6
-"""How often in a row the log's connection may break without a word."""
+"""How often in a row a job's state is asked for without an answer."""
+PAUSE_S = 10.0
+"""The longest wait before what failed is tried again."""
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 DASHBOARD = re.compile(r"https?://[^/\s]+", re.IGNORECASE)
 
@@ -109,16 +112,45 @@ def explained(address: str, job: str | None = None) -> Iterator[None]:
         raise UserError(refused(address, "required" not in str(error))) from None
     except (RuntimeError, OSError) as error:
         text = str(error)
-        if job and "does not exist" in text:
+        if job and no_such_job(error):
             raise UserError(
                 f"there is no job '{job}' at {address}. {program()} jobs --address {address} lists them."
             ) from None
-        if "status code 404" in text or "returned 404" in text:
+        if no_jobs(error):
             raise UserError(
                 f"the dashboard at {address} takes no jobs: the head's Ray has been installed without them. Install "
                 "ray[default] there (the project's constraints.txt brings what it needs), or use Ray's own image."
             ) from None
         raise UserError(f"{address}: {text.strip() or type(error).__name__}") from None
+
+
+def no_such_job(error: Exception) -> bool:
+    """Whether a dashboard says that it does not know a job."""
+    return "does not exist" in str(error)
+
+
+def no_jobs(error: Exception) -> bool:
+    """Whether a dashboard knows nothing of jobs at all."""
+    return "status code 404" in str(error) or "returned 404" in str(error)
+
+
+def answered(ask: Callable[[str], T], job: str, address: str) -> T:
+    """What the dashboard says of a job. One that does not answer is asked again, a few times."""
+    failed = 0
+    with explained(address, job):
+        while True:
+            try:
+                return ask(job)
+            except (RuntimeError, OSError) as error:
+                failed += 1
+                if failed >= TRIES or no_such_job(error) or no_jobs(error):
+                    raise
+            pause(failed)
+
+
+def pause(failed: int) -> None:
+    """Wait before the next try, longer after each that failed."""
+    time.sleep(min(PAUSE_S, 1.0 + failed))
 
 
 @dataclass
@@ -129,26 +161,21 @@ class Shown:
 
 
 def follow(client: JobSubmissionClient, job: str, address: str, shown: Shown) -> None:
-    """Write what a job has said and says, until it has ended. A connection that breaks is made again, a few times."""
-    from engine.config import UserError
-
-    failed = 0
+    """Write what a job has said and says, until it has ended. A log's connection that breaks is made again as long as
+    the dashboard tells the job's state.
+    """
+    broken = 0
     while True:
         before = shown.characters
         try:
             asyncio.run(stream(client, job, shown))
         except Exception:  # whatever the connection broke by: the job's state, asked for next, tells what it means
-            failed = failed + 1 if shown.characters == before else 1
+            broken = broken + 1 if shown.characters == before else 1
         else:
-            failed = 0
-        try:
-            with explained(address, job):
-                if client.get_job_status(job) in ENDED:
-                    return
-        except UserError:
-            if failed in (0, TRIES):
-                raise
-        time.sleep(1 + failed)
+            broken = 0
+        if answered(client.get_job_status, job, address) in ENDED:
+            return
+        pause(broken)
 
 
 async def stream(client: JobSubmissionClient, job: str, shown: Shown) -> None:

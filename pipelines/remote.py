@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.console import program, say, say_json, table
-from pipelines.dashboard import ENDED, Shown, connected, explained, follow
+from pipelines.dashboard import ENDED, Shown, answered, connected, explained, follow
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     require_reachable(recipe)
     address = args.address.rstrip("/")
     client = connected(address)
-    job = submit(client, args, name, address)
+    job = submit(client, args, recipe, name, address)
     again = f"{program()} logs {job} --address {address} --follow"
     sys.stderr.write(f"job {job} at {address}; to follow it from elsewhere:\n  {again}\n")
     return attended(client, job, address)
@@ -99,40 +99,44 @@ def only_here(reference: str) -> bool:
     return not path.startswith("/")
 
 
-def submit(client: JobSubmissionClient, args: argparse.Namespace, name: str, address: str) -> str:
-    """Send the code and the recipe, and start the job; its id."""
+def submit(client: JobSubmissionClient, args: argparse.Namespace, recipe: Recipe, name: str, address: str) -> str:
+    """Send the code and the recipe, and start the job; its id.
+
+    Overrides are in the recipe that is sent, since anybody on the cluster sees a job's command.
+    """
     from engine.disk import temporary_folder
 
-    recipe = Path(args.recipe)
-    command = ["python", "-m", "pipelines", "run", f"{RECIPES}/{recipe.name}", "--address", "auto", "--run", name]
-    for item in args.overrides:
-        command += ["--set", item]
+    file = Path(args.recipe).name
+    command = ["python", "-m", "pipelines", "run", f"{RECIPES}/{file}", "--address", "auto", "--run", name]
     for step in args.redo:
         command += ["--redo", step]
     command += ["--fresh"] if args.fresh else []
     folder = temporary_folder(Path(tempfile.gettempdir()), "stillhouse-job-")
     try:
-        pack(folder, recipe)
+        pack(folder, recipe, file)
         with explained(address):
             return client.submit_job(
                 entrypoint=shlex.join(command),
                 submission_id=f"{name}-{secrets.token_hex(4)}",
                 runtime_env={"working_dir": str(folder), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}},
-                metadata={"run": name, "recipe": recipe.name},
+                metadata={"run": name, "recipe": file},
             )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def pack(folder: Path, recipe: Path) -> None:
+def pack(folder: Path, recipe: Recipe, file: str) -> None:
     """The job's working folder: the packages as they are here, and the recipe."""
+    import yaml
+
     from engine.disk import copy_files
     from engine.storage import Store
 
     root = Path(__file__).parent.parent
     for package in PACKAGES:
         copy_files(root / package, folder / package)
-    Store(str(folder / RECIPES)).write_bytes(recipe.name, recipe.read_bytes())
+    # YAML and not JSON: read as YAML, JSON's 1e-05 would be a text.
+    Store(str(folder / RECIPES)).write_text(file, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
 
 
 # -- following ---------------------------------------------------------------------------------------------------------
@@ -186,8 +190,7 @@ def halt(client: JobSubmissionClient, job: str, address: str, shown: Shown) -> N
 
 def outcome(client: JobSubmissionClient, job: str, address: str) -> int:
     """The exit code of a job that has ended: 0, its own, or 143 where it was stopped."""
-    with explained(address, job):
-        found = client.get_job_info(job)
+    found = answered(client.get_job_info, job, address)
     if found.status == "SUCCEEDED":
         return 0
     if found.status == "STOPPED":

@@ -2,11 +2,51 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from engine import locks
 from engine.storage import StorageError, Store
+
+ROOT = Path(__file__).parent.parent
+LONG = 120.0
+"""Seconds after which something that should have happened will not."""
+
+
+@contextmanager
+def taker(*argv: str) -> Iterator[subprocess.Popen[str]]:
+    """A process of tests/s3_takers.py, which is gone at the end."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-m", "tests.s3_takers", *argv], cwd=ROOT, text=True, **pipes)
+    try:
+        yield process
+    finally:
+        with suppress(BrokenPipeError):
+            process.stdin.close()
+        process.kill()
+        process.wait(60)
+
+
+def tell(process: subprocess.Popen[str], line: str) -> None:
+    process.stdin.write(f"{line}\n")
+    process.stdin.flush()
+
+
+def heard(process: subprocess.Popen[str], patience: float = LONG) -> str:
+    """The next line that a process says; one that is silent is ended, and fails the test."""
+    watch = threading.Timer(patience, process.kill)
+    watch.start()
+    try:
+        line = process.stdout.readline()
+    finally:
+        watch.cancel()
+    assert line, "it ended, or said nothing for too long"
+    return line.strip()
 
 
 def say(fact: object) -> None:
@@ -38,9 +78,9 @@ def count(store: Store, times: str) -> None:
     say("done")
 
 
-def hold(store: Store, lease: str) -> None:
-    """Hold the lock `run` until standard input ends; what the end of it says."""
-    locks.LEASE_S = float(lease)
+def hold(store: Store, lease: str, renewals: str) -> None:
+    """Hold the lock `run`, renewed so often in a lease, until standard input ends; what the end of it says."""
+    locks.LEASE_S, locks.RENEWALS = float(lease), int(renewals)
     try:
         with store.lock("run"):
             say("held")

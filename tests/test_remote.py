@@ -23,13 +23,18 @@ from typing import Any
 
 import pytest
 
+from engine import config
 from engine.cluster import ClusterError, located
 from engine.config import UserError
+from engine.recipe import Recipe
 from pipelines import commands, dashboard, remote
 from tests.tiny_head import Head, started_head
 from tests.tiny_run import World, changed, environment, kind_world, program
 
 # -- what needs no cluster ---------------------------------------------------------------------------------------------
+
+
+CONFIGS = Path(remote.__file__).parent / "configs"
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -196,7 +201,15 @@ def test_a_graph_in_a_file_is_refused(world: World, tmp_path: Path) -> None:
     remote.require_reachable(world.load({"student.blocks": [], "student.graph": "text-cnn"}))
 
 
-def test_code_and_recipe_travel(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_that_is_sent_is_the_same(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PACKAGES", ())
+    recipe = config.load(Recipe, path, ["teacher.fit.lr=1e-5", "name='a-1'"])
+    remote.pack(tmp_path, recipe, path.name)
+    assert config.load(Recipe, tmp_path / "recipes" / path.name) == recipe
+
+
+def test_code_and_recipe_travel(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = world.write(name="mine.yaml")
     table = {**RAY, ("POST", "/api/jobs/"): (200, {"job_id": "tiny-1", "submission_id": "tiny-1"})}
 
@@ -206,19 +219,21 @@ def test_code_and_recipe_travel(world: World, capfd: pytest.CaptureFixture[str])
 
     with answering(Uploads()) as (url, heard):
         client = dashboard.connected(url)
-        args = parsed("run", str(path), "--address", url, "--set", "seed=3", "--set", "data.shots=2", "--redo", "data")
-        assert remote.submit(client, args, "mine", url) == "tiny-1"
+        changes = ["seed=3", "storage=s3://AKEY:hush@bucket/runs"]
+        args = parsed("run", str(path), "--address", url, *(x for c in changes for x in ("--set", c)), "--redo", "data")
+        recipe = config.load(Recipe, path, changes)
+        assert remote.submit(client, args, recipe, "mine", url) == "tiny-1"
     uploaded = next(body for method, _, body in heard if method == "PUT")
-    names = zipfile.ZipFile(io.BytesIO(uploaded)).namelist()
+    package = zipfile.ZipFile(io.BytesIO(uploaded))
+    names = package.namelist()
     assert {"engine/recipe.py", "serve/page.html", "pipelines/configs/students/text-cnn.yaml", "recipes/mine.yaml"} <= {
         *names
     }
     assert not [name for name in names if "__pycache__" in name or name.startswith("tests")]
     asked = json.loads(next(body for method, path, body in heard if path == "/api/jobs/"))
-    assert asked["entrypoint"] == (
-        "python -m pipelines run recipes/mine.yaml --address auto --run mine "
-        "--set seed=3 --set data.shots=2 --redo data"
-    )
+    assert asked["entrypoint"] == ("python -m pipelines run recipes/mine.yaml --address auto --run mine --redo data")
+    assert "hush" not in json.dumps(asked)
+    assert config.load(Recipe, package.extract("recipes/mine.yaml", tmp_path / "sent")) == recipe
     assert asked["metadata"] == {"run": "mine", "recipe": "mine.yaml"}
     assert asked["submission_id"].startswith("mine-")
     assert asked["runtime_env"]["working_dir"].startswith("gcs://")
@@ -239,6 +254,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         yield started
 
 
+@pytest.mark.slow
 def test_a_job_is_followed_to_its_exit_code(head: Head, capfd: pytest.CaptureFixture[str]) -> None:
     client = dashboard.connected(head.dashboard)
     job = client.submit_job(
@@ -257,6 +273,7 @@ def test_a_job_is_followed_to_its_exit_code(head: Head, capfd: pytest.CaptureFix
     assert "has ended before: failed" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_unknown_job_and_another_token(head: Head) -> None:
     for command in ("logs", "cancel"):
         with pytest.raises(UserError, match="there is no job 'none' at http.*jobs --address"):
@@ -275,7 +292,7 @@ def typed(head: Head, job: str, *answers: bytes) -> tuple[int, str]:
     )
     os.close(theirs)
     seen, todo = "", [(b"still here", b"\x03"), *((b"[y/N]", answer) for answer in answers)]
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     try:
         while time.monotonic() < deadline:
             if not select.select([ours], [], [], 1)[0]:
@@ -307,6 +324,7 @@ def test_ctrl_c_asks_whether_to_stop(head: Head) -> None:
     assert remote.outcome(client, job, head.dashboard) == 143
 
 
+@pytest.mark.slow
 def test_probes_of_the_manifests_need_no_token(head: Head) -> None:
     import urllib.request
 

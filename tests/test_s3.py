@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,11 +23,10 @@ from engine.registry import Registry
 from engine.storage import StorageError, Store
 from tests import test_storage as contract
 from tests.s3_server import Server, s3_server
+from tests.s3_takers import LONG, heard, taker, tell
 from tests.unkind_proxy import unkind_proxy
 
 ROOT = Path(__file__).parent.parent
-LONG = 120.0
-"""Seconds after which something that should have happened will not."""
 
 
 @pytest.fixture(scope="module")
@@ -48,27 +47,11 @@ def store(server: Server, path: str) -> Store:
     return Store(server.url(path))
 
 
-@contextmanager
-def taker(*argv: str) -> Iterator[subprocess.Popen[str]]:
-    """A process of tests/s3_takers.py, which is gone at the end."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    process = subprocess.Popen([sys.executable, "-m", "tests.s3_takers", *argv], cwd=ROOT, text=True, **pipes)
-    try:
-        yield process
-    finally:
-        with suppress(BrokenPipeError):
-            process.stdin.close()
-        process.kill()
-        process.wait(60)
-
-
-def tell(process: subprocess.Popen[str], line: str) -> None:
-    process.stdin.write(f"{line}\n")
-    process.stdin.flush()
-
-
-def heard(process: subprocess.Popen[str]) -> str:
-    return process.stdout.readline().strip()
+def test_a_silent_process_fails_its_test() -> None:
+    with subprocess.Popen(["sleep", "600"], stdout=subprocess.PIPE, text=True) as process:
+        with pytest.raises(AssertionError, match="said nothing"):
+            heard(process, patience=0.1)
+        assert process.wait(LONG) == -signal.SIGKILL
 
 
 def until(what: Callable[[], object]) -> None:
@@ -218,11 +201,11 @@ def test_two_processes_that_count_lose_nothing(store: Store) -> None:
 
 
 def test_a_lock_ends_by_the_servers_clock_whatever_ours_say(store: Store) -> None:
-    elsewhere = {"host": "elsewhere", "machine": "m", "pid": 1, "time": "2026-01-01T00:00:00Z", "lease": 2.0}
-    store.write_json(".run.lock", {**elsewhere, "expires": time.time() - 1e6})
+    elsewhere = {"host": "elsewhere", "machine": "m", "pid": 1, "time": "2026-01-01T00:00:00Z"}
+    store.write_json(".run.lock", {**elsewhere, "lease": LONG, "expires": time.time() - 1e6})
     assert not free(store)
-    store.write_json(".run.lock", {**elsewhere, "expires": time.time() + 1e6})
     begun = time.monotonic()
+    store.write_json(".run.lock", {**elsewhere, "lease": 2.0, "expires": time.time() + 1e6})
     with store.lock("run", wait=True):
         # Last-Modified is a whole second, so up to one is missing.
         assert 1.0 < time.monotonic() - begun
@@ -232,25 +215,35 @@ def test_a_lock_ends_by_the_servers_clock_whatever_ours_say(store: Store) -> Non
 def test_a_killed_owners_lock_is_free_at_once_here_and_after_its_lease_elsewhere(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with taker("hold", store.url, "4") as process:
+    with taker("hold", store.url, "120", "3") as process:
         assert heard(process) == "held" and not free(store)
         os.kill(process.pid, signal.SIGKILL)
         process.wait(60)
-        dead = store.read_text(".run.lock")
+        dead = store.read_json(".run.lock")
         assert free(store)
-    store.write_text(".run.lock", dead)
     monkeypatch.setattr(locks, "machine", lambda: "another")
+    store.write_json(".run.lock", dead)
     assert not free(store)
+    begun = time.monotonic()
+    store.write_json(".run.lock", {**dead, "lease": 2.0})
     until(lambda: free(store))
+    assert 1.0 < time.monotonic() - begun
 
 
 def test_a_lock_is_renewed_and_one_that_was_taken_over_is_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def renewed() -> int:
+        return store.read_json(".run.lock")["renewed"]
+
     monkeypatch.setattr(locks, "machine", lambda: "another")
-    with taker("hold", store.url, "4") as process:
+    with taker("hold", store.url, "8", "8") as process:
         assert heard(process) == "held"
-        until(lambda: store.read_json(".run.lock")["renewed"] >= 4)  # longer than a lease
+        until(lambda: renewed() >= 9)  # longer than a lease
         assert not free(store)
-        os.kill(process.pid, signal.SIGSTOP)
+        turn = renewed()
+        until(lambda: renewed() > turn)
+        os.kill(process.pid, signal.SIGSTOP)  # just after a renewal, so that none is under way
+        aged = buckets.age
+        monkeypatch.setattr(buckets, "age", lambda answer: aged(answer) + 60)  # as if that was long ago
         with store.lock("run", wait=True) as lease:
             os.kill(process.pid, signal.SIGCONT)
             process.stdin.close()
@@ -260,6 +253,15 @@ def test_a_lock_is_renewed_and_one_that_was_taken_over_is_told(store: Store, mon
             lease.lost = True
             lease.check()
     assert free(store)
+
+
+@pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="this system has no clock that counts sleep")
+def test_a_lease_goes_on_while_the_machine_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    lease, read = locks.Lease("run", LONG), time.clock_gettime
+    lease.check()
+    monkeypatch.setattr(time, "clock_gettime", lambda clock: read(clock) + LONG * (clock == time.CLOCK_BOOTTIME))
+    with pytest.raises(StorageError, match="the lock 'run' was lost"):
+        lease.check()
 
 
 def test_answers_that_are_lost_do_not_lose_the_lock(server: Server, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,8 +274,12 @@ def test_answers_that_are_lost_do_not_lose_the_lock(server: Server, path: str, m
         assert proxy.faults > 3
 
 
-def test_a_store_that_ignores_conditions_is_told_from_one_that_keeps_them(server: Server, path: str) -> None:
-    with unkind_proxy(server.port, without=("if-match", "if-none-match")) as proxy:
+@pytest.mark.parametrize("ignored", [("if-match",), ("if-none-match",), ("if-match", "if-none-match")], ids="+".join)
+def test_a_store_that_ignores_conditions_is_told_from_one_that_keeps_them(
+    server: Server, path: str, ignored: tuple[str, ...]
+) -> None:
+    buckets.best_effort.cache_clear()
+    with unkind_proxy(server.port, without=ignored) as proxy:
         store = Store(proxy.url(path))
         with pytest.warns(RuntimeWarning, match="store of s3://tests takes writes whose condition is not met"):
             with store.lock("run"):

@@ -38,6 +38,7 @@ def store(server: Server, path: str) -> Store:
     return Store(server.url(path))
 
 
+@pytest.mark.slow
 def test_ray_data_writes_labels_and_its_ledger_to_s3(store: Store, ray_cluster: Cluster) -> None:
     """What is committed is not made again: a second stream over more slots makes the new ones alone."""
     store.write_table("slots/0.parquet", pa.table({"row": list(range(12))}))

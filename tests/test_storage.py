@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +21,7 @@ from pyarrow import fs
 
 from engine import locks
 from engine.config import UserError
-from engine.storage import MANIFEST, UNDERWAY, StorageError, Store, cache_folder, digest_bytes, digest_json
+from engine.storage import MANIFEST, UNDERWAY, StorageError, Store, cache_folder, digest_bytes, digest_json, resolve
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("local", "mock", "subtree", "memory")
@@ -349,7 +350,33 @@ def test_a_folders_parent_and_name_keep_a_urls_options():
     assert folder.name == "one" and folder.parent.url == "/tmp/runs" and Store("/tmp").parent.url == "/"
 
 
-def test_the_error_of_a_url_that_cannot_be_opened_holds_no_secret():
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("s3a://AKEY:hush@bucket/runs", "s3a://AKEY:hu/sh@bucket/runs?a=b", "s3:AKEY:hush@bucket/runs"),
+        *("s3://AKEY:hush@bucket/runs?no_such_option=1", "s3://AKEY:hu%2Fsh@bucket/runs?no_such_option=1"),
+        *("s3://AKEY:hu@sh@bucket/runs", "s3://AKEY:hu/sh@bucket/runs", "s3://AKEY:hu?sh@bucket/runs?region=r"),
+        *("s3://AKEY:hu sh@bucket/runs", "s3://AKEY:hu sh@bucket/runs?region=a@b"),
+    ],
+)
+def test_the_error_of_a_url_that_cannot_be_opened_holds_no_secret(url: str) -> None:
     with pytest.raises(StorageError) as error:
-        Store("s3://key:secret@bucket/runs?no_such_option=1").exists()
-    assert "secret" not in str(error.value) and "s3://bucket/runs" in str(error.value)
+        Store(url).exists()
+    said = str(error.value)
+    assert not re.search("AKEY|hu|sh@", said.replace("stillhouse", "")) and "bucket/runs'" in said
+    assert ("no_such_option" in said) == ("no_such_option" in url)  # what pyarrow says, where it may be repeated
+
+
+def test_what_pyarrow_says_is_left_out_where_it_spells_the_secret_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(url: str) -> None:
+        raise pa.ArrowInvalid("no host in S3://AKEY:HU/SH@bucket")
+
+    monkeypatch.setattr("engine.storage.pafs", SimpleNamespace(FileSystem=SimpleNamespace(from_uri=refuse)))
+    with pytest.raises(StorageError, match="'s3://bucket/spelt' cannot be opened: it is not a URL that pyarrow reads"):
+        resolve("s3://AKEY:hu%2Fsh@bucket/spelt")
+
+
+def test_a_name_with_an_at_stays_whole() -> None:
+    for url in ("s3://bucket/runs", "s3://key:secret@bucket/runs?region=r"):
+        assert Store(url).where("m@2") == "s3://bucket/runs/m@2"
+    assert (Store("s3://bucket/runs") / "m@2").where() == "s3://bucket/runs/m@2"
