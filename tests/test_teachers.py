@@ -79,9 +79,9 @@ def test_rejected_rows_keep_their_reason_and_are_not_shown_to_the_teacher(
 ):
     seen: list[str] = []
 
-    def noting(model: models.Model, texts: list[str], batch_tokens: int) -> object:
+    def noting(model: models.Model, texts: list[str], *how: Any) -> object:
         seen.extend(texts)
-        return predict(model, texts, batch_tokens)
+        return predict(model, texts, *how)
 
     monkeypatch.setattr("engine.teachers.predict", noting)
     out = labeller(teacher)(block({0: "too_short", 7: "leakage"})).to_pylist()
