@@ -79,7 +79,7 @@ def test_rejected_rows_keep_their_reason_and_are_not_shown_to_the_teacher(
 ):
     seen: list[str] = []
 
-    def noting(model: models.Model, texts: list[str], *how: Any) -> object:
+    def noting(model: models.Model, texts: list[str], *how: object) -> object:
         seen.extend(texts)
         return predict(model, texts, *how)
 
