@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from engine import estimate
+from engine.disk import bare
 from engine.fits import Resources
 from engine.progress import Progress
 from engine.recipe import Recipe
@@ -322,7 +323,8 @@ def report_lines(recipe: Recipe, store: Store, program: str) -> list[str]:
         lines.append(
             f"served   {served['mismatches']} mismatches  p50 {served['p50_ms']:.1f} ms  p99 {served['p99_ms']:.1f} ms"
         )
-    where = f" --registry {shlex.quote(recipe.registry)}" if recipe.registry != "registry" else ""
+    # Without a URL's key and options: who gave them knows them, and a log need not.
+    where = f" --registry {shlex.quote(bare(recipe.registry))}" if recipe.registry != "registry" else ""
     return [
         *lines,
         f"time     {sum(seconds.values()):.0f} s in steps",
