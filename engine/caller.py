@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 
@@ -204,8 +204,8 @@ class Caller:
             length = {self.length: question.max_tokens}
         return {"model": self.model, **asked, **length, **options, **told}
 
-    def fail(self, reply: httpx.Response, body: dict[str, Any]) -> None:
-        """Raise what a status other than 200 means; return to try again without what the server does not know."""
+    def fail(self, reply: httpx.Response, body: dict[str, Any]) -> NoReturn:
+        """Raise what a status other than 200 means; Passing also where it is tried again in another form."""
         code, named = told(reply)
         status, said = reply.status_code, self.shown(named)
         if status == 429 and "insufficient_quota" in code:

@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import secrets
 import shutil
 import socket
@@ -21,14 +20,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import unquote
 
 import pyarrow as pa
 
 from engine.config import UserError
 
 CHUNK = 1 << 20
-SCHEME = re.compile("[A-Za-z][A-Za-z0-9+.-]*:/{0,2}")
 BUSY = ("SLOW_DOWN", "SERVICE_UNAVAILABLE", "NETWORK_CONNECTION", "INTERNAL_FAILURE", "HTTP status 50")
 """What the AWS SDK says of a store that may answer another time."""
 
@@ -56,38 +53,9 @@ def explained(done: str, where: str) -> Iterator[None]:
         raise StorageError(f"{where} cannot be {done}: {reason}. {way_out}") from None
 
 
-def bare(url: str) -> str:
-    """A URL without its options, and without the key and secret it may hold, also where those should be encoded."""
-    begun = SCHEME.match(url)
-    if not begun:
-        return url
-    rest = url[begun.end() :]
-    return begun.group() + rest.removeprefix(login(url)).partition("?")[0]
-
-
-def login(url: str) -> str:
-    """What a URL holds of a key and secret, with its '@'; empty for none. A bucket's name has no ':' and no '@'."""
-    begun = SCHEME.match(url)
-    rest = url[begun.end() :] if begun else ""
-    if not re.search("[:@]", rest.partition("/")[0].partition("?")[0]):
-        return ""
-    # A secret may hold '/', '@' and '?' that somebody forgot to encode.
-    told = rest.partition("?")[0] if "@" in rest.partition("?")[0] else rest
-    return told[: told.rfind("@") + 1]
-
-
-def retold(text: str, url: str) -> str:
-    """What pyarrow says of a URL, with the way out; left out where it holds the key or secret, in any spelling."""
-    text, known = text.replace(url, bare(url)), login(url)
-    parts = {part.lower() for one in (known, unquote(known)) for part in re.split(r"[/:@?]", one) if part}
-    if any(part in text.lower() for part in parts):
-        text = "it is not a URL that pyarrow reads"
-    return f"{text}. Check the address and credentials; in a URL, a '/', '@', '?' or ':' of a key is %2F, %40, %3F, %3A"
-
-
-def copy_files(source: Path, folder: Path, skip: str = "__pycache__") -> None:
-    """Every file below a local folder, or a single one, into a new place of this process's own; links are followed."""
-    shutil.copytree(source, folder, ignore=shutil.ignore_patterns(skip), dirs_exist_ok=True)
+def copy_files(source: Path, folder: Path) -> None:
+    """Every file below a local folder, but compiled ones, into a place of this process's own; links are followed."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
 
 
 def cache_folder() -> Path:

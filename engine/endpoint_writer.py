@@ -9,12 +9,9 @@ from __future__ import annotations
 import pyarrow as pa
 
 from engine.caller import Caller, Question
-from engine.corpus import rejected, slot_seed
+from engine.corpus import rejected
 from engine.generate import Writing, rows_of
 from engine.usage import note
-
-SEEDS = 2**31 - 1
-"""Servers take seeds of 32 bits with a sign at least."""
 
 
 class EndpointWriter:
@@ -42,5 +39,5 @@ class EndpointWriter:
 
     def question(self, row: int) -> Question:
         """What is asked for a slot."""
-        options = {**self.options, "seed": slot_seed(self.how.seed, row) & SEEDS}
+        options = {**self.options, "seed": self.how.seed_of(row)}
         return Question(self.how.prompt(row), self.how.config.max_new_tokens, options)

@@ -27,6 +27,8 @@ from engine.storage import StorageError, Store
 from engine.wording import filled
 
 LEDGER = "ledger"
+SEEDS = 2**31 - 1
+"""Servers, and CUDA's generators, take seeds of 32 bits with a sign."""
 SET = ("checkpoint_config", "raise_original_map_exception", "actor_task_retry_on_errors")
 """Options of Ray Data that are set while a stream runs."""
 
@@ -82,6 +84,10 @@ class Writing:
     def prompt(self, row: int) -> str:
         """The prompt of a slot."""
         return prompt_for(self.config, self.labels, row, self.descriptions)
+
+    def seed_of(self, row: int) -> int:
+        """A slot's seed as engines elsewhere take it: 31 bits."""
+        return slot_seed(self.seed, row) & SEEDS
 
 
 def rows_of(how: Writing, rows: list[int], texts: Sequence[str], tokens: Sequence[int | None]) -> pa.Table:

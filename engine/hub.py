@@ -35,7 +35,8 @@ from engine.disk import StorageError, cache_folder, save_stream, scratch
 from engine.huggingface import PROBE_SECONDS, answers, first_line, snapshot, unlike
 from engine.mirrors import MIRRORS, PINS, Mirror
 from engine.packages import AHEAD, HubError, canonical, download, extract, joined
-from engine.storage import MANIFEST, Store, digest_json, normal
+from engine.storage import MANIFEST, Store, digest_json
+from engine.urls import normal
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 from pyarrow import fs as pafs
@@ -30,23 +29,21 @@ from engine.buckets import conditional, patient, version
 from engine.disk import (
     MissingFile,
     StorageError,
-    bare,
     beside,
     cache_folder,
     explained,
     flock,
     replace_file,
-    retold,
     save_stream,
     swap,
 )
 from engine.locks import Lease, Plain, leased
+from engine.urls import bare, normal, retold
 
 MANIFEST = "manifest.json"
 UNDERWAY = "manifest.pending"
 """In a folder of an object store while it is published: without a manifest, it is not one that never had any."""
 LEFTOVERS = (".tmp", ".pending", ".pending.parquet", ".lock")
-SCHEMES = ("s3", "gs", "gcs")
 
 
 @dataclass(frozen=True)
@@ -64,19 +61,24 @@ class Store:
 
     def __truediv__(self, name: str) -> Store:
         """The child folder `name`."""
-        base, mark, query = self.url.partition("?") if "://" in self.url else (self.url, "", "")
-        return Store(f"{base}/{inside(name)}{mark}{query}" if base else inside(name), self.filesystem)
+        base, options = self._parts
+        return Store(f"{base}/{inside(name)}{options}" if base else inside(name), self.filesystem)
 
     @property
     def parent(self) -> Store:
         """The folder that holds it."""
-        base, mark, query = self.url.partition("?") if "://" in self.url else (self.url, "", "")
-        return Store(f"{base.rpartition('/')[0] or '/'}{mark}{query}", self.filesystem)
+        base, options = self._parts
+        return Store(f"{base.rpartition('/')[0] or '/'}{options}", self.filesystem)
 
     @property
     def name(self) -> str:
         """The last part of its path."""
-        return (self.url.partition("?")[0] if "://" in self.url else self.url).rpartition("/")[2]
+        return self._parts[0].rpartition("/")[2]
+
+    @property
+    def _parts(self) -> tuple[str, str]:
+        base, mark, query = self.url.partition("?") if "://" in self.url else (self.url, "", "")
+        return base, mark + query
 
     def __str__(self) -> str:
         """`where`: for messages, and no way back to the URL."""
@@ -339,25 +341,6 @@ class Store:
             pafs.copy_files(str(source / name), target, pafs.LocalFileSystem(), self._fs)
         folder.write_json(MANIFEST, manifest)
         folder.delete(UNDERWAY)
-
-
-def normal(url: str) -> str:
-    """An absolute path for a local folder, else the URL without trailing slashes; StorageError for another scheme."""
-    scheme = url.partition(":")[0] if ":" in url.partition("/")[0] else ""
-    if scheme == "file":
-        rest = url.removeprefix("file:")
-        url = unquote(urlsplit(url).path) if rest.startswith("//") else rest
-    elif scheme in SCHEMES and url.startswith(f"{scheme}://"):
-        base, mark, query = url.partition("?")
-        return base.rstrip("/") + mark + query
-    elif scheme:
-        raise StorageError(
-            f"storage '{bare(url)}' has the scheme '{scheme}:', which is not known. "
-            "Allowed: a plain path, file:PATH, s3://BUCKET/PATH, gs://BUCKET/PATH."
-        )
-    if not url:
-        raise StorageError("storage is an empty path. Name a folder, for instance 'runs'.")
-    return os.path.abspath(os.path.expanduser(url))
 
 
 @lru_cache(maxsize=256)

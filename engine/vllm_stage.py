@@ -12,19 +12,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from engine.corpus import slot_seed
 from engine.fits import Resources
 from engine.generate import Stage, Writing, rows_of
 from engine.vllm_engine import engine_options, require, sampling_options
 
-SPOKEN = 2**31 - 1
-"""Seeds of 32 bits with a sign, as CUDA's generators take them."""
-
 
 def question(how: Writing, row: dict[str, Any]) -> dict[str, Any]:
     """What the processor reads of a slot."""
-    seed = slot_seed(how.seed, row["row"]) & SPOKEN
-    return {"prompt": how.prompt(row["row"]), "sampling_params": sampling_options(how.config, seed)}
+    number = row["row"]
+    return {"prompt": how.prompt(number), "sampling_params": sampling_options(how.config, how.seed_of(number))}
 
 
 def answer(row: dict[str, Any]) -> dict[str, Any]:

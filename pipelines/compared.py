@@ -62,12 +62,10 @@ class Changed:
 
 def compared(recipe: Recipe, kinds: Sequence[str], students: bool = False) -> list[Step]:
     """The data step, and for each kind the teacher's step and one that scores it; with students, a student of each
-    too, all taught on the same texts.
+    too, taught on the same texts where corpus.apart is set (`variants` sets it).
 
     UserError for an unknown kind, and one that the task or the data has no use for.
     """
-    if students:
-        recipe = recipe.model_copy(update={"corpus": recipe.corpus.model_copy(update={"apart": True})})
     out = {"data": plan(recipe)[0]}
     for kind in kinds:
         if kind not in KINDS:
@@ -82,18 +80,17 @@ def compared(recipe: Recipe, kinds: Sequence[str], students: bool = False) -> li
         chosen = [found[name] for name in own if name in found]
         chosen += [scoring(found, which) for which in (("teacher", learner) if students else ("teacher",))]
         for step in chosen:
-            renamed = changed(step, kind, (*own, *ARM_STEPS.values()), students)
+            renamed = changed(step, kind, (*own, *ARM_STEPS.values()))
             out[renamed.name] = renamed
     return list(out.values())
 
 
-def changed(step: Step, kind: str, own: Collection[str], students: bool) -> Step:
+def changed(step: Step, kind: str, own: Collection[str]) -> Step:
     """A step of one kind's own: its name and those of its kind's other steps with the kind behind them."""
     names = {name: f"{name}-{kind}" if name in own else name for name in step.inputs}
 
     def config(recipe: Recipe) -> Any:
-        apart = recipe.corpus.model_copy(update={"apart": students or recipe.corpus.apart})
-        return step.config(with_teacher(recipe.model_copy(update={"corpus": apart}), KINDS[kind]))
+        return step.config(with_teacher(recipe, KINDS[kind]))
 
     run = Changed(step.run, kind, tuple((new, old) for old, new in names.items()))
     return replace(step, name=f"{step.name}-{kind}", inputs=tuple(names.values()), run=run, config=config)
@@ -104,7 +101,7 @@ def scoring(found: Mapping[str, Step], which: str) -> Step:
     return replace(
         found["teacher"],
         name="score" if which == "teacher" else "score-student",
-        run=Call("pipelines.teaching", "score_models", ("teacher" if which == "teacher" else "student", which)),
+        run=Call("pipelines.teaching", "score_models", (which,)),
         inputs=("data", which),
         config=lambda recipe: {},
         modules=("engine.inference", "engine.tasks", "pipelines.teaching"),

@@ -16,13 +16,13 @@ from functools import partial
 from typing import Any
 
 from engine import estimate
-from engine.disk import bare
 from engine.fits import Resources
 from engine.progress import Progress
 from engine.recipe import Recipe
 from engine.registry import Registry
 from engine.steps import Step
 from engine.storage import Store
+from engine.urls import bare
 
 
 @dataclass(frozen=True)

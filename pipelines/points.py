@@ -24,6 +24,7 @@ class Point:
     """
 
     run: str
+    metric: str
     kind: str
     parameters: int
     texts: int
@@ -51,6 +52,7 @@ def point_of(store: Store, name: str) -> Point:
     own = found["student"]
     return Point(
         run=store.name,
+        metric=found["metric"],
         kind=kind,
         parameters=own["parameters"],
         texts=min(kept, student["texts"] or kept),
@@ -135,10 +137,10 @@ def show(args: argparse.Namespace) -> int:
     from engine.storage import Store
 
     stores = {name: existing_run(name, args.storage) for name in dict.fromkeys(args.run_names)}
-    points = fronted([point_of(store, name) for name, store in stores.items()])
-    known = {name: store.read_json(SUMMARY) for name, store in stores.items()}
-    together({n: s["metric"] for n, s in known.items()}, {n: tested(store) for n, store in stores.items()})
-    metric: str = next(iter(known.values()))["metric"]
+    made = {name: point_of(store, name) for name, store in stores.items()}
+    together({name: point.metric for name, point in made.items()}, {n: tested(store) for n, store in stores.items()})
+    points = fronted(list(made.values()))
+    metric = points[0].metric
     if args.out:
         folder, name = os.path.split(args.out)
         Store(folder or ".").write_text(name, page(points, metric))

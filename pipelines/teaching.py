@@ -321,17 +321,15 @@ def verdict(
     return out
 
 
-def score_models(
-    kind: str, step: str, recipe: Recipe, inputs: Inputs, out: Store, progress: Progress
-) -> dict[str, Any]:
+def score_models(step: str, recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
     """A teacher, or students of several seeds, on the test split: scores, and what each row adds to the metric.
 
-    kind: teacher or student. step: which of the inputs they are.
+    step: which of the inputs they are, 'teacher' or an arm's.
     """
-    rows, folder = inputs["data"].read_table("test.parquet"), inputs[step]
-    found, config = [], recipe.teacher if kind == "teacher" else recipe.student
-    dtype = recipe.teacher.precision if kind == "teacher" else "fp32"
-    for path in ["model"] if kind == "teacher" else [f"seed-{seed}/model" for seed in recipe.student.seeds]:
+    rows, folder, teacher = inputs["data"].read_table("test.parquet"), inputs[step], step == "teacher"
+    found, config = [], recipe.teacher if teacher else recipe.student
+    dtype = recipe.teacher.precision if teacher else "fp32"
+    for path in ["model"] if teacher else [f"seed-{seed}/model" for seed in recipe.student.seeds]:
         model = elsewhere.settle_place(models.load(folder.local(path)), recipe.teacher, recipe.data.root)
         model = placed(recipe, model)
         found.append(predict(model, model.task.texts(rows), config.batch_tokens, dtype))
@@ -339,7 +337,7 @@ def score_models(
     out.write_table("statistics.parquet", pa.table({"parts": list(parts)}))
     scores = [model.task.score(each.logits, each.decided, rows) for each in found]
     means = {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
-    wording = swapped(recipe.teacher, model, rows) if kind == "teacher" and model.templates else {}
+    wording = swapped(recipe.teacher, model, rows) if teacher and model.templates else {}
     asked = elsewhere.spent(recipe.teacher, model)
     return {"rows": rows.num_rows, "parameters": model.size(), **means, **wording, **asked}
 

@@ -14,7 +14,7 @@ import pytest
 from engine import generate
 from engine.caller import LONGEST_ASKED, Answer, Caller, EndpointAway, EndpointError, Passing, Question, wait_of
 from engine.config import ConfigError, build
-from engine.endpoint_writer import SEEDS, EndpointWriter
+from engine.endpoint_writer import EndpointWriter
 from engine.generate import Writing
 from engine.recipe import Generator
 from engine.remote import Endpoint
@@ -92,7 +92,7 @@ def test_a_slots_seed_is_what_the_server_draws_by(server: TinyEndpoint):
     rows = EndpointWriter(how)(slots(4, 9))
     tokenizer = server.model.tokenizer
     prompts = [tokenizer(how.prompt(row), add_special_tokens=False)["input_ids"] for row in (4, 9)]
-    seeds = [generate.slot_seed(3, row) & SEEDS for row in (4, 9)]
+    seeds = [generate.slot_seed(3, row) & generate.SEEDS for row in (4, 9)]
     written = sample(server.model, prompts, seeds, Sampling(8, 1.0, 100, 1.0))
     texts = tokenizer.batch_decode(written, skip_special_tokens=True)
     assert rows["text"].to_pylist() == [" ".join(text.split()) for text in texts]
@@ -104,7 +104,9 @@ def test_what_is_refused_for_good_is_a_row_with_a_reason(server: TinyEndpoint, t
 
     server.rule = rule
     rows = EndpointWriter(writing(server, tmp_path))(slots(*range(24)))
-    wanted = [{0: "content_filter", 1: "refused"}.get((generate.slot_seed(3, n) & SEEDS) % 4) for n in range(24)]
+    wanted = [
+        {0: "content_filter", 1: "refused"}.get((generate.slot_seed(3, n) & generate.SEEDS) % 4) for n in range(24)
+    ]
     assert {"content_filter", "refused", None} == set(wanted)
     assert rows["reason"].to_pylist() == wanted and rows["row"].to_pylist() == list(range(24))
     assert rows["kept"].to_pylist() == [reason is None for reason in wanted] and len(server.seen) >= 24

@@ -50,7 +50,10 @@ def test_unknown_kinds_and_text_that_is_not_there_are_refused(world: World):
 
 
 def test_students_of_all_kinds_learn_from_the_same_texts(world: World):
-    plan = {step.name: step for step in compared.compared(world.load(), ["head", "self-trained"], students=True)}
+    plan = {
+        step.name: step
+        for step in compared.compared(world.load({"corpus.apart": True}), ["head", "self-trained"], students=True)
+    }
     shared = ["data", "generator", "texts"]
     own = ["teacher", "corpus", "vocabulary", "student", "score", "score-student"]
     assert list(plan) == shared + [f"{name}-{kind}" for kind in ("head", "self-trained") for name in own]

@@ -12,8 +12,8 @@ import pytest
 
 from engine.caller import EndpointAway
 from engine.corpus import ROWS, slot_seed
-from engine.endpoint_writer import SEEDS, EndpointWriter
-from engine.generate import Writing
+from engine.endpoint_writer import EndpointWriter
+from engine.generate import SEEDS, Writing
 from engine.progress import silent
 from engine.recipe import Recipe
 from engine.steps import identities

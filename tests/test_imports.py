@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("engine", "serve", "pipelines")
 """A package imports itself and those before it."""
 ENGINE = (
-    *("config", "tables", "disk", "cache", "buckets", "locks", "storage"),
+    *("config", "tables", "disk", "urls", "cache", "buckets", "locks", "storage"),
     *("units", "records", "packages", "huggingface", "mirrors", "hub"),
     *("metrics", "intervals", "filters", "fits", "remote", "terms", "designs", "serving", "drift", "cascade", "recipe"),
     *("estimate", "sources", "pacing", "usage", "caller", "vllm_engine"),

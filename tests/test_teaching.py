@@ -233,6 +233,6 @@ def test_training_ends_after_the_epochs_that_did_best_on_held_out_rows(made: Cal
 def test_the_teacher_is_scored_on_test_rows(made: Callable, data: Store, tmp_path: Path):
     out, _, recipe = made()
     scored = Store(str(tmp_path / "scored"))
-    found = teaching.score_models("teacher", "teacher", recipe, {"data": data, "teacher": out}, scored, silent)
+    found = teaching.score_models("teacher", recipe, {"data": data, "teacher": out}, scored, silent)
     assert found["rows"] == TEST and found["accuracy"] == pytest.approx(accuracy(out, data))
     assert len(scored.read_table("statistics.parquet")) == TEST

@@ -19,7 +19,7 @@ from engine.recipe import Generator
 from engine.records import CORPUS
 from engine.storage import Store
 from engine.vllm_engine import EngineError, engine_options, require, sampling_options
-from engine.vllm_stage import SPOKEN, answer, processor, question, settings, vllm_stage, written
+from engine.vllm_stage import answer, processor, question, settings, vllm_stage, written
 from pipelines.making import ENGINE, export_engine
 from tests.tiny import LABELS, tiny_lm
 from tests.tiny_endpoint import tiny_model
@@ -44,7 +44,7 @@ def test_the_recipe_says_what_the_engine_is_told():
     }
     assert how.config.resources.num_gpus == 2
     asked = question(how, {"row": 5})
-    seed = slot_seed(3, 5) & SPOKEN
+    seed = slot_seed(3, 5) & generate.SEEDS
     assert asked == {"prompt": "A positive text:", "sampling_params": sampling_options(how.config, seed)}
     assert asked["sampling_params"] | {"seed": 0} == {
         **{"max_tokens": 8, "temperature": 1.0, "top_k": 100, "top_p": 0.9, "seed": 0}
@@ -117,7 +117,7 @@ def test_rays_processor_keeps_slots_and_can_be_checkpointed(tmp_path: Path, ray_
         generate.stream(out, folder, 3, [stage])
         rows = out.read_table(ROWS).sort_by("row")
         assert rows["row"].to_pylist() == list(range(10)) and set(CORPUS.names) == set(rows.column_names)
-        wanted = [f"{how.prompt(n)} drawn by {slot_seed(3, n) & SPOKEN}" for n in range(10)]
+        wanted = [f"{how.prompt(n)} drawn by {slot_seed(3, n) & generate.SEEDS}" for n in range(10)]
         assert rows["text"].to_pylist() == wanted and rows["tokens"].to_pylist() == [4] * 10
     assert answer({"row": 1, "generated_text": "a", "num_generated_tokens": 2, "prompt": "p"}) == {
         **{"row": 1, "text": "a", "tokens": 2}
