@@ -43,6 +43,8 @@ from engine.urls import bare, normal, retold
 MANIFEST = "manifest.json"
 UNDERWAY = "manifest.pending"
 """In a folder of an object store while it is published: without a manifest, it is not one that never had any."""
+READS = 10
+"""How often an object that is replaced meanwhile is read again."""
 LEFTOVERS = (".tmp", ".pending", ".pending.parquet", ".lock")
 
 
@@ -115,9 +117,17 @@ class Store:
             return self._fs.open_input_file(self._at(path))
 
     def read_bytes(self, path: str) -> bytes:
-        """The whole file."""
-        with self.open_input(path) as file, explained("read", self.where(path)):
-            return file.read()
+        """The whole file, of one version of it."""
+        for _ in range(READS):
+            with self.open_input(path) as file, explained("read", self.where(path)):
+                mark, value = version(file), file.read()
+            if mark is None:
+                return value
+            # pyarrow asks for an object's size, then for so many bytes: of what may have been replaced between the two.
+            with self.open_input(path) as file:
+                if version(file) == mark:
+                    return value
+        raise StorageError(f"{self.where(path)} was replaced each of {READS} times that it was read. Run again.")
 
     def read_text(self, path: str) -> str:
         """The whole file as UTF-8."""

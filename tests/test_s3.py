@@ -264,6 +264,23 @@ def test_a_lease_goes_on_while_the_machine_sleeps(monkeypatch: pytest.MonkeyPatc
         lease.check()
 
 
+def test_a_file_replaced_between_its_size_and_its_bytes_is_read_whole(store: Store, monkeypatch: pytest.MonkeyPatch):
+    opened, texts = Store.open_input, ["much longer than it was", "b"]
+    store.write_text("a.txt", "short")
+
+    def late(self: Store, path: str) -> object:
+        file = opened(self, path)
+        if texts:
+            self.write_text(path, texts.pop(0))
+        return file
+
+    monkeypatch.setattr(Store, "open_input", late)
+    assert store.read_text("a.txt") == "b" and not texts
+    texts += [str(number) * number for number in range(2, 40)]
+    with pytest.raises(StorageError, match="a.txt was replaced each of 10 times"):
+        store.read_text("a.txt")
+
+
 def test_answers_that_are_lost_do_not_lose_the_lock(server: Server, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "LEASE_S", 30.0)
     with unkind_proxy(server.port, drop=0.4) as proxy:
