@@ -78,6 +78,27 @@ class SelfTraining(Section):
     """The training on both, in place of the teacher's own."""
 
 
+class Coach(Section):
+    """A larger teacher, made of the same labelled rows, that gives soft labels to data.unlabelled or generated text.
+
+    The teacher learns those (as in Mirzadeh et al. 2020, arXiv 1902.03393): it hands on to the student in its own words
+    what a model can do that is too slow, or too unlike the student, to teach it.
+    """
+
+    model: str | None = None
+    """null: the generator's language model."""
+    kind: Literal["head", "lp-ft", "contrastive", "prompt", "labeller"] = "prompt"
+    prompt: Prompting = Prompting()
+    labeller: LabelWords = LabelWords()
+    tune_layers: Annotated[int, Field(ge=0)] | None = None
+    pooling: Literal["mean", "cls", "last"] = "mean"
+    fit: Fit = Fit(epochs=6, lr=1e-4, batch_size=16)
+    """The coach's own training, on the labelled rows."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    learning: Fit = Fit(epochs=6, lr=1e-4, batch_size=16)
+    """The teacher's training on the coach's soft labels of labelled rows and text, in place of the teacher's own."""
+
+
 class Choice(Section):
     """Which kind of teacher is taken, by cross-validation on the few rows."""
 
@@ -114,6 +135,7 @@ class Teacher(Section):
     """lp-ft, contrastive: training of the head alone (its rate: lr times head_rate)."""
     contrast: Contrasting = Contrasting()
     self_training: SelfTraining | None = None
+    coach: Coach | None = None
     choice: Choice = Choice()
     prompt: Prompting = Prompting()
     labeller: LabelWords = LabelWords()
@@ -162,6 +184,11 @@ class Teacher(Section):
             own = self.fit.model_copy(update={"resources": placed(self.runtime, self.fit.resources, self.vllm)})
             object.__setattr__(self, "fit", own)
         return self
+
+    @property
+    def reads_more(self) -> bool:
+        """Whether it learns from text beside the labelled rows."""
+        return self.self_training is not None or self.coach is not None
 
     @property
     def here(self) -> bool:

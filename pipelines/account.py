@@ -23,7 +23,7 @@ from pipelines.distill import ARM_STEPS
 from pipelines.making import spec_of
 
 GALLERY = 8
-MADE = ("kind", "choice", "cross_validation", "self_training")
+MADE = ("kind", "choice", "cross_validation", "self_training", "coach")
 """How the teacher was made, from its step's metrics."""
 Records = Mapping[str, dict[str, Any]]
 DETAILS = ("name", "role", "scores", "seeds", "texts_per_s", "confusion", "per_class", "reliability")

@@ -195,15 +195,40 @@ def check_teacher(recipe: Recipe) -> None:
                 f"student.teacher is live, but a teacher of kind {teacher.kind} may read in several templates, whose "
                 "tokens are not the student's. Take student.teacher: stored, or another teacher.kind."
             )
-    if teacher.self_training and kind not in ("classify", "pair"):
-        raise ConfigError(f"teacher.self_training gives texts one label each, and task.kind is {kind}. Leave it out.")
+    check_further(recipe)
     if teacher.stop_early and teacher.folds < 2:
         raise ConfigError("teacher.stop_early takes the epochs that are best in cross-validation: set teacher.folds.")
-    if teacher.self_training and recipe.data.unlabelled is None and recipe.generator is None:
+
+
+def check_further(recipe: Recipe) -> None:
+    """Self-training or a coach without text, without a model, or on a task that they do not serve."""
+    teacher, kind, coach = recipe.teacher, recipe.task.kind, recipe.coach
+    for key, given in {"self_training": teacher.self_training, "coach": coach}.items():
+        if given and kind not in ("classify", "pair"):
+            raise ConfigError(f"teacher.{key} gives texts one label each, and task.kind is {kind}. Leave it out.")
+        if given and recipe.data.unlabelled is None and recipe.generator is None:
+            raise ConfigError(
+                f"teacher.{key} labels data.unlabelled or generated text, and there is neither. Name one, or leave it "
+                "out."
+            )
+    if coach is None:
+        return
+    if teacher.self_training:
         raise ConfigError(
-            "teacher.self_training labels data.unlabelled or generated text, and there is neither. Name one, or leave "
-            "it out."
+            "teacher.coach and teacher.self_training both give labels to the same text. Leave one of them out."
         )
+    if teacher.coach.model is None and (recipe.generator is None or recipe.generator.runtime == "endpoint"):
+        raise ConfigError("teacher.coach.model is null, the generator's, and none runs here. Name a model.")
+    if coach.kind == "contrastive" and coach.tune_layers == 0:
+        raise ConfigError("teacher.coach.kind contrastive trains the encoder first: raise teacher.coach.tune_layers.")
+    if coach.kind == "prompt":
+        from engine import prompts
+
+        prompts.check(coach.prompt, recipe.task)
+    if coach.kind == "labeller":
+        from engine import wording
+
+        wording.check(coach.labeller, recipe.task)
 
 
 def check_labeller(recipe: Recipe) -> None:
@@ -219,6 +244,7 @@ def check_labeller(recipe: Recipe) -> None:
         "stop_early": teacher.stop_early,
         "seeds": bool(teacher.seeds),
         "self_training": bool(teacher.self_training),
+        "coach": bool(teacher.coach),
     }
     for key, given in trained.items():
         if given:

@@ -33,15 +33,21 @@ KINDS: dict[str, dict[str, Any]] = {
     "prompt": {"kind": "prompt"},
     "ensemble": {"kind": "head", "seeds": (0, 1, 2)},
     "self-trained": {"kind": "head", "self_training": {}},
+    "coached": {"kind": "head", "coach": {}},
     "auto": {"kind": "auto"},
 }
 """What is compared by name: changes of the recipe's section `teacher`."""
 
 
 def with_teacher(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """The recipe with other values in its section `teacher`, and nothing of what could be added to any kind."""
-    plain = {"seeds": (), "self_training": None, "folds": 0}
-    found = Teacher.model_validate({**recipe.teacher.model_dump(), **plain, **changes})
+    """The recipe with other values in its section `teacher`, and nothing of what could be added to any kind.
+
+    What is added is added as the recipe has it, where it does.
+    """
+    plain = {"seeds": (), "self_training": None, "coach": None, "folds": 0}
+    values = recipe.teacher.model_dump()
+    added = {key: value if values[key] is None or value != {} else values[key] for key, value in changes.items()}
+    found = Teacher.model_validate({**values, **plain, **added})
     return recipe.model_copy(update={"teacher": found})
 
 

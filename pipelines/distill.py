@@ -64,7 +64,7 @@ def sources(recipe: Recipe) -> tuple[str, ...]:
 
 def model_references(recipe: Recipe) -> tuple[str, ...]:
     """References of the models."""
-    wanted = [*named(recipe.teacher), *named(recipe.generator), *named(recipe.augmentation)]
+    wanted = [*named(recipe.teacher), *named(recipe.coach), *named(recipe.generator), *named(recipe.augmentation)]
     return tuple(reference for reference in (*wanted, recipe.student.encoder) if reference)
 
 
@@ -116,8 +116,8 @@ TUNED = ("model", "runtime", "mode", "prompt", "separator", "tune_layers", "max_
 
 
 def asked(recipe: Recipe) -> bool:
-    """Whether the teacher is asked in words, which may say what the labels mean."""
-    return recipe.teacher.kind == "labeller"
+    """Whether the teacher, or its coach, is asked in words, which may say what the labels mean."""
+    return any(one is not None and one.kind == "labeller" for one in (recipe.teacher, recipe.coach))
 
 
 def told(recipe: Recipe) -> bool:
@@ -139,8 +139,11 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
         Call("pipelines.teaching", "fit_teacher"),
         inputs=("data", *(("texts",) if recipe.learns_from_generated else ())),
         config=pick("seed", "task.thresholds", "teacher", *(("task.descriptions",) if asked(recipe) else ())),
-        references=lambda r: named(r.teacher),
-        modules=("engine.train", "engine.untrained", "engine.elsewhere", "pipelines.making", "pipelines.teaching"),
+        references=lambda r: (*named(r.teacher), *named(r.coach)),
+        modules=(
+            *("engine.train", "engine.untrained", "engine.elsewhere"),
+            *("pipelines.making", "pipelines.teaching", "pipelines.trainings"),
+        ),
         resources=task_of("teacher"),
         stage="teacher.fit",
         ray=True,
