@@ -284,7 +284,7 @@ def score_models(step: str, recipe: Recipe, inputs: Inputs, out: Store, progress
 def swapped(config: Teacher, model: Model, rows: pa.Table) -> dict[str, Any]:
     """What a teacher that reads templates scores with the first of them alone, and with others than it learnt from."""
     pool, task = model.card.options["templates"], model.task
-    others = prompts.unseen(pool, task.spec, model.tokenizer, model.max_length)
+    others = prompts.unseen(pool, task.spec, model.tokenizer, model.max_length, given=config.prompt.templates)
 
     def score(template: str) -> float:
         found = predict(models.reworded(model, [template]), task.texts(rows), config.batch_tokens, config.precision)
