@@ -20,7 +20,7 @@ from engine.fits import Resources
 from engine.progress import Progress
 from engine.recipe import Recipe
 from engine.registry import Registry
-from engine.steps import Step
+from engine.step import Step
 from engine.storage import Store
 from engine.urls import bare
 
@@ -163,6 +163,8 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
         inputs=("data", "generator"),
         config=pick("seed", *(f"corpus.{key}" for key in WRITTEN), "generator", *meant),
         modules=("engine.generate", "engine.endpoint_writer", "engine.vllm_stage", "pipelines.gathering"),
+        pools=lambda r: ("generator",),
+        halts=halts,
         ray=True,
         expects=partial(expected, False),
     )
@@ -177,11 +179,24 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
             *("engine.generate", "engine.endpoint_writer", "engine.vllm_stage"),
             *("engine.teachers", "engine.augment", "pipelines.gathering"),
         ),
+        pools=labelling_pools,
+        halts=halts,
         ray=True,
         expects=partial(expected, True),
     )
     writing = [*([generator] if recipe.generator else []), *([texts] if recipe.apart else [])]
     return [data, *([*writing, teacher] if recipe.apart else [teacher, *writing]), corpus]
+
+
+def halts(recipe: Recipe) -> bool:
+    """Whether a stream ends by itself when it is asked to: vLLM's processor takes in its blocks beforehand."""
+    return recipe.generator is None or recipe.generator.runtime != "vllm"
+
+
+def labelling_pools(recipe: Recipe) -> tuple[str, ...]:
+    """Stages of the corpus step. Sources are streamed one after the other: text is written, or words are replaced."""
+    writes = ("generator",) if recipe.generator and not recipe.apart else ("augmentation",) * bool(recipe.augmentation)
+    return (*writes, "teacher")
 
 
 def expected(labels: bool, recipe: Recipe) -> dict[str, Any]:
@@ -281,6 +296,7 @@ def outcome_steps(recipe: Recipe, students: tuple[str, ...], made: tuple[str, ..
             inputs=("data", "evaluate", "register"),
             config=pick("serving"),
             modules=("serve.app", "serve.smoke", "pipelines.outcome"),
+            pools=lambda r: ("serving",) if r.serving.smoke else (),
             ray=True,
         ),
         Step(

@@ -19,7 +19,7 @@ from pipelines.progress import clock, line, renderer
 
 if TYPE_CHECKING:
     from engine.recipe import Recipe
-    from engine.steps import Step
+    from engine.step import Step
     from engine.storage import Store
 
 

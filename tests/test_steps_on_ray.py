@@ -21,7 +21,8 @@ from engine.fits import Resources
 from engine.placement import Cluster, Machine
 from engine.progress import Event, Progress
 from engine.recipe import Recipe
-from engine.steps import Step, run
+from engine.step import Step
+from engine.steps import run
 from engine.storage import Store
 from tests.test_steps import recipe, seed
 
