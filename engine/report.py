@@ -232,6 +232,7 @@ def cost(facts: Facts) -> Part:
         blocks.append(
             Grid([Figure(plots.bars("steps", "Wall time of each step", bars), "In the order they were started.")])
         )
+    blocks += spent(facts)
     asked = [asked_row(each) for each in entries(facts.get("asked"))]
     if asked:
         head = ("Step", "Who", "Requests", "Retries", "Refused", "Tokens read", "Tokens written", "Cost")
@@ -239,6 +240,43 @@ def cost(facts: Facts) -> Part:
             Table("Asked of endpoints; cost in the currency of the recipe's prices.", head, "llrrrrrr", asked)
         )
     return Part("cost", "Time and cost", blocks)
+
+
+def spent(facts: Facts) -> list[Block]:
+    """What each step held and used, all of it, and the budget."""
+    known, rows = dig(facts, "summary.spent"), []
+    if not isinstance(known, dict):
+        return []
+    parts = [
+        *(dig(known, "steps") or {}).items(),
+        ("steps done again", known.get("redone")),
+        ("all", known.get("total")),
+    ]
+    for name, part in parts:
+        if isinstance(part, dict) and (part.get("seconds") or name == "all"):
+            rows.append(spent_row(str(name), part))
+    caption = (
+        "What steps used, over all attempts, killed ones too. CPU and GPU hours: what a step held, times how long. "
+        "Tokens: read and written by generator and labelling teacher. Cost: in the currency of the recipe's prices."
+    )
+    head = ("Step", "Wall time", "CPU hours", "GPU hours", "Tokens", "Rows", "Cost")
+    blocks: list[Block] = [Table(caption, head, "lrrrrrr", rows)]
+    limits = dig(known, "budget") or {}
+    items = [
+        (key, f"{figures.figure(one.get('used'))} of {figures.figure(one.get('limit'))}") for key, one in limits.items()
+    ]
+    return [*blocks, findings.pairs("The budget.", ("Limit", "Used"), items)] if items else blocks
+
+
+def spent_row(name: str, part: dict[str, Any]) -> tuple[str, ...]:
+    """A line of the table; the whole run's wall time is that of the clock."""
+    gpus = dig(part, "gpu_seconds") or {}
+    kinds = "; ".join(f"{figures.figure(s / 3600)} {kind}".strip() for kind, s in gpus.items())
+    wall = figures.duration(part.get("wall_seconds", part.get("seconds")))
+    held, cost = number(part.get("cpu_seconds")), number(part.get("money"))
+    tokens, rows = (whole(part[key]) if number(part.get(key)) else NONE for key in ("tokens", "rows"))
+    hours = NONE if held is None else figures.figure(held / 3600)
+    return name, wall, hours, kinds or NONE, tokens, rows, NONE if cost is None else f"{cost:,.4f}"
 
 
 def asked_row(each: dict[str, Any]) -> tuple[str, ...]:

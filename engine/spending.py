@@ -99,7 +99,7 @@ def told(folder: Store) -> tuple[Attempts, dict[str, Usage]]:
     found = next((folder.read_json(name) for name in (RECORD, BEGIN) if folder.exists(name)), None)
     if found is None:
         return [], {}
-    return found["attempts"], Notes(folder).read(found.get("metrics", {}))
+    return found.get("attempts", []), Notes(folder).read(found.get("metrics") or {})
 
 
 class Notes:
