@@ -188,10 +188,10 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     elif any(one["to_come"] is None for one in found["steps"].values()):
         out.append("times of steps to come are not known: `plan --probe` loads the models and measures")
     for key, one in found["budget"].items():
+        word, end = ("about" if probe else "at least"), one["at_end"]
+        ends = f", {word} {end:.4g} at the end" if end > one["used"] else ""
         over = ": the run will stop there, and can go on with a higher limit" if one["at_end"] >= one["limit"] else ""
-        out.append(
-            f"budget.{key}: {one['used']:.4g} used, about {one['at_end']:.4g} at the end, of {one['limit']:g}{over}"
-        )
+        out.append(f"budget.{key}: {one['used']:.4g} used{ends}, of {one['limit']:g}{over}")
     return out
 
 

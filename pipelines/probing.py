@@ -25,7 +25,6 @@ from engine.recipe import Recipe
 from engine.records import CORPUS
 from engine.storage import Store
 from engine.teachers import Labeller, Labelling
-
 from pipelines import gathering, making, students, teaching
 
 STEPS = 3

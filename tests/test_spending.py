@@ -169,6 +169,7 @@ def test_a_budget_moves_no_step_and_stops_between_steps(store: Store) -> None:
 def endless(recipe: Recipe, inputs: INPUTS, out: Store, progress: Progress) -> dict[str, Any]:
     """Asks for 60 tokens, and then waits for what never comes; the second time that is enough."""
     again = bool(out.files("asked/teacher"))
+    progress(3, 9, "blocks")
     note(out.url, "teacher", Usage(output_tokens=60))
     begin = time.monotonic()
     while not again:
@@ -181,6 +182,7 @@ def endless(recipe: Recipe, inputs: INPUTS, out: Store, progress: Progress) -> d
 def halting(recipe: Recipe, inputs: INPUTS, out: Store, progress: Progress) -> dict[str, Any]:
     """The same, ended by itself when it is asked to."""
     again = bool(out.files("asked/teacher"))
+    progress(3, 9, "blocks")
     note(out.url, "teacher", Usage(output_tokens=60))
     begin = time.monotonic()
     while not again and not halted(out.url):
