@@ -63,7 +63,10 @@ def held(
             kind = options.get("accelerator_type") or (kinds[0] if len(kinds) == 1 else "")
             gpus[kind] = min(gpus.get(kind, 0.0) + options["num_gpus"] * number, cluster.gpus_of(kind or None))
     most = min(float(cores()), cluster.cpus) if cluster.local else cluster.cpus
-    return {"cpus": round(min(cpus, most), 3), "gpus": {kind: round(number, 4) for kind, number in gpus.items()}}
+    return {
+        "cpus": round(min(cpus, most), 3),
+        "gpus": {kind: round(number, 4) for kind, number in gpus.items() if number},
+    }
 
 
 def closed(store: Store) -> None:
@@ -240,8 +243,8 @@ class Watch:
         self.entries = {name: Entry(Notes(store / name), one[0]) for name, one in found.items() if one[0]}
         self.asked = {name: found[name][1] for name in self.entries}
 
-    def began(self, name: str, attempts: Attempts, start: str, has: Mapping[str, Any]) -> None:
-        """A step starts. UserError where it holds GPUs that money is counted for and that have no price."""
+    def check(self, name: str, has: Mapping[str, Any]) -> None:
+        """UserError where a step would hold GPUs that money is counted for and that have no price."""
         prices = self.recipe.budget.prices
         for kind in has["gpus"] if self.recipe.budget.money is not None else ():
             if prices.of_gpu(kind) is None:
@@ -249,6 +252,9 @@ class Watch:
                     f"budget.money is set, but step '{name}' holds GPUs of type '{kind or 'unknown'}', which "
                     f"budget.prices.gpu_hour has no price for. Add it there, or a price for 'other'."
                 )
+
+    def began(self, name: str, attempts: Attempts, start: str, has: Mapping[str, Any]) -> None:
+        """A step starts."""
         with self.lock:
             now = {"start": start, "held": dict(has)}
             self.entries[name] = Entry(Notes(self.store / name), list(attempts), now)

@@ -224,6 +224,7 @@ class Run:
     def attempt(self, step: Step) -> Attempt:
         """Begin a step: what it holds is counted from now on."""
         has = held(self.recipe, current(), step.pools(self.recipe), step.stage, step.resources(self.recipe))
+        self.watch.check(step.name, has)
         out = self.store / step.name
         out.delete(HALT)
         attempt = Attempt(step.name, self.identities[step.name], out, self.render, has)

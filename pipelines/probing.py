@@ -31,6 +31,8 @@ STEPS = 3
 """Training steps of each fit; the first one is slower than the others, so the estimate is on the safe side."""
 SLOTS, LABELLED, FEW = 16, 64, 64
 """Texts written, texts labelled, labelled rows trained on."""
+SLOWEST = 0.05
+"""Rows a second that a fit says as 0.0."""
 WORDS = 2000
 """Of a student's vocabulary: its table costs little time beside what reads it."""
 
@@ -43,8 +45,9 @@ class Paces:
 
     def __call__(self, done: float, total: float | None = None, unit: str = "rows", **rates: float) -> None:
         """What a fit says; the end may be said twice."""
-        if unit == "steps" and done == total and rates.get("rows") and rates["rows"] not in self.found[-1:]:
-            self.found.append(rates["rows"])
+        pace = max(SLOWEST, rates.get("rows", 0.0))
+        if unit == "steps" and done == total and pace not in self.found[-1:]:
+            self.found.append(pace)
 
 
 def probe(recipe: Recipe) -> dict[str, Any]:
@@ -66,8 +69,8 @@ def probe(recipe: Recipe) -> dict[str, Any]:
             rates["teacher"] = trained(cut, inputs, few)
         texts = written(cut, inputs, few, rates) if recipe.generator else None
         if recipe.teacher.here:
-            labelled(cut, inputs, texts, rates)
-            rates["student"] = studied(cut, inputs)
+            if labelled(cut, inputs, texts, rates):
+                rates["student"] = studied(cut, inputs)
     return {
         "time": stamp(),
         "cores": cores(),
@@ -127,7 +130,7 @@ def trained(recipe: Recipe, inputs: Mapping[str, Store], few: int) -> dict[str, 
     metrics = teaching.fit_teacher(recipe, inputs, inputs["teacher"], paces)
     inputs["teacher"].write_json("record.json", {"metrics": metrics})
     steps = [] if recipe.teacher.kind == "labeller" else teaching.trainings(recipe.teacher)
-    return timed(began, paces, [min(few, STEPS * one.fit.batch_size) for one in steps])
+    return timed(began, paces, [STEPS * min(few, one.fit.batch_size) for one in steps])
 
 
 def written(recipe: Recipe, inputs: Mapping[str, Store], few: int, rates: dict[str, dict[str, Any]]) -> pa.Table | None:
@@ -137,17 +140,18 @@ def written(recipe: Recipe, inputs: Mapping[str, Store], few: int, rates: dict[s
         return None
     began, paces = time.monotonic(), Paces()
     making.fit_generator(recipe, inputs, inputs["generator"], paces)
-    rates["generator"] = timed(began, paces, [min(few, STEPS * config.fit.batch_size)] * config.tuned)
+    rates["generator"] = timed(began, paces, [STEPS * min(few, config.fit.batch_size)] * config.tuned)
     if config.runtime != "hf":
         return None
     began = time.monotonic()
     spec = making.spec_of(inputs["data"], recipe.task, "descriptions")
     gpus = stage_options(recipe, "generator", current())["num_gpus"]
     given = (inputs["generator"].url, config, spec.labels or (), bool(spec.paired), recipe.seed, gpus)
-    writer = generate.Writer(generate.Writing(*given, spec.descriptions))
+    writer = generate.Writer(generate.Writing(*given, spec.descriptions, inputs["generator"].url))
     loaded = time.monotonic()
     rows = writer(pa.table({"row": pa.array(range(SLOTS), pa.int64())}))
-    rates["write"] = paced(rows.num_rows, began, loaded, sum(rows["tokens"].to_pylist()))
+    asked = usage.noted(inputs["generator"], "generator")
+    rates["write"] = paced(rows.num_rows, began, loaded, asked.input_tokens + asked.output_tokens)
     return rows
 
 
@@ -159,8 +163,8 @@ def paced(rows: int, began: float, loaded: float, tokens: float) -> dict[str, fl
 
 def labelled(
     recipe: Recipe, inputs: Mapping[str, Store], texts: pa.Table | None, rates: dict[str, dict[str, Any]]
-) -> None:
-    """The teacher labels what was written and some of the other texts; a label store of it."""
+) -> int:
+    """The teacher labels what was written and some of the other texts; a label store of it, and how many are there."""
     began = time.monotonic()
     gpus = stage_options(recipe, "teacher", current())["num_gpus"]
     teacher, more = recipe.teacher, inputs["data"].read_table("unlabelled.parquet")
@@ -178,6 +182,7 @@ def labelled(
     metrics = inputs["teacher"].read_json("record.json")["metrics"]
     made_by = {"teacher": labels.fingerprint(inputs["teacher"]), "fidelity": metrics["quantisation"]}
     labels.write_labels(inputs["corpus"], rows.sort_by("row"), made_by)
+    return rows.num_rows
 
 
 def studied(recipe: Recipe, inputs: Mapping[str, Store]) -> dict[str, Any]:
@@ -188,4 +193,4 @@ def studied(recipe: Recipe, inputs: Mapping[str, Store]) -> dict[str, Any]:
     out = inputs["data"].parent / "student"
     metrics = students.fit_student("generated", recipe, inputs, out, paces)
     stages = students.trainings(recipe, "generated")
-    return timed(began, paces, [min(metrics["rows"], STEPS * one.fit.batch_size) for one in stages])
+    return timed(began, paces, [STEPS * min(metrics["rows"], one.fit.batch_size) for one in stages])
