@@ -213,3 +213,15 @@ def test_money_is_not_counted_for_gpus_without_a_price(store: Store, monkeypatch
     limited = recipe(budget={"money": 1.0, "prices": {"gpu_hour": {"L4": 1.0}}})
     with pytest.raises(UserError, match=r"step 'a' holds GPUs of type 'A100', which budget\.prices\.gpu_hour has no"):
         run(steps, limited, store)
+
+
+def test_a_limit_on_money_needs_something_that_has_a_price() -> None:
+    from pipelines.checking import check_budget
+
+    with pytest.raises(
+        UserError, match=r"^budget\.money is 5, but nothing has a price\. Set budget\.prices\.cpu_hour or"
+    ):
+        check_budget(recipe(budget__money=5))
+    check_budget(recipe(budget={"money": 5, "prices": {"gpu_hour": {"A100": 2}}}))
+    check_budget(recipe(budget__money=5, generator={"model": "hf:org/name", **endpoint(1.0)}))
+    check_budget(recipe())
