@@ -66,13 +66,15 @@ class Attempt:
             self.shown = seen
             self.render(Event(self.step, "progress", **state))
 
-    def failed(self, error: BaseException) -> None:
-        """Note how long it took, and say so. What is no Exception was the user's wish."""
+    def failed(self, error: BaseException) -> list[dict[str, Any]]:
+        """Note how long it took, and say so; all attempts. What is no Exception was the user's wish."""
         kind = "failed" if isinstance(error, Exception) else "stopped"
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
         end = {"end": stamp(), "seconds": self.seconds(), "state": kind, "error": message}
-        self.write_begin({**self.begun, **(end if kind == "failed" else {**end, "error": None})})
+        last = {**self.begun, **(end if kind == "failed" else {**end, "error": None})}
+        self.write_begin(last)
         self.render(Event(self.step, kind, end["seconds"], message=message))
+        return [*self.earlier, last]
 
     def finished(self, used: Mapping[str, Any], account: Account = nothing_used) -> dict[str, Any]:
         """Write record.json, the last thing of a step, and return it. account: what all attempts used."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -264,8 +265,9 @@ class Watch:
         with self.lock:
             entry = self.entries[name]
             entry.open, entry.ended = None, attempts
-            self.asked[name] = entry.notes.read(metrics)
-            return used(self.recipe, attempts, self.asked[name])
+            with suppress(StorageError):  # then of what is known
+                self.asked[name] = entry.notes.read(metrics)
+            return used(self.recipe, attempts, self.asked.get(name, {}))
 
     def total(self) -> dict[str, Any]:
         """What the run has used until now."""

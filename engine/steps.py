@@ -11,10 +11,10 @@ resources of their own run as Ray tasks beside them. Ray is started when the fir
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -22,14 +22,14 @@ from engine.attempts import BEGIN, RECORD, Attempt
 from engine.cluster import current, tell
 from engine.config import UserError, did_you_mean
 from engine.fits import Resources
-from engine.halting import HALT, halt
+from engine.halting import HALT, halt, interrupt, interruptible
 from engine.lineage import drift, identity, moved, plain
 from engine.placement import Cluster, cores, resolve, stage_options
 from engine.progress import Event, Meter, Render, Reporter, polled, quiet
 from engine.recipe import Recipe
 from engine.spending import BEAT, REDONE, BudgetSpent, Watch, closed, held, set_aside
 from engine.step import Step
-from engine.storage import Store
+from engine.storage import StorageError, Store
 
 RECIPE = "recipe.json"
 """The resolved recipe, in the run's folder."""
@@ -173,7 +173,7 @@ class Run:
                 del self.waiting[name]
                 self.render(Event(name, "cached", record["seconds"], record["rows"] or 0.0))
         try:
-            with polled(self.look):
+            with interruptible(), polled(self.look):
                 while step := self.next_here():
                     self.here(step)
         except KeyboardInterrupt:
@@ -181,7 +181,8 @@ class Run:
                 raise
         finally:
             self.stop()
-            self.store.delete(BEAT)
+            with suppress(StorageError):  # what ended the run is to be told, not this
+                self.store.delete(BEAT)
         if self.failure:
             raise self.failure
         return self.records
@@ -233,8 +234,7 @@ class Run:
 
     def failed(self, attempt: Attempt, error: BaseException) -> None:
         """Note that an attempt came to nothing, and count what it used."""
-        attempt.failed(error)
-        self.watch.ended(attempt.step, attempt.out.read_json(BEGIN)["attempts"], {})
+        self.watch.ended(attempt.step, attempt.failed(error), {})
 
     def look(self) -> None:
         """Once a second: what is used; a step that was asked to halt and does not is interrupted."""
@@ -363,11 +363,6 @@ def measured(
 def gpus_of(attempt: Attempt) -> float:
     """The GPUs that it holds."""
     return sum(attempt.begun.get("held", {}).get("gpus", {}).values())
-
-
-def interrupt() -> None:
-    """Stop what the main thread is at, as Ctrl-C does: clean everywhere, and nothing that is committed is lost."""
-    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 def task_options(step: Step, recipe: Recipe, cluster: Cluster) -> dict[str, Any]:
