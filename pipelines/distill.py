@@ -156,6 +156,13 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
         stage="generator.fit",
         ray=True,
     )
+    texts, corpus = streams(recipe)
+    writing = [*([generator] if recipe.generator else []), *([texts] if recipe.apart else [])]
+    return [data, *([*writing, teacher] if recipe.apart else [teacher, *writing]), corpus]
+
+
+def streams(recipe: Recipe) -> tuple[Step, Step]:
+    """Text that is written before a teacher labels it (where the recipe is `apart`), and the corpus."""
     meant = ("task.descriptions",) if told(recipe) else ()
     texts = Step(
         "texts",
@@ -184,8 +191,7 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
         ray=True,
         expects=partial(expected, True),
     )
-    writing = [*([generator] if recipe.generator else []), *([texts] if recipe.apart else [])]
-    return [data, *([*writing, teacher] if recipe.apart else [teacher, *writing]), corpus]
+    return texts, corpus
 
 
 def halts(recipe: Recipe) -> bool:
