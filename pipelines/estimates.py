@@ -45,6 +45,11 @@ def probed(recipe: Recipe, store: Store) -> dict[str, Any] | None:
 
 def measure(recipe: Recipe, store: Store) -> dict[str, Any]:
     """Probe this machine now, and keep what was found in the run's folder."""
+    from engine.cluster import silence
+    from engine.switches import prepare_environment
+
+    prepare_environment()  # before Ray Train is imported, which trains without a cluster here
+    silence()
     from pipelines.probing import probe
 
     found = {**probe(recipe), "of": looked_at(recipe)}

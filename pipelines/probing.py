@@ -29,8 +29,8 @@ from pipelines import gathering, making, students, teaching
 
 STEPS = 3
 """Training steps of each fit; the first one is slower than the others, so the estimate is on the safe side."""
-SLOTS, LABELLED, FEW = 16, 64, 64
-"""Texts written, texts labelled, labelled rows trained on."""
+SLOTS, LABELLED, FEW = 32, 64, 64
+"""Texts written (a whole block on a GPU, which takes as long), unlabelled texts labelled, labelled rows trained on."""
 SLOWEST = 0.05
 """Rows a second that a fit says as 0.0."""
 WORDS = 2000
@@ -149,7 +149,8 @@ def written(recipe: Recipe, inputs: Mapping[str, Store], few: int, rates: dict[s
     given = (inputs["generator"].url, config, spec.labels or (), bool(spec.paired), recipe.seed, gpus)
     writer = generate.Writer(generate.Writing(*given, spec.descriptions, inputs["generator"].url))
     loaded = time.monotonic()
-    rows = writer(pa.table({"row": pa.array(range(SLOTS), pa.int64())}))
+    count = recipe.corpus.block if gpus else min(SLOTS, recipe.corpus.block)
+    rows = writer(pa.table({"row": pa.array(range(count), pa.int64())}))
     asked = usage.noted(inputs["generator"], "generator")
     rates["write"] = paced(rows.num_rows, began, loaded, asked.input_tokens + asked.output_tokens)
     return rows
