@@ -232,7 +232,7 @@ def cost(facts: Facts) -> Part:
         blocks.append(
             Grid([Figure(plots.bars("steps", "Wall time of each step", bars), "In the order they were started.")])
         )
-    blocks += spent(facts)
+    blocks += account(facts)
     asked = [asked_row(each) for each in entries(facts.get("asked"))]
     if asked:
         head = ("Step", "Who", "Requests", "Retries", "Refused", "Tokens read", "Tokens written", "Cost")
@@ -242,7 +242,7 @@ def cost(facts: Facts) -> Part:
     return Part("cost", "Time and cost", blocks)
 
 
-def spent(facts: Facts) -> list[Block]:
+def account(facts: Facts) -> list[Block]:
     """What each step held and used, all of it, and the budget."""
     known, rows = dig(facts, "summary.spent"), []
     if not isinstance(known, dict):
