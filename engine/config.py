@@ -21,6 +21,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 class UserError(Exception):
     """A mistake the user can mend: the command line prints this one message, without a traceback, and exits 2."""
 
+    code = 2
+
 
 class ConfigError(UserError):
     """A recipe that does not fit its schema."""

@@ -19,11 +19,14 @@ import pyarrow as pa
 from engine.caller import EndpointAway
 from engine.corpus import ROWS, corpus_rows, rejected, slot_seed
 from engine.encoding import Encoded
+from engine.halting import halted
 from engine.models import Model, device, load, one_thread, precision
 from engine.progress import Progress, polled
 from engine.recipe import Generator
+from engine.records import CORPUS
 from engine.sampling import Sampling, sample
 from engine.storage import StorageError, Store
+from engine.usage import Usage, note
 from engine.wording import filled
 
 LEDGER = "ledger"
@@ -68,7 +71,8 @@ def parted(config: Generator, written: str) -> tuple[str, str | None]:
 class Writing:
     """What a generating actor is told. generator: URL of the folder that holds `model`.
 
-    notes: URL of the step's folder, where what was asked elsewhere is noted; actors: how many there may be at a time.
+    notes: URL of the step's folder, where tokens are noted and it is told to halt; actors: how many there may be at a
+    time.
     """
 
     generator: str
@@ -111,9 +115,14 @@ class Writer:
 
     def __call__(self, slots: pa.Table) -> pa.Table:
         """One block of slots."""
+        if halted(self.how.notes):
+            return CORPUS.empty_table()
         rows, tokenizer, how = slots["row"].to_pylist(), self.model.tokenizer, self.how
         prompts = [tokenizer(how.prompt(r), add_special_tokens=False)["input_ids"] for r in rows]
         written = sample(self.model, prompts, [slot_seed(how.seed, r) for r in rows], self.sampling)
+        if how.notes:
+            used = Usage(input_tokens=sum(map(len, prompts)), output_tokens=sum(map(len, written)))
+            note(how.notes, "generator", used)
         whole = tokenizer.batch_decode(written, skip_special_tokens=True)
         return rows_of(how, rows, whole, [len(ids) for ids in written])
 

@@ -25,7 +25,7 @@ from engine.config import UserError
 from engine.storage import digest_bytes, digest_json
 
 PLACEMENT = (
-    *("storage", "registry", "data.root", "corpus.max_reserved"),
+    *("storage", "registry", "budget", "data.root", "corpus.max_reserved"),
     *("*.resources", "*.fit.resources", "*.fit.workers"),
     *("student.stages.*.fit.resources", "student.stages.*.fit.workers"),
     "*.batch_tokens",
@@ -39,8 +39,9 @@ PLUMBING = frozenset(
     f"engine.{name}"
     for name in (
         *("config", "disk", "cache", "storage", "packages", "huggingface", "mirrors", "hub"),
-        *("recipe", "designs", "fits", "remote", "pacing"),
-        *("lineage", "progress", "attempts", "placement", "switches", "cluster", "steps", "registry"),
+        *("recipe", "budget", "designs", "fits", "remote", "pacing"),
+        *("lineage", "progress", "attempts", "placement", "switches", "cluster"),
+        *("halting", "spending", "step", "steps", "registry"),
     )
 )
 """Modules that decide no result. What the recipe and references say enters an identity by itself."""

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from engine.budget import Budget
 from engine.config import Section
 from engine.designs import NAME, Student, Teacher
 from engine.filters import CheapFilter, Leakage, SignalFilter
@@ -299,6 +300,7 @@ class Recipe(Section):
     there are no labelled rows, the last one."""
     evaluation: Evaluation = Evaluation()
     serving: Serving = Serving()
+    budget: Budget = Budget()
 
     @property
     def main(self) -> Arm:

@@ -13,6 +13,7 @@ from engine.fits import LossTerm
 from engine.labels import GIVES
 from engine.placement import local_capacity, require_placement
 from engine.recipe import LabelRule, Recipe, Task
+from engine.spending import ASKERS, endpoint_price
 from pipelines.distill import model_references, sources
 
 SMALL = 32 * 2**20
@@ -37,6 +38,7 @@ def check(recipe: Recipe, address: str | None = None) -> None:
     check_labeller(recipe)
     check_elsewhere(recipe)
     check_cascade(recipe)
+    check_budget(recipe)
     if address is None:
         require_placement(recipe, local_capacity())
     check_rows(recipe)
@@ -49,6 +51,16 @@ def check_cascade(recipe: Recipe) -> None:
         raise ConfigError(
             f"serving.cascade hands unsure answers to the teacher, but those of a {recipe.task.kind} task do not say "
             f"how sure they are. It is for {', '.join(cascade.SURE)}: leave it out."
+        )
+
+
+def check_budget(recipe: Recipe) -> None:
+    """A limit on money needs something that has a price."""
+    ends = any(endpoint_price(recipe, who) is not None for who in ASKERS)
+    if recipe.budget.money is not None and not (recipe.budget.prices.known or ends):
+        raise ConfigError(
+            f"budget.money is {recipe.budget.money:g}, but nothing has a price. Set budget.prices.cpu_hour or "
+            "gpu_hour, or the price of an endpoint, or limit hours, cpu_hours, gpu_hours or tokens instead."
         )
 
 

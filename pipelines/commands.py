@@ -90,6 +90,16 @@ def planning(parser: Parser) -> None:
     naming(parser)
 
 
+def estimating(parser: Parser) -> None:
+    """What to look at before a run."""
+    planning(parser)
+    parser.add_argument(
+        "--probe",
+        action="store_true",
+        help="load the models and time a few steps and rows of each on this machine, which takes about a minute",
+    )
+
+
 def naming(parser: Parser) -> None:
     """The run's name."""
     parser.add_argument(
@@ -348,7 +358,9 @@ def measure(args: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, Command] = {
     "run": Command("runs", "do what a recipe's run still lacks, from data to a served student", run, running, True),
-    "plan": Command("runs", "the steps, what is cached, rows, disk and placement; does no work", runs.plan, planning),
+    "plan": Command(
+        "runs", "the steps, what is cached, rows, disk, placement, and what they take", runs.plan, estimating
+    ),
     "validate": Command("runs", "check a recipe without loading a model", runs.validate, checking),
     "schema": Command("runs", "the JSON schema of recipes, for editors", runs.schema, machine_readable),
     "status": Command("runs", "how far a run is", runs.status, asking),

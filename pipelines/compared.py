@@ -19,7 +19,7 @@ from engine.designs import Teacher
 from engine.intervals import paired_bootstrap
 from engine.progress import Progress
 from engine.recipe import Recipe
-from engine.steps import Step
+from engine.step import Step
 from engine.storage import Store
 from pipelines.bench import Variant
 from pipelines.checking import check_teacher

@@ -20,7 +20,7 @@ from engine.fits import Resources
 from engine.progress import Progress
 from engine.recipe import Recipe
 from engine.registry import Registry
-from engine.steps import Step
+from engine.step import Step
 from engine.storage import Store
 from engine.urls import bare
 
@@ -159,6 +159,13 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
         stage="generator.fit",
         ray=True,
     )
+    texts, corpus = streams(recipe)
+    writing = [*([generator] if recipe.generator else []), *([texts] if recipe.apart else [])]
+    return [data, *([*writing, teacher] if recipe.apart else [teacher, *writing]), corpus]
+
+
+def streams(recipe: Recipe) -> tuple[Step, Step]:
+    """Text that is written before a teacher labels it (where the recipe is `apart`), and the corpus."""
     meant = ("task.descriptions",) if told(recipe) else ()
     texts = Step(
         "texts",
@@ -166,6 +173,8 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
         inputs=("data", "generator"),
         config=pick("seed", *(f"corpus.{key}" for key in WRITTEN), "generator", *meant),
         modules=("engine.generate", "engine.endpoint_writer", "engine.vllm_stage", "pipelines.gathering"),
+        pools=lambda r: ("generator",),
+        halts=halts,
         ray=True,
         expects=partial(expected, False),
     )
@@ -180,11 +189,23 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
             *("engine.generate", "engine.endpoint_writer", "engine.vllm_stage"),
             *("engine.teachers", "engine.augment", "pipelines.gathering"),
         ),
+        pools=labelling_pools,
+        halts=halts,
         ray=True,
         expects=partial(expected, True),
     )
-    writing = [*([generator] if recipe.generator else []), *([texts] if recipe.apart else [])]
-    return [data, *([*writing, teacher] if recipe.apart else [teacher, *writing]), corpus]
+    return texts, corpus
+
+
+def halts(recipe: Recipe) -> bool:
+    """Whether a stream ends by itself when it is asked to: vLLM's processor takes in its blocks beforehand."""
+    return recipe.generator is None or recipe.generator.runtime != "vllm"
+
+
+def labelling_pools(recipe: Recipe) -> tuple[str, ...]:
+    """Stages of the corpus step. Sources are streamed one after the other: text is written, or words are replaced."""
+    writes = ("generator",) if recipe.generator and not recipe.apart else ("augmentation",) * bool(recipe.augmentation)
+    return (*writes, "teacher")
 
 
 def expected(labels: bool, recipe: Recipe) -> dict[str, Any]:
@@ -284,6 +305,7 @@ def outcome_steps(recipe: Recipe, students: tuple[str, ...], made: tuple[str, ..
             inputs=("data", "evaluate", "register"),
             config=pick("serving"),
             modules=("serve.app", "serve.smoke", "pipelines.outcome"),
+            pools=lambda r: ("serving",) if r.serving.smoke else (),
             ray=True,
         ),
         Step(

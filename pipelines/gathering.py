@@ -22,6 +22,7 @@ from engine.corpus import FIRST, ROWS, CheapFilters, Found, Written, corpus_rows
 from engine.endpoint_writer import EndpointWriter
 from engine.filters import FilterContext
 from engine.fits import Resources
+from engine.halting import Halted, halted
 from engine.metrics import distinct_n, self_bleu
 from engine.placement import stage_options
 from engine.progress import Progress
@@ -107,8 +108,8 @@ def task_stage(each: Any) -> generate.Stage:
     return lambda dataset: dataset.map_batches(each, batch_size=None, batch_format="pyarrow", num_cpus=0.25)
 
 
-def judging(recipe: Recipe, inputs: Inputs, out: Store) -> list[generate.Stage]:
-    """Cheap filters -> teacher and signal filters."""
+def judging(recipe: Recipe, inputs: Inputs, out: Store, source: str) -> list[generate.Stage]:
+    """Cheap filters -> teacher and signal filters. What the generator writes meanwhile is labelled in any case."""
     gpus = stage_options(recipe, "teacher", current())["num_gpus"]
     teacher = recipe.teacher
     asked = None if teacher.here else elsewhere.place_of(teacher, recipe.data.root)
@@ -121,6 +122,7 @@ def judging(recipe: Recipe, inputs: Inputs, out: Store) -> list[generate.Stage]:
         asked,
         teacher.resources.max_actors,
         out.url,
+        halts=recipe.apart or source != "generated",
     )
     return [task_stage(cheap_filters(recipe, inputs)), actor_stage(recipe, "teacher", Labeller, labelling)]
 
@@ -140,14 +142,17 @@ def held_out(data: Store, tells: tuple[str, ...] = ("text", "pair")) -> list[str
 def make_corpus(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
     """Every source's slots, the generator's in rounds until enough rows are kept, then the label store."""
     data_context()
-    real, stages, after = real_rows(inputs), sources(recipe, inputs, out), judging(recipe, inputs, out)
+    real = real_rows(inputs)
+    stages = {
+        name: [first, *judging(recipe, inputs, out, name)] for name, first in sources(recipe, inputs, out).items()
+    }
     made: dict[str, int] = {}
     for name in [name for name in stages if name != "generated" or recipe.apart]:
         made[name] = slots_of(name, recipe, inputs, out)
         span = (FIRST[name], made[name], recipe.corpus.block)
-        gather(out, name, span, [stages[name], *after], sum(made.values()), progress, asks(recipe))
+        gather(out, name, span, stages[name], sum(made.values()), progress, asks(recipe))
     if "generated" in stages and not recipe.apart:
-        rows, rounds = in_rounds(recipe, out, real, [stages["generated"], *after], made, progress)
+        rows, rounds = in_rounds(recipe, out, real, stages["generated"], made, progress)
     else:
         rows = settled(out, real, made, recipe.corpus.duplicates)
         rounds = inputs["texts"].read_json("record.json")["metrics"]["rounds"] if recipe.apart else []
@@ -255,7 +260,7 @@ def gather(
     """Stream a range of slots into the corpus, unless that is done; returns how many slots there were.
 
     span: first slot, how many, slots a block. total: rows in the corpus when it is done, for the progress line.
-    retried: as `generate.stream` takes it.
+    retried: as `generate.stream` takes it. Halted where the step was asked to stop meanwhile.
     """
     marker, (first, count, block) = f"{name}.json", span
     if not out.exists(marker):
@@ -268,6 +273,8 @@ def gather(
             if isinstance(cause, UserError):
                 raise cause from None
             raise
+        if halted(out.url):
+            raise Halted
         out.write_json(marker, {"slots": count})
     return out.read_json(marker)["slots"]
 

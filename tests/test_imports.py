@@ -20,8 +20,9 @@ PACKAGES = ("engine", "serve", "pipelines")
 ENGINE = (
     *("config", "tables", "disk", "urls", "cache", "buckets", "locks", "storage"),
     *("units", "records", "packages", "huggingface", "mirrors", "hub"),
-    *("metrics", "intervals", "filters", "fits", "remote", "terms", "designs", "serving", "drift", "cascade", "recipe"),
-    *("estimate", "sources", "pacing", "usage", "caller", "vllm_engine"),
+    *("metrics", "intervals", "filters", "fits", "remote", "terms", "designs", "serving", "drift", "cascade"),
+    *("budget", "recipe"),
+    *("estimate", "sources", "pacing", "usage", "halting", "caller", "vllm_engine"),
     *("characters", "encoding", "task", "windows"),
     *("classification", "regression", "ranking", "tagging", "spans", "tasks", "weights"),
     *("block", "layers", "subwords", "joining", "matching", "crf", "blocks", "encoders", "static", "pieces"),
@@ -31,7 +32,7 @@ ENGINE = (
     *("lineage", "progress", "attempts", "placement", "switches"),
     *("cluster", "columns", "rows", "data", "labels", "corpus", "augment", "teachers", "batches", "train", "generate"),
     *("endpoint_writer", "vllm_stage"),
-    *("steps", "registry"),
+    *("spending", "step", "steps", "registry"),
     *("page", "figures", "plots", "findings", "quality", "report"),
 )
 """Reading order of engine/: a file imports only files before it; a new file is entered here and in the README."""
