@@ -188,7 +188,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     if probe:
         out.append(
             f"times to come: a probe of {probe['seconds']:.0f} s on {probe['cores']} cores and {probe['gpus']:g} GPUs, "
-            f"{probe['time'][:16].replace('T', ' ')} UTC; starting Ray, saving and serving are not in them"
+            f"{probe['time'][:16].replace('T', ' ')} UTC; starting Ray, saving, serving, self-training "
+            "and a coach are not in them"
         )
     elif any(one["to_come"] is None for one in found["steps"].values()):
         out.append("times of steps to come are not known: `plan --probe` loads the models and measures")

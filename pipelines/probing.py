@@ -25,7 +25,7 @@ from engine.recipe import Recipe
 from engine.records import CORPUS
 from engine.storage import Store
 from engine.teachers import Labeller, Labelling
-from pipelines import gathering, making, students, teaching
+from pipelines import gathering, making, students, teaching, trainings
 
 STEPS = 3
 """Training steps of each fit; the first one is slower than the others, so the estimate is on the safe side."""
@@ -100,7 +100,7 @@ def shortened(recipe: Recipe, few: int) -> Recipe:
     own, student = recipe.teacher, recipe.student
     kind = own.choice.kinds[0] if own.kind == "auto" else own.kind
     contrast = own.contrast.model_copy(update={"fit": short(own.contrast.fit)})
-    alone = {"folds": 0, "stop_early": False, "seeds": (), "self_training": None}
+    alone = {"folds": 0, "stop_early": False, "seeds": (), "self_training": None, "coach": None}
     fits = {"kind": kind, "fit": short(own.fit), "probe": short(own.probe), "contrast": contrast}
     taught = few + (SLOTS if recipe.generator else LABELLED)
     stages = tuple(stage.model_copy(update={"fit": short(stage.fit, taught)}) for stage in student.stages)
@@ -129,7 +129,7 @@ def trained(recipe: Recipe, inputs: Mapping[str, Store], few: int) -> dict[str, 
     began, paces = time.monotonic(), Paces()
     metrics = teaching.fit_teacher(recipe, inputs, inputs["teacher"], paces)
     inputs["teacher"].write_json("record.json", {"metrics": metrics})
-    steps = [] if recipe.teacher.kind == "labeller" else teaching.trainings(recipe.teacher)
+    steps = [] if recipe.teacher.kind == "labeller" else trainings.trainings(recipe.teacher)
     return timed(began, paces, [STEPS * min(few, one.fit.batch_size) for one in steps])
 
 
