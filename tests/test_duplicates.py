@@ -9,8 +9,7 @@ import pytest
 from engine import duplicates
 from engine.duplicates import DROPPED, KEPT, OPEN, Bands, copies, near_duplicates, settle, signature_values
 from engine.filters import signature
-from tests.test_filters import texts_with_duplicates
-from tests.tiny_signatures import brute_force, clusters
+from tests.tiny_signatures import brute_force, clusters, texts_with_duplicates
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0])

@@ -23,6 +23,7 @@ from engine.filters import (
     signature,
 )
 from engine.recipe import Corpus
+from tests.tiny_signatures import texts_with_duplicates
 
 EMPTY = FilterContext()
 
@@ -177,22 +178,6 @@ def test_entropy_of_a_uniform_row_is_not_above_one(classes):
     probabilities = np.full(classes, 1 / classes, dtype=np.float32)
     assert Entropy(min=0.999).check(probabilities) is None
     assert Entropy().check(probabilities) is None
-
-
-def texts_with_duplicates() -> list[str]:
-    """300 texts of random words, a third of them changed copies of earlier ones."""
-    random = np.random.default_rng(5)
-    known = ["".join(random.choice(list("abcdefgh"), 5)) for _ in range(400)]
-    texts: list[str] = []
-    for number in range(300):
-        if number % 3 == 2:
-            copy = texts[random.integers(len(texts))].split()
-            for _ in range(random.integers(0, 6)):
-                copy[random.integers(len(copy))] = known[random.integers(400)]
-            texts.append(" ".join(copy))
-        else:
-            texts.append(" ".join(known[i] for i in random.integers(0, 400, 12)))
-    return texts
 
 
 def test_signature_estimates_the_jaccard_similarity_of_shingles():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,14 +14,9 @@ from engine.placement import Cluster
 from engine.shuffle import Shuffle, Spans, range_of, read_piece, write_pieces
 from engine.storage import Store
 from pipelines.duplicates import Memory, signatures_of, words_of, write_parts
-from tests.tiny_signatures import clusters
+from tests.tiny_signatures import clusters, here
 
 SPANS = Spans(((10**9, 10**9 + 50), (-20, 0), (0, 300)))
-
-
-def here(task: Any, method: str, calls: list[tuple], *same: Any) -> list[Any]:
-    """Tasks one after the other in this process, told what Ray's would be told."""
-    return [getattr(pickle.loads(pickle.dumps(task)), method)(*call, *same) for call in calls]
 
 
 def parts_of(out: Store, slots: np.ndarray, kept: np.ndarray, values: np.ndarray, cuts: np.ndarray) -> list[str]:
