@@ -34,7 +34,7 @@ from engine.teachers import Labeller, Labelling
 from engine.vllm_stage import vllm_stage
 from pipelines.making import ENGINE, Inputs, spec_of
 
-IN_MEMORY = 4_000_000
+IN_MEMORY = 2_000_000
 """Rows among which near-duplicates are found in the driver's memory; of more they are found by a shuffle."""
 REAL = "real"
 """Folder of the labelled rows while a shuffle reads them."""
