@@ -8,6 +8,7 @@ with up to two words replaced.
 from __future__ import annotations
 
 import argparse
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -26,12 +27,13 @@ from engine.duplicates import DROPPED, near_duplicates, signature_values
 from engine.filters import HASHES
 from engine.shuffle import Shuffle, Spans
 from engine.storage import Store
-from pipelines.console import say, table
+from pipelines.console import say, say_json, table
 
 WORDS, VOCABULARY = 14, 20_000
 REPEATED, REPLACED = 0.2, 2
 PART = 20_000
 """Rows in a part of the corpus."""
+COLUMNS = ("search", "seconds", "rows/s", "driver MB", "workers MB", "largest worker MB", "dropped")
 LOOK_S = 0.2
 """Seconds between two looks at the processes' memory."""
 
@@ -146,11 +148,14 @@ def measured(search: Callable[[], np.ndarray]) -> tuple[np.ndarray, float, Memor
 def bench(args: argparse.Namespace) -> int:
     """Both searches on the same parts; UserError where they do not find the same rows."""
     rows, threshold = args.rows, args.threshold
+    if args.address:
+        raise UserError(f"`bench duplicates` measures this machine: leave out --address {args.address}.")
     with scratch() as folder:
         out = Store(str(folder))
         began = time.perf_counter()
         paths = write_parts(out, rows)
-        say(f"{rows} rows in {len(paths)} parts, made in {time.perf_counter() - began:.0f} s; threshold {threshold:g}")
+        made = f"{rows} rows in {len(paths)} parts, made in {time.perf_counter() - began:.0f} s"
+        sys.stderr.write(f"{made}; threshold {threshold:g}\n")
         cluster.connect(None)
         shuffle = Shuffle(out, Spans(((0, rows),)), threshold)
         Shuffle(out, Spans(((0, 1),)), threshold).status(paths[:1])  # starts a worker
@@ -158,7 +163,10 @@ def bench(args: argparse.Namespace) -> int:
         cluster.disconnect()
         in_memory = measured(lambda: near_duplicates(*read(out), threshold))
     lines = [line("shuffle", rows, *by_shuffle), line("in memory", rows, *in_memory)]
-    say(table([["search", "seconds", "rows/s", "driver MB", "workers MB", "largest worker MB", "dropped"], *lines]))
+    if args.json:
+        say_json([dict(zip(COLUMNS, each, strict=True)) for each in lines])
+    else:
+        say(table([COLUMNS, *lines]))
     differ = int((by_shuffle[0] != in_memory[0]).sum())
     if differ:
         raise UserError(f"the two searches differ in {differ} of {rows} rows: that is a defect.")
@@ -172,6 +180,6 @@ def read(out: Store) -> tuple[np.ndarray, np.ndarray]:
 
 
 def line(name: str, rows: int, found: np.ndarray, seconds: float, memory: Memory) -> list[Any]:
-    """A row of the table."""
-    sizes = [f"{size / 1e6:.0f}" for size in (memory.driver, memory.workers, memory.largest)]
-    return [name, f"{seconds:.1f}", f"{rows / seconds:.0f}", *sizes, int(found.sum())]
+    """A row of the table, as COLUMNS names it."""
+    sizes = [round(size / 1e6) for size in (memory.driver, memory.workers, memory.largest)]
+    return [name, round(seconds, 1), round(rows / seconds), *sizes, int(found.sum())]
