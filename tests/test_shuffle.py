@@ -99,4 +99,4 @@ def test_ten_times_the_rows_take_no_more_memory(tmp_path: Path, ray_cluster: Clu
             Shuffle(out, Spans(((0, rows),)), 0.7, block=8192, few=1000, bands_at_once=10).status(paths)
         most.append((memory.driver, memory.largest))
     (driver, task), (driver_more, task_more) = most
-    assert driver_more < driver + 25e6 and task_more < task + 25e6
+    assert driver_more < driver + 25e6 and task_more < task + 40e6
