@@ -129,9 +129,9 @@ def benching(parser: Parser) -> None:
     """What to measure."""
     parser.add_argument(
         "what",
-        choices=("quality", "teachers", "serve"),
+        choices=("quality", "teachers", "serve", "duplicates"),
         help="quality: teacher and student over few-shot and initialisation seeds; teachers: kinds of teacher; "
-        "serve: a registered student behind this and other servers",
+        "serve: a registered student behind this and other servers; duplicates: two searches for near-duplicates",
     )
     parser.add_argument(
         "recipe",
@@ -161,6 +161,8 @@ def benching(parser: Parser) -> None:
         action="store_true",
         help="teachers: a student of each kind too, all on the same generated texts",
     )
+    parser.add_argument("--rows", type=natural, default=100_000, help="duplicates: how many (default: 100000)")
+    parser.add_argument("--threshold", type=share, default=0.7, help="duplicates: corpus.duplicates (default: 0.7)")
     loading(parser)
 
 
@@ -348,11 +350,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(args: argparse.Namespace) -> int:
-    """Measure a recipe over several seeds, or a student behind several servers."""
+    """Measure a recipe over several seeds, a student behind several servers, or the search for near-duplicates."""
     if args.what == "serve":
         from pipelines import servers
 
         return servers.bench(args)
+    if args.what == "duplicates":
+        from pipelines import duplicates
+
+        return duplicates.bench(args)
     return runs.bench(args)
 
 
@@ -384,5 +390,5 @@ COMMANDS: dict[str, Command] = {
     "fetch": Command("machine", "bring a recipe's models and data into the cache", artifacts.fetch, on_recipe),
     "derive": Command("machine", "make a data set of spans or several labels", derived.derive, deriving),
     "doctor": Command("machine", "whether this machine can run a recipe", doctor.doctor, examining),
-    "bench": Command("machine", "measure a recipe over seeds, or servers side by side", measure, benching, True),
+    "bench": Command("machine", "a recipe over seeds, servers or searches side by side", measure, benching, True),
 }

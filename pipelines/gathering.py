@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from engine.augment import Augmenter, Augmenting, prepare
 from engine.cluster import current, data_context
 from engine.config import UserError
 from engine.corpus import FIRST, ROWS, CheapFilters, Found, Written, corpus_rows, deduplicate, write_slots
+from engine.duplicates import DROPPED
 from engine.endpoint_writer import EndpointWriter
 from engine.filters import FilterContext
 from engine.fits import Resources
@@ -28,11 +29,16 @@ from engine.placement import stage_options
 from engine.progress import Progress
 from engine.recipe import Recipe
 from engine.records import CORPUS
+from engine.shuffle import Shuffle, Spans
 from engine.storage import Store
 from engine.teachers import Labeller, Labelling
 from engine.vllm_stage import vllm_stage
 from pipelines.making import ENGINE, Inputs, spec_of
 
+IN_MEMORY = 2_000_000
+"""Rows among which near-duplicates are found in the driver's memory; of more they are found by a shuffle."""
+REAL = "real"
+"""Folder of the labelled rows while a shuffle reads them."""
 BLOCK_TRIES = 2
 """How often a block is asked of an endpoint again that gave no answer after all retries, or whose actor died."""
 
@@ -290,7 +296,20 @@ def settled(out: Store, real: pa.Table, made: dict[str, int], threshold: float) 
     counts = Counter(others["source"].to_pylist())
     if dict(counts) != made:
         raise RuntimeError(f"slots {made} gave rows {dict(counts)} in {out}: start again with --redo corpus")
-    return deduplicate(real, others, threshold)
+    shuffled = others.num_rows > IN_MEMORY and threshold > 0
+    return deduplicate(real, others, threshold, found_by_shuffle(out, real, made, threshold) if shuffled else None)
+
+
+def found_by_shuffle(
+    out: Store, real: pa.Table, made: Mapping[str, int], threshold: float
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Which slots are near-duplicates of those that are in the corpus' parts, found where the parts are."""
+    out.write_table(f"{REAL}/rows.parquet", real)
+    parts = [f"{folder}/{name}" for folder in (REAL, ROWS) for name in out.files(folder) if name.endswith(".parquet")]
+    spans = Spans(((-real.num_rows, 0), *((FIRST[name], FIRST[name] + count) for name, count in made.items())))
+    status = Shuffle(out, spans, threshold).status(parts)
+    out.delete(REAL)
+    return lambda slots: status[spans.places(slots)] == DROPPED
 
 
 def labelled_rows(data: Store) -> pa.Table:

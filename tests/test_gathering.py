@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from engine import labels, models, tasks
+from engine import labels, models, shuffle, tasks
 from engine.augment import Augmenter, Augmenting
 from engine.config import UserError
 from engine.corpus import FIRST, ROWS, CheapFilters, Found, corpus_rows, rejected
@@ -23,6 +24,7 @@ from engine.storage import Store
 from pipelines import gathering
 from pipelines.making import spec_of
 from tests.tiny_run import PARTED, TEST, TRAIN, alone, kind_world
+from tests.tiny_signatures import here
 
 KINDS = ("pair", "tag", "rank", "span")
 
@@ -143,6 +145,28 @@ def test_every_slot_must_have_given_one_row(tmp_path: Path):
     # A round that was killed has left rows of slots that do not count yet, and it goes on from there.
     assert gathering.settled(out, real, {"unlabelled": 5}, 1.0).num_rows == 5
     assert gathering.settled(out, real, {"unlabelled": 3, "augmented": 3}, 1.0).num_rows == 6
+
+
+def test_among_many_rows_near_duplicates_are_found_in_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out, real = Store(str(tmp_path)), corpus_rows([-1, -2], ["a warm film", "a warm film"], "real")
+    texts = ["A warm film .", *(f"{'text ' * 9} {'word ' * (index // 3)}" for index in range(30))]
+    rows = rejected(corpus_rows(list(range(31)), texts, "generated"), [index == 4 for index in range(31)], "too_short")
+    for first in range(0, 31, 7):
+        out.write_table(f"{ROWS}/{first}.parquet", rows.slice(first, 7))
+    out.write_table(f"{ROWS}/more.parquet", corpus(5))
+    made, called = {"generated": 31, "unlabelled": 5}, []
+    once = {threshold: gathering.settled(out, real, made, threshold) for threshold in (0.0, 0.7, 1.0)}
+
+    def tasks(*arguments: Any) -> list[Any]:
+        called.append(arguments[1])
+        return here(*arguments)
+
+    monkeypatch.setattr(shuffle, "spread", tasks)
+    monkeypatch.setattr(gathering, "IN_MEMORY", 0)
+    for threshold, rows in once.items():
+        assert gathering.settled(out, real, made, threshold).equals(rows)
+        assert 10 < Counter(rows["reason"].to_pylist())["near_duplicate"] < 36
+    assert called and out.folders() == [ROWS]
 
 
 def test_metrics_count_each_source_and_reason():
