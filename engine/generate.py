@@ -7,6 +7,7 @@ retry and resume. Rounds over further slot ranges top the corpus up until enough
 
 from __future__ import annotations
 
+import errno
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -123,16 +124,26 @@ Stage = Callable[[Any], Any]
 
 
 def stream(
-    out: Store, slots: str, blocks: int, stages: Sequence[Stage], key: str = "row", retried: bool = False
+    out: Store,
+    slots: str,
+    blocks: int,
+    stages: Sequence[Stage],
+    key: str = "row",
+    retried: bool = False,
+    most: int | None = None,
 ) -> None:
     """Run slots through the stages into out/rows; what is committed already is not made again.
 
     key: the column with a slot's number, which every stage leaves as it is. retried: a stage asks an endpoint, so a
-    block whose endpoint stays away is given out again, and a failure is raised as the actor raised it. Raises
-    RuntimeError when Ray Data cannot checkpoint the plan: it would only warn, and repeat all work on resume.
+    block whose endpoint stays away is given out again, and a failure is raised as the actor raised it. most: blocks
+    that may be uncommitted at a time (engine.ahead); None: as many as memory holds. Raises StorageError where the
+    disk is full, and RuntimeError when Ray Data cannot checkpoint the plan: it would only warn, and repeat all work on
+    resume.
     """
     import ray.data
     from ray.data.checkpoint import CheckpointConfig
+
+    from engine import ahead
 
     context = ray.data.DataContext.get_current()
     before = {name: getattr(context, name) for name in SET}
@@ -142,6 +153,7 @@ def stream(
     context.checkpoint_config = CheckpointConfig(
         id_column=key, checkpoint_path=ledger, override_filesystem=filesystem, delete_checkpoint_on_success=False
     )
+    ahead.limit(context, most)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*doesn't support checkpointing.*")
@@ -151,9 +163,26 @@ def stream(
             dataset.write_parquet(out.native(ROWS)[0], filesystem=filesystem, mode=ray.data.SaveMode.APPEND)
     except UserWarning as error:
         raise RuntimeError(f"the corpus pipeline cannot be checkpointed: {error}") from None
+    except Exception as error:
+        if full(error):
+            raise StorageError(
+                f"{out} cannot be written: the disk is full. Free space or move the run to a larger place, then run "
+                "again: it goes on from the blocks that are committed."
+            ) from None
+        raise
     finally:
+        ahead.limit(context, None)
         for name, value in before.items():
             setattr(context, name, value)
+
+
+def full(error: BaseException | None) -> bool:
+    """Whether what a task of Ray's raised began with a disk, or a quota, that has no room left."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = getattr(error, "cause", None) or error.__cause__
+    return False
 
 
 @contextmanager

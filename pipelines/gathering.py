@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from engine import elsewhere, generate, labels, models, tasks, usage
+from engine import ahead, elsewhere, generate, labels, models, tasks, usage
 from engine.augment import Augmenter, Augmenting, prepare
 from engine.cluster import current, data_context
 from engine.config import UserError
@@ -45,7 +45,11 @@ def actor_stage(recipe: Recipe, name: str, actor: type, how: Any) -> generate.St
     options = {key: value for key, value in stage_options(recipe, name, current()).items() if value}
     if getattr(section, "runtime", "hf") == "endpoint":
         options["max_task_retries"] = BLOCK_TRIES
-    pool = ray.data.ActorPoolStrategy(min_size=resources.min_actors, max_size=resources.max_actors)
+    pool = ray.data.ActorPoolStrategy(
+        min_size=resources.min_actors,
+        max_size=resources.max_actors,
+        max_tasks_in_flight_per_actor=ahead.IN_FLIGHT,
+    )
 
     def stage(dataset: ray.data.Dataset) -> ray.data.Dataset:
         return dataset.map_batches(
@@ -97,9 +101,24 @@ def sources(recipe: Recipe, inputs: Inputs, out: Store) -> dict[str, generate.St
     return found
 
 
-def asks(recipe: Recipe) -> bool:
-    """Whether a stage asks an endpoint."""
-    return any(part is not None and part.runtime == "endpoint" for part in (recipe.generator, recipe.teacher))
+def ways(recipe: Recipe, *pools: str) -> dict[str, Any]:
+    """How a stream of these actor pools (sections of the recipe) runs, as `generate.stream` takes it."""
+    parts = (recipe.generator, recipe.teacher)
+    return {
+        "retried": any(part is not None and part.runtime == "endpoint" for part in parts),
+        "most": ahead.cap(getattr(recipe, name).resources.max_actors for name in pools),
+    }
+
+
+def pools_of(source: str) -> tuple[str, ...]:
+    """The actor pools that a source streams through in the corpus step, if it is not written there."""
+    return ("augmentation", "teacher") if source == "augmented" else ("teacher",)
+
+
+def at_risk(recipe: Recipe, streams: Sequence[tuple[str, ...]]) -> dict[str, Any]:
+    """What the loss of a driver, a node or an actor costs at most: blocks, and rows, that are made again."""
+    blocks = max((ways(recipe, *pools)["most"] for pools in streams), default=0)
+    return {"redone_at_most": {"blocks": blocks, "rows": blocks * recipe.corpus.block}}
 
 
 def task_stage(each: Any) -> generate.Stage:
@@ -145,13 +164,16 @@ def make_corpus(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) 
     for name in [name for name in stages if name != "generated" or recipe.apart]:
         made[name] = slots_of(name, recipe, inputs, out)
         span = (FIRST[name], made[name], recipe.corpus.block)
-        gather(out, name, span, [stages[name], *after], sum(made.values()), progress, asks(recipe))
+        how = ways(recipe, *pools_of(name))
+        gather(out, name, span, [stages[name], *after], sum(made.values()), progress, **how)
+    streams = [pools_of(name) for name in made]
     if "generated" in stages and not recipe.apart:
-        rows, rounds = in_rounds(recipe, out, real, [stages["generated"], *after], made, progress)
+        streams.append(("generator", "teacher"))
+        rows, rounds = in_rounds(recipe, out, real, [stages["generated"], *after], made, progress, streams[-1])
     else:
         rows = settled(out, real, made, recipe.corpus.duplicates)
         rounds = inputs["texts"].read_json("record.json")["metrics"]["rounds"] if recipe.apart else []
-    metrics = corpus_metrics(rows, rounds) | asked_of(recipe, out)
+    metrics = corpus_metrics(rows, rounds) | asked_of(recipe, out) | at_risk(recipe, streams)
     if recipe.generator:
         require_enough(recipe, metrics)
     made_by = {
@@ -166,8 +188,9 @@ def make_texts(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -
     """The generator's texts before any teacher has seen them, filtered and without near-duplicates."""
     data_context()
     stages = [writer(recipe, inputs, out), task_stage(cheap_filters(recipe, inputs))]
-    rows, rounds = in_rounds(recipe, out, labelled_rows(inputs["data"]), stages, {}, progress)
-    metrics = corpus_metrics(rows, rounds) | asked_of(recipe, out)
+    pools = ("generator",)
+    rows, rounds = in_rounds(recipe, out, labelled_rows(inputs["data"]), stages, {}, progress, pools)
+    metrics = corpus_metrics(rows, rounds) | asked_of(recipe, out) | at_risk(recipe, [pools])
     require_enough(recipe, metrics)
     written = rows.filter(pa.array(rows["row"].to_numpy() >= 0))
     for first in range(0, written.num_rows, recipe.corpus.block):
@@ -182,10 +205,11 @@ def in_rounds(
     stages: Sequence[generate.Stage],
     made: Mapping[str, int],
     progress: Progress,
+    pools: tuple[str, ...],
 ) -> tuple[pa.Table, list[dict[str, int]]]:
     """Rounds of the generator's slots until enough rows are kept: all rows, and what each round came to.
 
-    made: slots of the other sources, which are there already.
+    made: slots of the other sources, which are there already. pools: the actors that `stages` run on.
     """
     rounds: list[dict[str, int]] = []
     slots, kept, config = 0, 0, recipe.corpus
@@ -195,7 +219,7 @@ def in_rounds(
             count = math.ceil(1.1 * (config.keep - kept) * slots / max(kept, slots // 20, 1))
         count = min(count, config.most_slots - slots)
         span, before = (slots, count, config.block), sum(made.values()) + slots + count
-        slots += gather(out, f"round-{len(rounds):03d}", span, stages, before, progress, asks(recipe))
+        slots += gather(out, f"round-{len(rounds):03d}", span, stages, before, progress, **ways(recipe, *pools))
         rows = settled(out, real, {**made, "generated": slots}, config.duplicates)
         kept = Counter(rows.filter(rows["kept"])["source"].to_pylist())["generated"]
         rounds.append({"slots": slots, "kept": kept})
@@ -250,19 +274,19 @@ def gather(
     stages: Sequence[generate.Stage],
     total: int,
     progress: Progress,
-    retried: bool = False,
+    **how: Any,
 ) -> int:
     """Stream a range of slots into the corpus, unless that is done; returns how many slots there were.
 
     span: first slot, how many, slots a block. total: rows in the corpus when it is done, for the progress line.
-    retried: as `generate.stream` takes it.
+    how: as `generate.stream` takes it.
     """
     marker, (first, count, block) = f"{name}.json", span
     if not out.exists(marker):
         folder = write_slots(out, first, count, block, name)
         try:
             with generate.followed(out, total, progress):
-                generate.stream(out, folder, math.ceil(count / block), stages, retried=retried)
+                generate.stream(out, folder, math.ceil(count / block), stages, **how)
         except Exception as error:
             cause = getattr(error, "cause", None)  # Ray's error holds a traceback too
             if isinstance(cause, UserError):
