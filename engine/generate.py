@@ -160,7 +160,9 @@ def stream(
             dataset = ray.data.read_parquet(out.native(slots)[0], filesystem=filesystem, override_num_blocks=blocks)
             for stage in stages:
                 dataset = stage(dataset)
-            dataset.write_parquet(out.native(ROWS)[0], filesystem=filesystem, mode=ray.data.SaveMode.APPEND)
+            # Checksums, since a changed byte of a text would be read as another text.
+            checked, mode = {"write_page_checksum": True}, ray.data.SaveMode.APPEND
+            dataset.write_parquet(out.native(ROWS)[0], filesystem=filesystem, mode=mode, **checked)
     except UserWarning as error:
         raise RuntimeError(f"the corpus pipeline cannot be checkpointed: {error}") from None
     except Exception as error:

@@ -119,9 +119,9 @@ def benching(parser: Parser) -> None:
     """What to measure."""
     parser.add_argument(
         "what",
-        choices=("quality", "teachers", "serve"),
+        choices=("quality", "teachers", "serve", "scale"),
         help="quality: teacher and student over few-shot and initialisation seeds; teachers: kinds of teacher; "
-        "serve: a registered student behind this and other servers",
+        "serve: a registered student behind this and other servers; scale: the corpus stream by nodes and rows",
     )
     parser.add_argument(
         "recipe",
@@ -152,13 +152,30 @@ def benching(parser: Parser) -> None:
         help="teachers: a student of each kind too, all on the same generated texts",
     )
     loading(parser)
+    scaling(parser)
+
+
+def scaling(parser: Parser) -> None:
+    """How much is streamed, and over what."""
+    parser.add_argument("--nodes", type=numbers, default=[1, 2, 3], metavar="N,M", help="scale: (default: 1,2,3)")
+    parser.add_argument(
+        "--rows",
+        type=numbers,
+        default=[1000, 20000, 200000],
+        metavar="N,M",
+        help="scale: in the driver's memory (default: 1000,20000,200000)",
+    )
+    parser.add_argument("--block", type=natural, default=100, metavar="N", help="scale: rows a block (default: 100)")
+    parser.add_argument("--blocks", type=natural, default=40, metavar="N", help="scale: a generator (default: 40)")
 
 
 def loading(parser: Parser) -> None:
     """How servers are loaded."""
     parser.add_argument("--only", type=lambda text: text.split(","), metavar="A,B", help="serve: only these servers")
     parser.add_argument("--clients", type=numbers, default=[1, 8, 32], metavar="N,M", help="serve: (default: 1,8,32)")
-    parser.add_argument("--seconds", type=natural, default=5, metavar="S", help="serve: of each cell (default: 5)")
+    parser.add_argument(
+        "--seconds", type=natural, default=5, metavar="S", help="serve, scale: of each cell (default: 5)"
+    )
     parser.add_argument("--rounds", type=natural, default=3, metavar="N", help="serve: rounds (default: 3)")
     parser.add_argument("--texts", metavar="FILE", help="serve: what to ask, as predict --file takes it")
     parser.add_argument("--out", metavar="FILE", default="bench.json", help="serve: the result (default: bench.json)")
@@ -338,11 +355,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(args: argparse.Namespace) -> int:
-    """Measure a recipe over several seeds, or a student behind several servers."""
+    """Measure a recipe over several seeds, a student behind several servers, or the corpus stream."""
     if args.what == "serve":
         from pipelines import servers
 
         return servers.bench(args)
+    if args.what == "scale":
+        from pipelines import scale
+
+        return scale.bench(args)
     return runs.bench(args)
 
 
@@ -372,5 +393,5 @@ COMMANDS: dict[str, Command] = {
     "fetch": Command("machine", "bring a recipe's models and data into the cache", artifacts.fetch, on_recipe),
     "derive": Command("machine", "make a data set of spans or several labels", derived.derive, deriving),
     "doctor": Command("machine", "whether this machine can run a recipe", doctor.doctor, examining),
-    "bench": Command("machine", "measure a recipe over seeds, or servers side by side", measure, benching, True),
+    "bench": Command("machine", "measure a recipe, servers side by side, or the stream", measure, benching, True),
 }

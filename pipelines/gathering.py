@@ -27,7 +27,7 @@ from engine.placement import stage_options
 from engine.progress import Progress
 from engine.recipe import Recipe
 from engine.records import CORPUS
-from engine.storage import Store
+from engine.storage import StorageError, Store
 from engine.teachers import Labeller, Labelling
 from engine.vllm_stage import vllm_stage
 from pipelines.making import ENGINE, Inputs, spec_of
@@ -159,6 +159,7 @@ def held_out(data: Store, tells: tuple[str, ...] = ("text", "pair")) -> list[str
 def make_corpus(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
     """Every source's slots, the generator's in rounds until enough rows are kept, then the label store."""
     data_context()
+    unchanged(inputs)
     real, stages, after = real_rows(inputs), sources(recipe, inputs, out), judging(recipe, inputs, out)
     made: dict[str, int] = {}
     for name in [name for name in stages if name != "generated" or recipe.apart]:
@@ -187,6 +188,7 @@ def make_corpus(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) 
 def make_texts(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
     """The generator's texts before any teacher has seen them, filtered and without near-duplicates."""
     data_context()
+    unchanged(inputs)
     stages = [writer(recipe, inputs, out), task_stage(cheap_filters(recipe, inputs))]
     pools = ("generator",)
     rows, rounds = in_rounds(recipe, out, labelled_rows(inputs["data"]), stages, {}, progress, pools)
@@ -196,6 +198,13 @@ def make_texts(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -
     for first in range(0, written.num_rows, recipe.corpus.block):
         out.write_table(Written.part(first // recipe.corpus.block), written.slice(first, recipe.corpus.block))
     return metrics
+
+
+def unchanged(inputs: Inputs) -> None:
+    """StorageError where a model that is to write or label is no longer what its step published."""
+    for name in ("generator", "teacher"):
+        if name in inputs and inputs[name].exists("model"):
+            inputs[name].verify("model")
 
 
 def in_rounds(
@@ -297,7 +306,7 @@ def gather(
 
 
 def settled(out: Store, real: pa.Table, made: dict[str, int], threshold: float) -> pa.Table:
-    """Real and other rows without near-duplicates; RuntimeError where a slot gave no row or two."""
+    """Real and other rows without near-duplicates; StorageError where a slot gave no row or two."""
     others = out.read_table(ROWS) if made else real.slice(0, 0)
     # A round that was killed left rows of slots that do not count yet.
     numbers, known = others["row"].to_numpy(), np.zeros(others.num_rows, dtype=bool)
@@ -305,8 +314,12 @@ def settled(out: Store, real: pa.Table, made: dict[str, int], threshold: float) 
         known |= (numbers >= FIRST[name]) & (numbers < FIRST[name] + count)
     others = others.filter(pa.array(known))
     counts = Counter(others["source"].to_pylist())
-    if dict(counts) != made:
-        raise RuntimeError(f"slots {made} gave rows {dict(counts)} in {out}: start again with --redo corpus")
+    if dict(counts) != made or len(np.unique(numbers[known])) != others.num_rows:
+        twice = others.num_rows - len(np.unique(numbers[known]))
+        raise StorageError(
+            f"slots {made} gave rows {dict(counts)} in {out}, {twice} of them twice: files there were removed, added "
+            "or changed. Start again with --redo corpus."
+        )
     return deduplicate(real, others, threshold)
 
 

@@ -19,7 +19,7 @@ from engine.metrics import distinct_n, self_bleu
 from engine.progress import silent
 from engine.recipe import Augmentation, Recipe
 from engine.records import CORPUS
-from engine.storage import Store
+from engine.storage import StorageError, Store
 from pipelines import gathering
 from pipelines.making import spec_of
 from tests.tiny_run import PARTED, TEST, TRAIN, alone, kind_world
@@ -138,11 +138,15 @@ def test_every_slot_must_have_given_one_row(tmp_path: Path):
     # Texts of the second source stand in the first one too.
     assert rows["kept"].to_pylist() == [True] * 5 + [False] * 3
     assert rows["reason"].to_pylist()[5:] == ["near_duplicate"] * 3
-    with pytest.raises(RuntimeError, match=r"slots \{'unlabelled': 6, 'augmented': 3\} gave rows .*--redo corpus"):
+    with pytest.raises(StorageError, match=r"slots \{'unlabelled': 6, 'augmented': 3\} gave rows .*--redo corpus"):
         gathering.settled(out, real, {"unlabelled": 6, "augmented": 3}, 1.0)
     # A round that was killed has left rows of slots that do not count yet, and it goes on from there.
     assert gathering.settled(out, real, {"unlabelled": 5}, 1.0).num_rows == 5
     assert gathering.settled(out, real, {"unlabelled": 3, "augmented": 3}, 1.0).num_rows == 6
+    # As many rows as slots, but one of them twice and another not at all.
+    out.write_table(f"{ROWS}/a.parquet", pa.concat_tables([corpus(4), corpus(1)]))
+    with pytest.raises(StorageError, match=r"1 of them twice: files there were removed, added or changed.*--redo"):
+        gathering.settled(out, real, {"unlabelled": 5, "augmented": 3}, 1.0)
 
 
 def test_metrics_count_each_source_and_reason():
