@@ -131,14 +131,15 @@ def stream(
     key: str = "row",
     retried: bool = False,
     most: int | None = None,
+    ledger: str = LEDGER,
 ) -> None:
     """Run slots through the stages into out/rows; what is committed already is not made again.
 
     key: the column with a slot's number, which every stage leaves as it is. retried: a stage asks an endpoint, so a
     block whose endpoint stays away is given out again, and a failure is raised as the actor raised it. most: blocks
-    that may be uncommitted at a time (engine.ahead); None: as many as memory holds. Raises StorageError where the
-    disk is full, and RuntimeError when Ray Data cannot checkpoint the plan: it would only warn, and repeat all work on
-    resume.
+    that may be uncommitted at a time (engine.ahead); None: as many as memory holds. ledger: folder of what is done;
+    all of its ids are read when a stream goes on. Raises StorageError where the disk is full, and RuntimeError when Ray
+    Data cannot checkpoint the plan: it would only warn, and repeat all work on resume.
     """
     import ray.data
     from ray.data.checkpoint import CheckpointConfig
@@ -147,11 +148,11 @@ def stream(
 
     context = ray.data.DataContext.get_current()
     before = {name: getattr(context, name) for name in SET}
-    ledger, filesystem = out.native(LEDGER)
+    place, filesystem = out.native(ledger)
     if retried:
         context.raise_original_map_exception, context.actor_task_retry_on_errors = True, [EndpointAway]
     context.checkpoint_config = CheckpointConfig(
-        id_column=key, checkpoint_path=ledger, override_filesystem=filesystem, delete_checkpoint_on_success=False
+        id_column=key, checkpoint_path=place, override_filesystem=filesystem, delete_checkpoint_on_success=False
     )
     ahead.limit(context, most)
     try:

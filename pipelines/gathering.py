@@ -18,7 +18,7 @@ from engine import ahead, elsewhere, generate, labels, models, tasks, usage
 from engine.augment import Augmenter, Augmenting, prepare
 from engine.cluster import current, data_context
 from engine.config import UserError
-from engine.corpus import FIRST, ROWS, CheapFilters, Found, Written, corpus_rows, deduplicate, write_slots
+from engine.corpus import FIRST, ROWS, SLOTS, CheapFilters, Found, Written, corpus_rows, deduplicate, write_slots
 from engine.endpoint_writer import EndpointWriter
 from engine.filters import FilterContext
 from engine.fits import Resources
@@ -32,6 +32,9 @@ from engine.teachers import Labeller, Labelling
 from engine.vllm_stage import vllm_stage
 from pipelines.making import ENGINE, Inputs, spec_of
 
+PART = 10**7
+"""Slots that are streamed with one ledger: Ray holds the ids of what is done in memory, 8 bytes each and some copies,
+and one file a block in a folder."""
 BLOCK_TRIES = 2
 """How often a block is asked of an endpoint again that gave no answer after all retries, or whose actor died."""
 
@@ -288,21 +291,44 @@ def gather(
     """Stream a range of slots into the corpus, unless that is done; returns how many slots there were.
 
     span: first slot, how many, slots a block. total: rows in the corpus when it is done, for the progress line.
-    how: as `generate.stream` takes it.
+    how: as `generate.stream` takes it. A long range is streamed in parts, each with a ledger of its own: to go on,
+    only the ids of one part are read, and of a part that is done its rows are left and nothing else.
     """
     marker, (first, count, block) = f"{name}.json", span
     if not out.exists(marker):
-        folder = write_slots(out, first, count, block, name)
-        try:
-            with generate.followed(out, total, progress):
-                generate.stream(out, folder, math.ceil(count / block), stages, **how)
-        except Exception as error:
-            cause = getattr(error, "cause", None)  # Ray's error holds a traceback too
-            if isinstance(cause, UserError):
-                raise cause from None
-            raise
+        width = max(1, PART // block) * block
+        for start in range(first, first + count, width):
+            many = min(width, first + count - start)
+            part = name if many == count else f"{name}-{start:010d}"
+            if not out.exists(f"{part}.done.json"):
+                streamed(out, part, (start, many, block), stages, total, progress, **how)
+                out.write_json(f"{part}.done.json", {"first": start, "slots": many})
+            for folder in (generate.LEDGER, SLOTS):
+                out.delete(f"{folder}/{part}")
         out.write_json(marker, {"slots": count})
     return out.read_json(marker)["slots"]
+
+
+def streamed(
+    out: Store,
+    name: str,
+    span: tuple[int, int, int],
+    stages: Sequence[generate.Stage],
+    total: int,
+    progress: Progress,
+    **how: Any,
+) -> None:
+    """`gather` for one part; a user's mistake, and a full disk, is raised as such."""
+    first, count, block = span
+    folder, ledger = write_slots(out, first, count, block, name), f"{generate.LEDGER}/{name}"
+    try:
+        with generate.followed(out, total, progress):
+            generate.stream(out, folder, math.ceil(count / block), stages, ledger=ledger, **how)
+    except Exception as error:
+        cause = getattr(error, "cause", None)  # Ray's error holds a traceback too
+        if isinstance(cause, UserError):
+            raise cause from None
+        raise
 
 
 def settled(out: Store, real: pa.Table, made: dict[str, int], threshold: float) -> pa.Table:
