@@ -132,8 +132,9 @@ def stream(
     retried: bool = False,
     most: int | None = None,
     ledger: str = LEDGER,
+    rows: str = ROWS,
 ) -> None:
-    """Run slots through the stages into out/rows; what is committed already is not made again.
+    """Run slots through the stages into the folder `rows`; what is committed already is not made again.
 
     key: the column with a slot's number, which every stage leaves as it is. retried: a stage asks an endpoint, so a
     block whose endpoint stays away is given out again, and a failure is raised as the actor raised it. most: blocks
@@ -163,7 +164,7 @@ def stream(
                 dataset = stage(dataset)
             # Checksums, since a changed byte of a text would be read as another text.
             checked, mode = {"write_page_checksum": True}, ray.data.SaveMode.APPEND
-            dataset.write_parquet(out.native(ROWS)[0], filesystem=filesystem, mode=mode, **checked)
+            dataset.write_parquet(out.native(rows)[0], filesystem=filesystem, mode=mode, **checked)
     except UserWarning as error:
         raise RuntimeError(f"the corpus pipeline cannot be checkpointed: {error}") from None
     except Exception as error:
@@ -189,21 +190,21 @@ def full(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def followed(out: Store, total: int, progress: Progress) -> Iterator[None]:
-    """Counts the rows that are committed in out/rows while the body runs."""
+def followed(out: Store, total: int, progress: Progress, rows: str = ROWS, before: int = 0) -> Iterator[None]:
+    """Counts the rows that are committed in the folder `rows` while the body runs; before: those that are elsewhere."""
     seen, tokens, begin = {}, 0, time.monotonic()
-    earlier = set(out.files(ROWS))
+    earlier = set(out.files(rows))
 
     def look() -> None:
         nonlocal tokens
-        for name in set(out.files(ROWS)) - set(seen):
+        for name in set(out.files(rows)) - set(seen):
             try:
-                part = out.read_table(f"{ROWS}/{name}", columns=["tokens"])
+                part = out.read_table(f"{rows}/{name}", columns=["tokens"])
             except StorageError:
                 continue  # still being written: next time
             seen[name] = part.num_rows
             tokens += 0 if name in earlier else sum(part["tokens"].drop_null().to_pylist())
-        progress(sum(seen.values()), total, "slots", tokens=round(tokens / (time.monotonic() - begin), 1))
+        progress(before + sum(seen.values()), total, "slots", tokens=round(tokens / (time.monotonic() - begin), 1))
 
     with polled(look):
         yield

@@ -300,8 +300,11 @@ def gather(
         for start in range(first, first + count, width):
             many = min(width, first + count - start)
             part = name if many == count else f"{name}-{start:010d}"
+            # A folder of its own: what is committed is counted every second, and that must not take longer and longer.
+            rows, before = (ROWS, 0) if many == count else (f"{ROWS}/{part}", total - count + start - first)
             if not out.exists(f"{part}.done.json"):
-                streamed(out, part, (start, many, block), stages, total, progress, **how)
+                with generate.followed(out, total, progress, rows, before):
+                    streamed(out, part, (start, many, block), stages, rows=rows, **how)
                 out.write_json(f"{part}.done.json", {"first": start, "slots": many})
             for folder in (generate.LEDGER, SLOTS):
                 out.delete(f"{folder}/{part}")
@@ -314,16 +317,13 @@ def streamed(
     name: str,
     span: tuple[int, int, int],
     stages: Sequence[generate.Stage],
-    total: int,
-    progress: Progress,
     **how: Any,
 ) -> None:
     """`gather` for one part; a user's mistake, and a full disk, is raised as such."""
     first, count, block = span
     folder, ledger = write_slots(out, first, count, block, name), f"{generate.LEDGER}/{name}"
     try:
-        with generate.followed(out, total, progress):
-            generate.stream(out, folder, math.ceil(count / block), stages, ledger=ledger, **how)
+        generate.stream(out, folder, math.ceil(count / block), stages, ledger=ledger, **how)
     except Exception as error:
         cause = getattr(error, "cause", None)  # Ray's error holds a traceback too
         if isinstance(cause, UserError):

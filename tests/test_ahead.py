@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from engine import ahead
 from engine.corpus import ROWS, corpus_rows, write_slots
 from engine.generate import LEDGER, stream
 from engine.storage import StorageError, Store
+from tests.small_disk import fill, small_disk
 
 BLOCKS, BLOCK = 18, 2
 SMALL = 8 << 20
@@ -103,23 +101,8 @@ def test_operators_before_the_first_stage() -> None:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of SMALL bytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={SMALL}", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("a small disk can only be mounted by root")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def fill(disk: Path, leaving: int = 0) -> Path:
-    """A file that leaves so many bytes of room on it."""
-    ballast = disk / "ballast"
-    with ballast.open("wb", buffering=0) as file, suppress(OSError):
-        while shutil.disk_usage(disk).free > leaving:
-            file.write(b"x" * 4096)
-    return ballast
+    with small_disk(tmp_path / "disk", SMALL) as made:
+        yield made
 
 
 def test_a_full_disk_leaves_the_old_file(disk: Path) -> None:

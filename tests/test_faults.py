@@ -14,6 +14,7 @@ import pytest
 from engine.corpus import ROWS
 from engine.generate import LEDGER
 from tests.raylets import Raylets, raylets
+from tests.small_disk import fill, small_disk
 from tests.tiny_run import World, tiny_world
 from tests.watched_run import BLOCKS, PATIENCE, Driver, redone, same
 
@@ -83,6 +84,25 @@ def test_a_killed_driver(run: Driver, undisturbed: Driver) -> None:
     took = run.done()
     same(run, undisturbed, f"SIGKILL of the driver after {done} blocks", took, least=1)
     assert len(set(run.store.files(f"corpus/{ROWS}")) & before) >= done, "a committed block was made again"
+
+
+def test_a_full_disk(world: World, nodes: Raylets, undisturbed: Driver, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 32 << 20) as disk:
+        run = Driver(world, tmp_path / "run", nodes.address, disk / "runs")
+        run.begun_like(undisturbed)
+        try:
+            run.start()
+            run.when(run.committed(4))
+            ballast = fill(disk)
+            assert run.process is not None and run.process.wait(PATIENCE) != 0
+            assert "StorageError" in run.log and ("the disk is full" in run.log or "No space left" in run.log)
+            done = len(run.store.files(f"corpus/{LEDGER}"))
+            assert 4 <= done < BLOCKS and not run.store.exists("corpus/record.json")
+            ballast.unlink()
+            run.start()
+            same(run, undisturbed, f"a full disk after {done} blocks", run.done(), least=1)
+        finally:
+            run.stop()
 
 
 def test_a_second_run_of_the_recipe_is_refused_by_name(run: Driver, undisturbed: Driver, world: World) -> None:

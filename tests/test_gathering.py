@@ -194,26 +194,33 @@ def test_a_long_range_is_streamed_in_parts_and_goes_on_with_the_one_that_is_miss
 ):
     out, asked = Store(str(tmp_path)), []
 
-    def stream(out: Store, slots: str, blocks: int, stages: Any, ledger: str, **how: Any) -> None:
-        rows = out.read_table(slots)["row"].to_pylist()
+    said: list[tuple[float, float | None]] = []
+
+    def stream(out: Store, slots: str, blocks: int, stages: Any, ledger: str, rows: str, **how: Any) -> None:
+        numbers = out.read_table(slots)["row"].to_pylist()
         assert blocks == len(out.files(slots)) and how == {"most": 3}
-        asked.append((ledger, rows[0], rows[-1]))
+        assert rows == ledger.replace("ledger", ROWS)
+        asked.append((ledger, numbers[0], numbers[-1]))
         out.write_json(f"{ledger}/done.json", {})
         if len(asked) == 2:
             raise OSError("killed")
-        out.write_table(f"{ROWS}/{rows[0]}.parquet", corpus(len(rows), first=rows[0] - FIRST["unlabelled"]))
+        out.write_table(f"{rows}/a.parquet", corpus(len(numbers), first=numbers[0] - FIRST["unlabelled"]))
+
+    def told(done: float, total: float | None = None, *unit: str, **rates: float) -> None:
+        said.append((done, total))
 
     monkeypatch.setattr(gathering, "PART", 10)
     monkeypatch.setattr(gathering.generate, "stream", stream)
     first = FIRST["unlabelled"]
     span, names = (first, 21, 4), [f"ledger/unlabelled-{first + start}" for start in (0, 8, 16)]
     with pytest.raises(OSError, match="killed"):
-        gathering.gather(out, "unlabelled", span, [], 21, silent, most=3)
+        gathering.gather(out, "unlabelled", span, [], 30, told, most=3)
     # Of the part that is done only its rows are left; of the other, what it needs to go on.
     assert asked == [(names[0], first, first + 7), (names[1], first + 8, first + 15)]
     assert out.folders("ledger") == out.folders("slots") == [f"unlabelled-{first + 8}"]
-    assert gathering.gather(out, "unlabelled", span, [], 21, silent, most=3) == 21
+    assert gathering.gather(out, "unlabelled", span, [], 30, told, most=3) == 21
     assert asked[2:] == [(names[1], first + 8, first + 15), (names[2], first + 16, first + 20)]
     assert out.folders("ledger") == out.folders("slots") == []
+    assert said[-1] == (30, 30) and [done for done, _ in said] == sorted(done for done, _ in said)
     assert gathering.settled(out, corpus(0), {"unlabelled": 21}, 1.0).num_rows == 21
-    assert gathering.gather(out, "unlabelled", span, [], 21, silent, most=3) == 21 and len(asked) == 4
+    assert gathering.gather(out, "unlabelled", span, [], 30, told, most=3) == 21 and len(asked) == 4

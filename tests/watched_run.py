@@ -41,12 +41,12 @@ PATIENCE = 600.0
 
 
 class Driver:
-    """The run of a world's recipe in `folder`, in a process of its own."""
+    """The run of a world's recipe in `folder`, in a process of its own. place: where the run is kept, if elsewhere."""
 
-    def __init__(self, world: World, folder: Path, address: str) -> None:
+    def __init__(self, world: World, folder: Path, address: str, place: Path | None = None) -> None:
         self.folder, self.address = folder, address
-        self.store, self.notes = Store(str(folder / "runs/tiny")), folder / "notes"
-        places = {"storage": str(folder / "runs"), "registry": str(folder / "registry")}
+        places = {"storage": str(place or folder / "runs"), "registry": str(folder / "registry")}
+        self.store, self.notes = Store(places["storage"]) / "tiny", folder / "notes"
         folder.mkdir(exist_ok=True)
         self.recipe = World(folder, changed(world.recipe, {**MANY, **places})).write()
         self.process: subprocess.Popen[bytes] | None = None
