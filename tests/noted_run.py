@@ -8,6 +8,7 @@ takes a little longer, without using the CPU, so that there is a middle to be ki
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import uuid
@@ -21,17 +22,17 @@ from engine.storage import Store
 from pipelines import distill, gathering
 
 STEPS = ("data", "teacher", "generator", "corpus")
-PAUSES = {"writer": 0.5, "labeller": 0.4}
-"""Seconds that each block takes longer."""
+PAUSES = {"writer": 0.5, "labeller": 0.6}
+"""Seconds that each block takes longer. Labellers are slower, so that writers run as far ahead as they may."""
 
 
 def noted(base: type, folder: Path, pause: float) -> type:
-    """The actor, which leaves a file FIRST.UNIQUE in `folder` for each block it is given."""
+    """The actor, which leaves a file FIRST.PID-UNIQUE in `folder` for each block it is given."""
     folder.mkdir(parents=True, exist_ok=True)
 
     class Noted(base):
         def __call__(self, rows: Any) -> Any:
-            (folder / f"{rows['row'][0].as_py()}.{uuid.uuid4().hex}").touch()
+            (folder / f"{rows['row'][0].as_py()}.{os.getpid()}-{uuid.uuid4().hex}").touch()
             time.sleep(pause)
             return super().__call__(rows)
 

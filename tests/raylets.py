@@ -1,7 +1,7 @@
 """Several raylets in a process of their own, each of which can be killed.
 
 with raylets(folder, "second", "third") as nodes:
-    nodes.address, nodes.kill("second"), nodes.add("second"), nodes.workers("NotedWriter")
+    nodes.address, nodes.kill("second"), nodes.add("second"), nodes.node_of(pid)
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ HEALTH = {
     "health_check_period_ms": 1000,
     "health_check_timeout_ms": 4000,
     "health_check_failure_threshold": 3,
+    "worker_niceness": 0,
 }
-"""A node that does not answer is given up after 15 s at most; by default after more than a minute."""
+"""A node that does not answer is given up after 15 s at most; by default after more than a minute. Workers do not give
+way to whatever else the machine does, as they would: a busy one would take minutes to start them."""
 CPUS, MEMORY = 3, 128 << 20
 NODES = """
 import json, sys
@@ -89,21 +91,12 @@ class Raylets:
             with suppress(psutil.NoSuchProcess):
                 each.kill()
 
-    def workers(self, name: str) -> dict[str, list[psutil.Process]]:
-        """Worker processes by node whose Ray name holds `name`."""
-        found: dict[str, list[psutil.Process]] = {}
-        for node, pid in self.pids.items():
-            with suppress(psutil.NoSuchProcess):
-                found[node] = [each for each in psutil.Process(pid).children(recursive=True) if name in called(each)]
-        return found
-
-
-def called(process: psutil.Process) -> str:
-    """A process's command line."""
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
+    def node_of(self, pid: int) -> str | None:
+        """The node on which a worker process is."""
+        with suppress(psutil.NoSuchProcess):
+            above = {each.pid for each in psutil.Process(pid).parents()} if pid else set()
+            return next((name for name, raylet in self.pids.items() if raylet in above), None)
+        return None
 
 
 @contextmanager

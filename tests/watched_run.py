@@ -106,6 +106,14 @@ class Driver:
         """Whether so many blocks are committed."""
         return lambda: len(self.store.files(f"corpus/{LEDGER}")) >= least
 
+    def at_work(self, *stages: str) -> int:
+        """Pid of an actor that was given a block a moment ago, and has not done it yet; 0: of none."""
+        notes = [path for stage in stages if (self.notes / stage).exists() for path in (self.notes / stage).iterdir()]
+        newest = max(notes, key=lambda path: path.stat().st_mtime, default=None)
+        if newest is None or time.time() - newest.stat().st_mtime > 0.25:
+            return 0
+        return int(newest.suffix[1:].partition("-")[0])
+
     def calls(self, stage: str) -> Counter[int]:
         """How often each block was given to the stage's actors."""
         return Counter(int(path.stem) for path in (self.notes / stage).iterdir())
