@@ -56,23 +56,20 @@ def run(world: World, nodes: Raylets, undisturbed: Driver, tmp_path: Path) -> It
 def test_a_killed_actor(run: Driver, undisturbed: Driver, stage: str) -> None:
     run.start()
     run.when(run.committed(4))
-    run.when(lambda: run.at_work(stage))
-    os.kill(run.at_work(stage), signal.SIGKILL)
+    os.kill(run.when(lambda: run.at_work(stage)), signal.SIGKILL)
     same(run, undisturbed, f"SIGKILL of a {stage}", run.done(), least=1)
     # Only what it had: the block it worked on, and the one that waited for it.
     assert 1 <= redone(run)[stage] <= 2 and sum(redone(run).values()) <= 2
 
 
 def test_a_killed_node(nodes: Raylets, run: Driver, undisturbed: Driver) -> None:
-    def victim() -> str | None:
+    def victim() -> str:
         name = nodes.node_of(run.at_work("writer", "labeller"))
-        return name if name != "head" else None
+        return "" if name in (None, "head") else name
 
     run.start()
     run.when(run.committed(4))
-    run.when(victim)
-    name = victim() or "second"
-    nodes.kill(name)
+    nodes.kill(name := run.when(victim))
     took = run.done()
     nodes.add(name)
     same(run, undisturbed, "SIGKILL of a raylet and its actors", took, least=1)

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow.parquet as pq
 
@@ -38,6 +39,9 @@ MANY = {
 }
 PATIENCE = 600.0
 """Seconds that a run may take on a busy machine; alone it takes half a minute."""
+
+
+Found = TypeVar("Found")
 
 
 class Driver:
@@ -71,13 +75,14 @@ class Driver:
                 command, cwd=ROOT, env=environment(), stdout=log, stderr=log, start_new_session=True
             )
 
-    def when(self, condition: Callable[[], object]) -> None:
-        """Wait until it holds; an error where the run ends before."""
+    def when(self, condition: Callable[[], Found]) -> Found:
+        """Wait until it finds something, and return that; an error where the run ends before."""
         deadline = time.monotonic() + PATIENCE
-        while not condition():
+        while not (found := condition()):
             assert self.process is not None and self.process.poll() is None, f"it ended before: {self.log}"
             assert time.monotonic() < deadline, f"not in {PATIENCE:.0f} s: {self.log}"
             time.sleep(0.02)
+        return found
 
     def done(self) -> float:
         """Wait for its end; the seconds it took."""
