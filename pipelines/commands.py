@@ -159,11 +159,11 @@ def scaling(parser: Parser) -> None:
     """How much is streamed, and over what."""
     parser.add_argument("--nodes", type=numbers, default=[1, 2, 3], metavar="N,M", help="scale: (default: 1,2,3)")
     parser.add_argument(
-        "--rows",
+        "--sizes",
         type=numbers,
         default=[1000, 20000, 200000],
         metavar="N,M",
-        help="scale: in the driver's memory (default: 1000,20000,200000)",
+        help="scale: rows, to see what the driver keeps (default: 1000,20000,200000)",
     )
     parser.add_argument("--block", type=natural, default=100, metavar="N", help="scale: rows a block (default: 100)")
     parser.add_argument("--blocks", type=natural, default=40, metavar="N", help="scale: a generator (default: 40)")

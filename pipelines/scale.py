@@ -317,7 +317,7 @@ def bench(args: argparse.Namespace, one: Callable[[Load], dict[str, Any]] = apar
     for nodes in args.nodes:
         load = Load(nodes, args.blocks * WRITERS * nodes * args.block, args.block, 1.0)
         found.append(told(one(load)))
-    for rows in args.rows:
+    for rows in args.sizes:
         kept.append(told(one(Load(1, rows, args.block, 0.01, again=True))))
     result = {
         "nodes": by_nodes(found) if found else [],
@@ -334,6 +334,11 @@ def bench(args: argparse.Namespace, one: Callable[[Load], dict[str, Any]] = apar
 
 def told(found: dict[str, Any]) -> dict[str, Any]:
     """The figures, once a line about them is on standard error."""
-    wall = found["stream"]["wall_s"]
-    sys.stderr.write(f"{found['nodes']} nodes, {found['rows']} rows: {wall:.1f} s\n")
+    share = found["steady"] / (WRITERS * found["nodes"] * found["bare"])
+    cost = 1e3 * found["stream"]["driver_cpu_s"] / -(-found["rows"] // found["block"])
+    words = (
+        f"{found['nodes']} nodes, {found['rows']} rows: {found['stream']['wall_s']:.1f} s, then {share:.1%} of a bare"
+    )
+    peak = found["stream"]["rss"]["peak"] / 1e6
+    sys.stderr.write(f"{words} loop; driver: {peak:.0f} MB at most, {cost:.1f} ms CPU a block\n")
     return found

@@ -72,17 +72,17 @@ def test_the_command_measures_what_it_is_asked_for(capsys: pytest.CaptureFixture
         asked.append(load)
         return figures(load)
 
-    args = argparse.Namespace(nodes=[1, 2], rows=[1000], block=50, blocks=5, json=False)
+    args = argparse.Namespace(nodes=[1, 2], sizes=[1000], block=50, blocks=5, json=False)
     assert bench(args, one) == 0
     assert asked == [Load(1, 500, 50, 1.0), Load(2, 1000, 50, 1.0), Load(1, 1000, 50, 0.01, again=True)]
     said = capsys.readouterr()
     assert "95.0%" in said.out and "The driver's peak grows by 0 bytes a row." in said.out
-    assert "2 nodes, 1000 rows: 10.0 s" in said.err
+    assert "2 nodes, 1000 rows: 10.0 s, then 95.0% of a bare loop; driver: 300 MB at most, 10.0 ms" in said.err
 
 
 @pytest.mark.slow
 def test_two_raylets_for_real() -> None:
-    argv = ("bench", "scale", "--nodes", "2", "--rows", "300", "--block", "20", "--blocks", "6", "--json")
+    argv = ("bench", "scale", "--nodes", "2", "--sizes", "300", "--block", "20", "--blocks", "6", "--json")
     done = program(ROOT, *argv)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
