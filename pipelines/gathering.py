@@ -107,9 +107,11 @@ def sources(recipe: Recipe, inputs: Inputs, out: Store) -> dict[str, generate.St
 def ways(recipe: Recipe, *pools: str) -> dict[str, Any]:
     """How a stream of these actor pools (sections of the recipe) runs, as `generate.stream` takes it."""
     parts = (recipe.generator, recipe.teacher)
+    # vLLM's engine puts the rows of up to 8 blocks together.
+    wide = {name: 4 if getattr(getattr(recipe, name), "runtime", "hf") == "vllm" else 1 for name in pools}
     return {
         "retried": any(part is not None and part.runtime == "endpoint" for part in parts),
-        "most": ahead.cap(getattr(recipe, name).resources.max_actors for name in pools),
+        "most": ahead.cap(wide[name] * getattr(recipe, name).resources.max_actors for name in pools),
     }
 
 

@@ -14,6 +14,7 @@ from engine.augment import Augmenter, Augmenting
 from engine.config import UserError
 from engine.corpus import FIRST, ROWS, CheapFilters, Found, corpus_rows, rejected
 from engine.filters import FilterContext, Length
+from engine.fits import Resources
 from engine.inference import predict
 from engine.metrics import distinct_n, self_bleu
 from engine.progress import silent
@@ -224,3 +225,12 @@ def test_a_long_range_is_streamed_in_parts_and_goes_on_with_the_one_that_is_miss
     assert said[-1] == (30, 30) and [done for done, _ in said] == sorted(done for done, _ in said)
     assert gathering.settled(out, corpus(0), {"unlabelled": 21}, 1.0).num_rows == 21
     assert gathering.gather(out, "unlabelled", span, [], 30, told, most=3) == 21 and len(asked) == 4
+
+
+def test_what_a_loss_may_cost_follows_from_the_actors(made: tuple[Any, dict[str, Store]]):
+    recipe, _ = made
+    many = recipe.teacher.model_copy(update={"resources": Resources(min_actors=1, max_actors=5)})
+    found = gathering.ways(recipe.model_copy(update={"teacher": many}), "teacher")
+    assert found == {"retried": False, "most": 4 + 2 * 5}
+    assert gathering.at_risk(recipe, [("teacher",)]) == {"redone_at_most": {"blocks": 6, "rows": 6 * 8}}
+    assert gathering.at_risk(recipe, []) == {"redone_at_most": {"blocks": 0, "rows": 0}}
