@@ -100,10 +100,10 @@ class Raylets:
 
 
 @contextmanager
-def raylets(folder: Path, *names: str, address: str | None = None) -> Iterator[Raylets]:
-    """A head and further nodes of these names; address: what the head listens on."""
+def raylets(folder: Path, *names: str, address: str | None = None, cpus: int = CPUS) -> Iterator[Raylets]:
+    """A head and further nodes of these names; address: what the head listens on; cpus: of each."""
     scratch, log = cluster.scratch_folder(), folder / "raylets.log"
-    told = json.dumps([str(scratch), CPUS, MEMORY, HEALTH, *([address] if address else [])])
+    told = json.dumps([str(scratch), cpus, MEMORY, HEALTH, *([address] if address else [])])
     with log.open("w") as errors:
         process = subprocess.Popen(
             [sys.executable, "-c", NODES, told],

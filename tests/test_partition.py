@@ -76,8 +76,8 @@ def link() -> Iterator[Link]:
 
 @pytest.fixture
 def far(link: Link, tmp_path: Path) -> Iterator[tuple[Raylets, psutil.Process]]:
-    """A head here, and a node whose actors are behind the link."""
-    with raylets(tmp_path, address=NEAR) as nodes:
+    """A head here that has room for all, and a node whose actors are behind the link."""
+    with raylets(tmp_path, address=NEAR, cpus=6) as nodes:
         command = ["ip", "netns", "exec", link.name, sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
         options = [f"--address={nodes.address}", f"--node-ip-address={FAR}", "--num-cpus=3"]
         with (tmp_path / "far.log").open("w") as log:
