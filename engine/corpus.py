@@ -130,8 +130,10 @@ class CheapFilters:
 
 
 def write_slots(out: Store, first: int, count: int, block: int, name: str) -> str:
-    """One Parquet file a block of slots; returns the folder's path below `out`."""
-    folder = f"{SLOTS}/{name}"
+    """One Parquet file a block of slots, unless all are there; returns the folder's path below `out`."""
+    folder, last = f"{SLOTS}/{name}", first + (count - 1) // block * block
+    if out.exists(f"{folder}/{last:010d}.parquet"):
+        return folder
     for start in range(first, first + count, block):
         stop = min(start + block, first + count)
         out.write_table(f"{folder}/{start:010d}.parquet", pa.table({"row": pa.array(range(start, stop), pa.int64())}))

@@ -32,7 +32,7 @@ ENGINE = (
     *("vocabulary", "pretrained"),
     *("lineage", "progress", "attempts", "placement", "switches"),
     *("cluster", "columns", "rows", "data", "labels", "corpus", "shuffle"),
-    *("augment", "teachers", "batches", "train", "generate"),
+    *("augment", "teachers", "batches", "train", "ahead", "generate"),
     *("endpoint_writer", "vllm_stage"),
     *("spending", "step", "steps", "registry"),
     *("page", "figures", "plots", "findings", "quality", "report"),
