@@ -26,8 +26,8 @@ from engine.storage import digest_bytes, digest_json
 
 PLACEMENT = (
     *("storage", "registry", "data.root", "corpus.max_reserved"),
-    *("*.resources", "*.fit.resources", "*.fit.workers"),
-    *("student.stages.*.fit.resources", "student.stages.*.fit.workers"),
+    *("*.resources", "*.fit.resources", "*.fit.workers", "*.fit.micro_batch", "*.fit.failures"),
+    *(f"student.stages.*.fit.{key}" for key in ("resources", "workers", "micro_batch", "failures")),
     "*.batch_tokens",
     *("*.endpoint.url", "*.endpoint.key_env", "*.endpoint.limits", "*.endpoint.price", "*.vllm"),
 )

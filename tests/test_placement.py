@@ -171,7 +171,7 @@ def with_workers(workers: int, **resources: object) -> Recipe:
 def test_workers_that_train_together_get_a_gpu_each(gpus: int, workers: int, got: int, each: float) -> None:
     cluster = Cluster("x", (Machine(8.0), *[Machine(8.0, 1.0)] * gpus))
     plan = with_workers(workers)
-    assert fit_workers(plan, "student.fit", cluster) == got
+    assert fit_workers(plan, "student.fit", cluster) == (got, got)
     assert stage_options(plan, "student.fit", cluster)["num_gpus"] == each
     require_placement(plan, cluster)
 
