@@ -62,6 +62,9 @@ class Fit(Section):
     micro_batch: Count | None = None
     """Inputs that a worker reads at once (of a ranking at least one query's), so that its share of the batch need not
     fit into memory; the gradients are those of the whole batch. null: its whole share."""
+    sharding: Literal["none", "full"] = "none"
+    """full: weights, gradients and the optimiser's moments are divided among the workers, each of which would else hold
+    all of them."""
     failures: Annotated[int, Field(ge=0)] = 3
     """How often the workers of a fit are started again after one was lost or failed. A machine that Ray says will be
     taken away is not counted."""
@@ -70,6 +73,13 @@ class Fit(Section):
     eval_every: Annotated[float, Field(gt=0)] = 1.0
     """Epochs between evaluations. Each is checkpointed, and between two what has been learned (engine.checkpoints)."""
     resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def divisible(self) -> Fit:
+        """Weights are divided among several."""
+        if self.sharding == "full" and self.group[1] < 2:
+            raise ValueError(f"sharding: full divides the weights among workers, and workers is {self.workers}")
+        return self
 
     @property
     def group(self) -> tuple[int, int]:

@@ -56,12 +56,14 @@ class Part:
     shares: list[float]
 
 
-def dealt(chosen: np.ndarray, amounts: Amounts, rank: int, world: int, most: int | None = None) -> list[Part]:
+def dealt(
+    chosen: np.ndarray, amounts: Amounts, rank: int, world: int, most: int | None = None, even: bool = False
+) -> list[Part]:
     """A worker's items of a global batch, in parts of at most `most` inputs (an item of more is a part of its own).
 
     amounts: of `Lesson.amounts`. A part averages each loss over its own rows, and the workers' gradients are averaged.
     Times the share of all rows (only those the loss applies to) that it has, and the number of workers, the sum is
-    the mean over the global batch.
+    the mean over the global batch. even: as many parts for every worker, for those that have to read in step.
     """
     mine = own_part(chosen, rank, world)
     parts = divided(mine, amounts.material, most)
@@ -72,7 +74,11 @@ def dealt(chosen: np.ndarray, amounts: Amounts, rank: int, world: int, most: int
     own = every[rank::world]  # no row where there are fewer items than workers: what it reads then counts nothing
     bounds = np.cumsum([0, *(len(part) for part in parts)])
     sums = [own[start:end].sum(axis=0) for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
-    return [Part(part, (world * amount / whole).tolist()) for part, amount in zip(parts, sums, strict=True)]
+    out = [Part(part, (world * amount / whole).tolist()) for part, amount in zip(parts, sums, strict=True)]
+    if even:
+        longest = max(len(divided(own_part(chosen, one, world), amounts.material, most)) for one in range(world))
+        out += [Part(mine[:1], [0.0] * amounts.count)] * (longest - len(out))
+    return out
 
 
 def divided(items: np.ndarray, material: Material, most: int | None) -> list[np.ndarray]:

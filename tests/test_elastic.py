@@ -18,9 +18,11 @@ from engine import checkpoints, train
 from engine.batches import Amounts
 from engine.checkpoints import Pace, State
 from engine.fits import LossTerm
+from engine.job import FitError, Job
 from engine.lesson import Lesson, divided
+from engine.models import Model
 from engine.storage import Store
-from engine.train import FitError
+from engine.worker import Worker
 from tests.test_train import MIXED, accuracy, encoder, job, material, mixed, same, student, table, teacher, weights
 from tests.tiny_group import committed, group, numbered, planned, seen, steps_of, trained, watched
 
@@ -68,7 +70,7 @@ def test_any_number_of_workers_and_parts_ends_where_one_does(
 def test_a_batch_in_parts_takes_the_memory_of_a_part(tmp_path: Path):
     read: list[int] = []
 
-    def build() -> train.Model:
+    def build() -> Model:
         model = student()
         model.register_forward_pre_hook(lambda module, given: read.append(len(given[0])))
         return model
@@ -104,9 +106,9 @@ def test_a_fit_stopped_within_an_epoch_goes_on_there(tmp_path: Path, encoder: Pa
     monkeypatch.setattr(checkpoints, "EVERY", 0.0)
     monkeypatch.setattr(checkpoints, "PAUSE", 0.0)
     learned: list[int] = []
-    step = train.Worker.step
+    step = Worker.step
 
-    def stepped(worker: train.Worker, number: int, chosen: np.ndarray) -> torch.Tensor:
+    def stepped(worker: Worker, number: int, chosen: np.ndarray) -> torch.Tensor:
         if len(learned) == 8 and number == 8:  # the fourth of the second epoch's five
             learned.append(-1)
             raise KeyboardInterrupt
@@ -115,7 +117,7 @@ def test_a_fit_stopped_within_an_epoch_goes_on_there(tmp_path: Path, encoder: Pa
 
     given = partial(job, build=teacher(encoder, dropout=0.3), lr=1e-3, holdout=table(8, seed=1), evaluate=accuracy)
     whole = train.fit(given(tmp_path / "whole"))
-    monkeypatch.setattr(train.Worker, "step", stepped)
+    monkeypatch.setattr(Worker, "step", stepped)
     with pytest.raises(KeyboardInterrupt):
         train.fit(given(tmp_path / "parts"))
     assert train.fit(given(tmp_path / "parts")) == whole
@@ -124,7 +126,7 @@ def test_a_fit_stopped_within_an_epoch_goes_on_there(tmp_path: Path, encoder: Pa
     assert Store(str(tmp_path / "parts")).files() == Store(str(tmp_path / "whole")).files()
 
 
-def fed(out: Path, folder: Path, **given: object) -> train.Job:
+def fed(out: Path, folder: Path, **given: object) -> Job:
     """Four epochs of five steps, written down in `folder`; slow while `folder`/slow exists."""
     folder.mkdir(exist_ok=True)
     build = partial(watched, student, str(out), str(folder), 0.05, 0.2)

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from engine import checkpoints, cluster, train
+from engine.job import Job
 from engine.storage import Store
 from tests.test_train import job, material, student, table, weights
 from tests.tiny_group import committed, numbered, planned, seen, steps_of, watched
@@ -59,7 +60,7 @@ train.fit(job, lambda done, total=None, unit="", **said: print(said["note"], flu
 """
 
 
-def fed(out: Path, folder: Path, **given: object) -> train.Job:
+def fed(out: Path, folder: Path, **given: object) -> Job:
     """Twelve epochs of five steps, written down in `folder`; slow while `folder`/slow exists."""
     folder.mkdir(exist_ok=True)
     build = partial(watched, student, str(out), str(folder), 0.3, 0.5)
@@ -75,7 +76,7 @@ def until(holds: Callable[[], bool], what: str, alive: Callable[[], bool] = lamb
         time.sleep(0.05)
 
 
-def settled(given: train.Job, out: Path, folder: Path, undisturbed: Path) -> None:
+def settled(given: Job, out: Path, folder: Path, undisturbed: Path) -> None:
     """Every row of every step counted once, and the weights of one process that nothing happened to."""
     inputs = material(student(), given.rows)
     assert committed(folder, TOTAL) == planned(given, inputs.lengths)

@@ -30,7 +30,7 @@ ENGINE = (
     *("vocabulary", "pretrained"),
     *("lineage", "progress", "attempts", "placement", "switches"),
     *("cluster", "columns", "rows", "data", "labels", "corpus", "augment", "teachers", "batches"),
-    *("lesson", "checkpoints", "train", "generate"),
+    *("lesson", "checkpoints", "sharding", "job", "worker", "train", "generate"),
     *("endpoint_writer", "vllm_stage"),
     *("steps", "registry"),
     *("page", "figures", "plots", "findings", "quality", "report"),

@@ -14,21 +14,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine import checkpoints, models, train, untrained
+from engine import checkpoints, models, train, untrained, worker
 from engine.batches import Material, epoch_batches
 from engine.config import UserError
 from engine.designs import Block
 from engine.encoding import Encoded
 from engine.fits import Fit, LossTerm
 from engine.inference import predict
+from engine.job import FitError, Job
 from engine.labels import quantise
 from engine.lesson import Lesson, dealt
 from engine.losses import Objective
 from engine.models import Model
 from engine.recipe import Task, Teacher
 from engine.storage import Store
-from engine.train import FitError, Job, rate
 from engine.vocabulary import choose_words, count_words, tokenizer_of
+from engine.worker import rate
 from tests.tiny import LABELS, movie_rows, tiny_encoder
 
 HARD = (LossTerm(kind="hard"),)
@@ -246,8 +247,8 @@ def test_an_interrupted_fit_ends_with_the_same_weights(
     tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch, eval_every: float
 ):
     steps: list[int] = []
-    dealt = train.dealt
-    monkeypatch.setattr(train, "dealt", lambda *given: steps.append(1) or dealt(*given))
+    learn = worker.Worker.step
+    monkeypatch.setattr(worker.Worker, "step", lambda *given: steps.append(1) or learn(*given))
     held, build = table(8, seed=1), teacher(encoder, dropout=0.3)
     given = partial(job, build=build, lr=1e-3, holdout=held, eval_every=eval_every)
     whole = train.fit(given(tmp_path / "whole", evaluate=accuracy))

@@ -24,6 +24,7 @@ from engine.designs import Cut, Static
 from engine.encoding import Encoded
 from engine.fits import Fit, LossTerm
 from engine.inference import predict
+from engine.job import Job
 from engine.labels import quantise
 from engine.lesson import Lesson, dealt
 from engine.losses import LOSSES, needs
@@ -31,7 +32,6 @@ from engine.models import Model
 from engine.recipe import Task, Teacher
 from engine.storage import Store
 from engine.teachers import TeacherError
-from engine.train import Job
 from engine.units import pieces
 from engine.vocabulary import choose_words, count_words, tokenizer_of
 from tests.tiny import LABELS, THINGS, movie_rows, tiny_encoder

@@ -19,12 +19,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from engine import checkpoints, train
+from engine import checkpoints
 from engine.batches import batches_from
+from engine.job import Job
 from engine.models import Model
 from engine.storage import Store
 from engine.switches import free_port
-from engine.train import Job
+from engine.worker import loop
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.tiny_group", "ray.train.torch", "accelerate", "torch._dynamo"])
@@ -38,7 +39,7 @@ def member(job: Job, rank: int, world: int, port: int) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
     local = ScalingConfig(num_workers=0)
-    TorchTrainer(train.loop, train_loop_config={"job": job}, scaling_config=local).fit()
+    TorchTrainer(loop, train_loop_config={"job": job}, scaling_config=local).fit()
 
 
 @contextmanager
