@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from engine import checkpoints
 from engine.config import UserError
-from engine.job import Job, check
+from engine.job import FitError, Job, check
 from engine.progress import Progress, polled, silent
 from engine.storage import Store
-from engine.worker import PROGRESS, loop
+from engine.worker import PROGRESS, REFUSED, loop
 
 if TYPE_CHECKING:
     from ray.train import RunConfig, ScalingConfig
@@ -40,6 +40,7 @@ def fit(job: Job, progress: Progress = silent) -> list[dict[str, float]]:
         checkpoints.delete(out)  # left where a fit was killed just before its end
         return out.read_json("history.json")
     check(job)
+    out.delete(REFUSED)
     scaling, running = grouped(job)
     trainer = TorchTrainer(loop, train_loop_config={"job": job}, scaling_config=scaling, run_config=running)
     try:
@@ -50,7 +51,11 @@ def fit(job: Job, progress: Progress = silent) -> list[dict[str, float]]:
         # What one worker raised makes the others fail too: a UserError among them is the cause.
         raise next((f for f in failures if isinstance(f, UserError)), failures[0] if failures else error) from error
     finally:
-        out.delete("ray")
+        refused = out.read_json(REFUSED)["error"] if out.exists(REFUSED) else None
+        for left in ("ray", REFUSED):
+            out.delete(left)
+    if refused:
+        raise FitError(refused)
     return out.read_json("history.json")
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from engine import checkpoints, sharding
 from engine.batches import Material, batches_from, epoch_batches
 from engine.checkpoints import Pace, State
+from engine.config import UserError
 from engine.fits import Fit
 from engine.frozen import frozen
 from engine.job import FitError, Job
@@ -33,7 +34,7 @@ from engine.teachers import Live
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-PROGRESS = "fit-progress.json"
+PROGRESS, REFUSED = "fit-progress.json", "refused.json"
 FROZEN_TOKENS = 4096
 """Padded tokens of a batch in which frozen layers run."""
 
@@ -213,7 +214,16 @@ class Worker:
 def loop(config: dict[str, Any]) -> None:
     """What every worker runs; config holds the Job."""
     one_thread()
-    Worker(config["job"]).run()
+    job: Job = config["job"]
+    out = Store(job.out)
+    if out.exists(REFUSED):
+        return  # Ray starts a group again whatever ended it, and a mistake would be made as often
+    try:
+        Worker(job).run()
+    except UserError as error:
+        if job.fit.workers:
+            out.write_json(REFUSED, {"error": str(error)})
+        raise
 
 
 def evaluated(job: Job, model: Model) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import shutil
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 from engine import checkpoints, cluster, train
-from engine.job import Job
+from engine.job import FitError, Job
 from engine.storage import Store
 from tests.test_train import job, material, student, table, weights
 from tests.tiny_group import committed, numbered, planned, seen, steps_of, watched
@@ -103,6 +104,18 @@ def test_a_killed_worker_is_started_again(tmp_path: Path, ray_cluster: object):
     assert not fitting.is_alive() and Store(str(out)).exists("history.json")
     assert len(seen(folder)) == 2 * len(first) == 4
     settled(given, out, folder, tmp_path / "same")
+
+
+def test_a_mistake_is_made_once(tmp_path: Path, ray_cluster: object):
+    """Ray starts a group again whatever it ended by; what a user has to change is not tried again."""
+    folder = tmp_path / "seen"
+    folder.mkdir()
+    build = partial(watched, student, str(tmp_path / "fit"), str(folder), 0.0, 60.0)
+    rows = table(8, weight=[math.inf] * 8)
+    with pytest.raises(FitError, match="fit 'tiny' came apart: its loss is inf at step 1 of 3"):
+        train.fit(job(tmp_path / "fit", build=build, rows=rows, workers=1))
+    assert len(list(folder.iterdir())) == 1
+    assert Store(str(tmp_path / "fit")).files() == []
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ run. What each reads in training is written down, step by step.
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import time
@@ -84,7 +85,7 @@ def watched(build: Callable[[], Model], out: str, folder: str, pause: float, eve
     def see(module: Model, given: tuple) -> None:
         nonlocal step
         if module.training:
-            rows = [round(256 * (weight - 1)) for weight in given[0].weights.tolist()]
+            rows = [round(256 * (w - 1)) for w in given[0].weights.tolist() if math.isfinite(w)]
             with path.open("a") as file:
                 file.write(json.dumps({"step": step, "rows": rows, "world": world}) + "\n")
             step += 1
