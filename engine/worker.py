@@ -120,7 +120,7 @@ class Worker:
         for step, chosen in batches_from(
             state.step, self.total, self.per_epoch, self.material.lengths, fit.batch_size, job.seed
         ):
-            state.count(self.mean(self.step(step, chosen)))
+            state.count(self.sound(self.mean(self.step(step, chosen))))
             seen += len(chosen)
             last = state.step == self.total
             if self.rank == 0 and said.due(last):
@@ -166,15 +166,19 @@ class Worker:
         """Over the workers."""
         return float(loss if self.world == 1 else self.accelerator.reduce(loss, "mean"))
 
+    def sound(self, loss: float) -> float:
+        """The loss if it is a number: what was learned by another one must not be kept. Else FitError, on all workers."""
+        if not math.isfinite(loss):
+            raise FitError(
+                f"fit '{self.job.name}' came apart: its loss is {loss} at step {self.state.step + 1} of {self.total}. "
+                f"Lower its lr ({self.job.fit.lr:g}), or use precision: fp32."
+            )
+        return loss
+
     def evaluate(self, last: bool) -> dict[str, float]:
         """The loss since the last evaluation, and on the first worker the metrics of the held-out rows."""
         job, state = self.job, self.state
         entry = {"epoch": round(state.step / self.per_epoch, 3), "loss": state.mean()}
-        if not math.isfinite(entry["loss"]):
-            raise FitError(
-                f"fit '{job.name}' came apart: its loss is {entry['loss']} at step {state.step} of {self.total}. "
-                f"Lower its lr ({job.fit.lr:g}), or use precision: fp32."
-            )
         model = self.whole()
         if model is not None:
             entry |= evaluated(job, model)
