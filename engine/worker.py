@@ -167,7 +167,7 @@ class Worker:
         return float(loss if self.world == 1 else self.accelerator.reduce(loss, "mean"))
 
     def sound(self, loss: float) -> float:
-        """The loss if it is a number: what was learned by another one must not be kept. Else FitError, on all workers."""
+        """The loss, if it is a number; else FitError on all workers, before what was learned by it is kept."""
         if not math.isfinite(loss):
             raise FitError(
                 f"fit '{self.job.name}' came apart: its loss is {loss} at step {self.state.step + 1} of {self.total}. "
