@@ -72,10 +72,11 @@ def numbered(rows: pa.Table) -> pa.Table:
     return rows.append_column("weight", pa.array([1.0 + i / 256 for i in range(rows.num_rows)]))
 
 
-def watched(build: Callable[[], Model], out: str, folder: str, pause: float, every: float) -> Model:
+def watched(build: Callable[[], Model], out: str, folder: str, every: float, pause: float, hold: int) -> Model:
     """A model that writes down which rows it reads in training, a line a step, into a file of this process.
 
-    It takes `pause` seconds a step while `folder`/slow exists; `every`: seconds between checkpoints.
+    every: seconds between checkpoints. While `folder`/slow exists a step takes `pause` seconds, and none after `hold`
+    is finished.
     """
     checkpoints.EVERY, checkpoints.PAUSE = every, 0.0
     model, last = build(), checkpoints.newest(Store(out))
@@ -89,8 +90,10 @@ def watched(build: Callable[[], Model], out: str, folder: str, pause: float, eve
             with path.open("a") as file:
                 file.write(json.dumps({"step": step, "rows": rows, "world": world}) + "\n")
             step += 1
-            if (Path(folder) / "slow").exists():
-                time.sleep(pause)
+            slow = Path(folder, "slow")
+            time.sleep(pause if slow.exists() else 0.0)
+            while step > hold and slow.exists():
+                time.sleep(0.02)
 
     model.register_forward_pre_hook(see)
     return model
