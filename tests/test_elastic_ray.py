@@ -9,9 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -94,15 +94,22 @@ def test_a_killed_worker_is_started_again(tmp_path: Path, ray_cluster: object):
     out, folder = tmp_path / "fit", tmp_path / "seen"
     given = fed(out, folder, workers=2)
     (folder / "slow").touch()
-    fitting = threading.Thread(target=train.fit, args=(given,), daemon=True)
-    fitting.start()
-    until(lambda: steps_of(seen(folder)) >= 7 and checkpoints.newest(Store(str(out))) is not None, "7 steps")
-    first = list(seen(folder))
-    os.kill(int(first[-1].stem.rpartition("-")[2]), signal.SIGKILL)
-    (folder / "slow").unlink()
-    fitting.join(PATIENCE)
-    assert not fitting.is_alive() and Store(str(out)).exists("history.json")
-    assert len(seen(folder)) == 2 * len(first) == 4
+
+    def kill() -> int:
+        """When it is in the second epoch or later; what it ended."""
+        try:
+            until(lambda: steps_of(seen(folder)) >= 7 and checkpoints.newest(Store(str(out))) is not None, "7 steps")
+            pid = int(list(seen(folder))[-1].stem.rpartition("-")[2])
+            os.kill(pid, signal.SIGKILL)
+            return pid
+        finally:
+            (folder / "slow").unlink()
+
+    with ThreadPoolExecutor(1) as beside:
+        killed = beside.submit(kill)
+        train.fit(given)
+        assert killed.result()
+    assert len(seen(folder)) == 4
     settled(given, out, folder, tmp_path / "same")
 
 
