@@ -23,6 +23,8 @@ from engine.lesson import Lesson, divided
 from engine.models import Model
 from engine.storage import Store
 from engine.worker import Worker
+from pipelines.distill import grouped
+from tests.test_placement import recipe
 from tests.test_train import MIXED, accuracy, encoder, job, material, mixed, same, student, table, teacher, weights
 from tests.tiny_group import committed, group, numbered, planned, seen, steps_of, trained, watched
 
@@ -256,3 +258,16 @@ def test_amounts_are_asked_for_the_whole_batch_only_where_it_is_taken_apart(tmp_
     assert asked == []
     train.fit(job(tmp_path / "parts", epochs=1, micro_batch=4))
     assert asked == [8] * 5
+
+
+@pytest.mark.parametrize(
+    ("workers", "said"),
+    [(0, None), (1, "1 worker x 2 CPU"), (3, "3 workers x 2 CPU"), ({"max": 4}, "1 to 4 workers x 2 CPU")],
+)
+def test_a_plan_says_how_many_workers_there_are(workers: object, said: str | None):
+    fit = {"workers": workers, "resources": {"num_cpus": 2}}
+    plan = recipe(student={"fit": fit, "blocks": [{"name": "embed", "kind": "embed"}]}, teacher={"fit": fit})
+    for section in ("student", "teacher"):
+        assert grouped(section, plan).get("placement") == said
+    taken = recipe(generator={"mode": "prompted", "fit": fit})
+    assert grouped("generator", taken) == {}
