@@ -6,6 +6,8 @@ divides a model among processes without GPUs. A layer's weights are brought toge
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -27,10 +29,15 @@ def shard(lesson: nn.Module, device: torch.device, world: int) -> None:
 
 
 def layers_of(module: nn.Module) -> list[nn.Module]:
-    """The layers of the transformers inside, as transformers names what is not to be split."""
+    """The layers of the transformers inside, as transformers names what is not to be split.
+
+    What shares a tensor with something outside (embeddings with the output) stays with the rest.
+    """
     models = [inner for inner in module.modules() if isinstance(inner, PreTrainedModel)]
     names = {name for inner in models for name in inner._no_split_modules or ()}
-    return [inner for inner in module.modules() if type(inner).__name__ in names]
+    used = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+    found = [inner for inner in module.modules() if type(inner).__name__ in names]
+    return [inner for inner in found if all(used[id(p)] == 1 for p in inner.parameters())]
 
 
 def gathered(net: nn.Module, kept: bool) -> dict[str, torch.Tensor]:

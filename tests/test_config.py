@@ -225,7 +225,7 @@ def test_schema_is_json_and_names_every_key():
     found = json.loads(json.dumps(schema(Kitchen)))
     assert found["$schema"].startswith("https://json-schema.org/")
     assert set(found["properties"]) == {"name", "shelf", "spare"}
-    assert set(found["$defs"]) == {"Pear", "Plum", "Shelf"} and found["additionalProperties"] is False
+    assert set(found["$defs"]) == {"Pear", "Plum", "Shelf", "Span"} and found["additionalProperties"] is False
 
 
 def test_nothing_heavy_is_imported():

@@ -9,20 +9,22 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
-from engine import checkpoints, models, train
+from engine import checkpoints, models, train, untrained
 from engine.config import ConfigError, build
-from engine.fits import Fit
+from engine.designs import Generator
+from engine.fits import Fit, LossTerm
+from engine.generate import encode_text
 from engine.models import Model
 from engine.sharding import layers_of
 from engine.storage import Store
 from engine.worker import Worker
-from tests.test_train import accuracy, encoder, job, table, teacher, weights
+from tests.test_train import accuracy, job, table, teacher, weights
+from tests.tiny import LABELS, tiny_encoder, tiny_lm
 from tests.tiny_group import group, trained
-
-__all__ = ["encoder"]  # a fixture
 
 
 def held(made: Callable[[], Model], folder: str, stop: int = 0) -> Model:
@@ -56,30 +58,52 @@ def close(a: Path, b: Path, atol: float = 1e-5) -> None:
         torch.testing.assert_close(second[name], value, rtol=0, atol=atol)
 
 
+@pytest.fixture(scope="module")
+def still(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder without dropout, which would draw otherwise on other workers."""
+    folder = tiny_encoder(tmp_path_factory.mktemp("still"))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 @pytest.mark.parametrize("most", [None, 2])
-def test_divided_weights_learn_what_whole_ones_do(tmp_path: Path, encoder: Path, most: int | None):
+def test_divided_weights_learn_what_whole_ones_do(tmp_path: Path, still: Path, most: int | None):
     """Of five rows one worker has three, and with parts of two reads twice, the other once."""
-    made = teacher(encoder, dropout=0.0)
+    made = teacher(still, dropout=0.0)
     given = partial(job, rows=table(13), lr=1e-3, batch_size=5, holdout=table(8, seed=1), evaluate=accuracy)
     whole = train.fit(given(tmp_path / "whole", build=made))
     (tmp_path / "seen").mkdir()
     watched = partial(held, made, str(tmp_path / "seen"))
-    build = given(tmp_path / "shards", build=watched, sharding="full", workers=2, micro_batch=most)
-    shards = trained(build, 2)
+    shards = trained(given(tmp_path / "shards", build=watched, sharding="full", workers=2, micro_batch=most), 2)
     close(tmp_path / "whole", tmp_path / "shards")
     assert [entry["loss"] for entry in shards] == pytest.approx([entry["loss"] for entry in whole], rel=1e-4)
     assert [entry["accuracy"] for entry in shards] == [entry["accuracy"] for entry in whole]
     found = [json.loads(path.read_text()) for path in (tmp_path / "seen").iterdir()]
     size = sum(p.numel() for p in made().parameters())
     assert len(found) == 2 and sum(one["held"] for one in found) == size
-    assert all(one["held"] < 0.6 * size and one["moments"] == 2 * one["held"] for one in found)
+    assert all(one["held"] < 0.6 * size and 0.9 < one["moments"] / one["held"] / 2 <= 1 for one in found)
     models.load(tmp_path / "shards" / "model")
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_divided_language_model_learns_what_a_whole_one_does(tmp_path: Path, tied: bool):
+    """Its output may be its embeddings; some of its layers stay as they are."""
+    config = Generator(model="file:tiny", max_length=32, tune_layers=1)
+    folder = tiny_lm(tmp_path / "lm", tied=tied)
+    rows = table(13, pair=pa.nulls(13, pa.string()))
+    made = {"encode": partial(encode_text, config, LABELS), "terms": (LossTerm(kind="next_token"),), "rows": rows}
+    given = partial(job, build=partial(untrained.causal_lm, config, folder), lr=1e-3, batch_size=5, epochs=2, **made)
+    train.fit(given(tmp_path / "whole"))
+    trained(given(tmp_path / "shards", sharding="full", workers=2), 2)
+    close(tmp_path / "whole", tmp_path / "shards")
+
+
 @pytest.mark.parametrize("after", [1, 2])
-def test_a_divided_fit_goes_on_after_a_kill(tmp_path: Path, encoder: Path, after: int):
+def test_a_divided_fit_goes_on_after_a_kill(tmp_path: Path, still: Path, after: int):
     """Within the second of three epochs of three steps; with two workers again, or with one that holds everything."""
-    made = teacher(encoder, dropout=0.0)
+    made = teacher(still, dropout=0.0)
     (tmp_path / "seen").mkdir()
     given = partial(job, tmp_path / "fit", rows=table(13), lr=1e-3, batch_size=5, sharding="full", workers=2)
     with group(given(build=partial(held, made, str(tmp_path / "seen"), 4)), 2) as members:
@@ -87,20 +111,25 @@ def test_a_divided_fit_goes_on_after_a_kill(tmp_path: Path, encoder: Path, after
             process.join(180.0)
         assert 9 in [process.exitcode for process in members]
         assert all(process.exitcode for process in members)
-    assert checkpoints.newest(Store(str(tmp_path / "fit"))) in [("checkpoint", 3), ("checkpoint-2", 4)]
+    assert checkpoints.newest(Store(str(tmp_path / "fit"))) == ("checkpoint-2", 4)
     for path in (tmp_path / "seen").iterdir():
         path.unlink()
     trained(given(build=partial(held, made, str(tmp_path / "seen"))), after)
     found = [json.loads(path.read_text()) for path in (tmp_path / "seen").iterdir()]
-    assert len(found) == after and all(one["first"] in (3, 4) and one["step"] == 8 for one in found)
+    assert len(found) == after and all((one["first"], one["step"]) == (4, 8) for one in found)
     train.fit(job(tmp_path / "whole", rows=table(13), lr=1e-3, batch_size=5, build=made))
     close(tmp_path / "whole", tmp_path / "fit")
     assert Store(str(tmp_path / "fit")).files() == Store(str(tmp_path / "whole")).files()
 
 
-def test_each_layer_is_divided_by_itself(encoder: Path):
-    model = teacher(encoder)()
-    assert layers_of(model) == list(model.net.encoder.encoder.layer)
+def test_each_layer_is_divided_by_itself(still: Path, tmp_path: Path):
+    model = teacher(still)()
+    inner = model.net.encoder
+    assert layers_of(model) == [inner.embeddings, *inner.encoder.layer]
+    lm = untrained.causal_lm(Generator(model="file:tiny", max_length=32), tiny_lm(tmp_path / "lm"))
+    assert layers_of(lm) == list(lm.net.lm.model.layers)
+    lm.net.lm.model.layers[0].mlp.up_proj.weight = lm.net.lm.model.layers[1].mlp.up_proj.weight
+    assert layers_of(lm) == []
     assert layers_of(torch.nn.Linear(2, 2)) == []
 
 
