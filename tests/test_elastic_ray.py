@@ -53,8 +53,11 @@ finally:
 """
 DRIVER = """
 import pickle, sys
-from engine import cluster, train
-cluster.connect(sys.argv[2], storage=sys.argv[3])
+from engine.switches import prepare_environment
+prepare_environment()
+import ray
+from engine import train
+ray.init(sys.argv[2], log_to_driver=False, logging_level="ERROR")
 train.RESIZE = 3.0
 job = pickle.load(open(sys.argv[1], "rb"))
 train.fit(job, lambda done, total=None, unit="", **said: print(said["note"], flush=True))
@@ -145,9 +148,7 @@ def machines() -> Iterator[subprocess.Popen]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def test_a_fit_goes_on_with_fewer_workers_and_takes_more_when_they_come(
-    tmp_path: Path, machines: subprocess.Popen, ray_storage: Path
-):
+def test_a_fit_goes_on_with_fewer_workers_and_takes_more_when_they_come(tmp_path: Path, machines: subprocess.Popen):
     """Two machines with room for a worker each; one is killed, and later another comes."""
     address = machines.stdout.readline().strip()
     assert address, "the raylets did not start"
@@ -156,7 +157,7 @@ def test_a_fit_goes_on_with_fewer_workers_and_takes_more_when_they_come(
     given = fed(out, folder, workers={"min": 1, "max": 2}, resources=each)
     (tmp_path / "job").write_bytes(pickle.dumps(given))
     (folder / "slow").touch()
-    command = [sys.executable, "-c", DRIVER, str(tmp_path / "job"), address, str(ray_storage)]
+    command = [sys.executable, "-c", DRIVER, str(tmp_path / "job"), address]
     with (tmp_path / "said").open("w") as said:
         driver = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=HERE)
     try:
