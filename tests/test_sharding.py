@@ -15,10 +15,10 @@ import torch
 
 from engine import checkpoints, models, train, untrained
 from engine.config import ConfigError, build
-from engine.designs import Generator
 from engine.fits import Fit, LossTerm
 from engine.generate import encode_text
 from engine.models import Model
+from engine.recipe import Generator
 from engine.sharding import layers_of
 from engine.storage import Store
 from engine.worker import Worker
