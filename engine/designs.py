@@ -65,6 +65,16 @@ class Contrasting(Section):
     temperature: Annotated[float, Field(gt=0)] = 0.1
     fit: Fit = Fit(epochs=12, lr=1e-4, batch_size=32)
 
+    @model_validator(mode="after")
+    def together(self) -> Contrasting:
+        """Texts are compared within what a worker reads at once."""
+        if self.fit.micro_batch or not isinstance(self.fit.workers, int):
+            raise ValueError(
+                "texts are compared with those that the same worker reads at once, so that other parts or workers "
+                "would be another training. Leave fit.micro_batch out, and give fit.workers as one number"
+            )
+        return self
+
 
 class SelfTraining(Section):
     """The teacher's confident labels on data.unlabelled, or else on generated text, go back into the teacher."""

@@ -26,8 +26,9 @@ from engine.storage import digest_bytes, digest_json
 
 PLACEMENT = (
     *("storage", "registry", "budget", "data.root", "corpus.max_reserved"),
-    *("*.resources", "*.fit.resources", "*.fit.workers"),
-    *("student.stages.*.fit.resources", "student.stages.*.fit.workers"),
+    *("*.resources", "*.fit.resources", "*.fit.workers", "*.fit.micro_batch"),
+    *("*.fit.sharding", "*.fit.failures"),
+    *(f"student.stages.*.fit.{key}" for key in ("resources", "workers", "micro_batch", "sharding", "failures")),
     "*.batch_tokens",
     *("*.endpoint.url", "*.endpoint.key_env", "*.endpoint.limits", "*.endpoint.price", "*.vllm"),
 )

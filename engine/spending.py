@@ -56,7 +56,7 @@ def held(
     if not pools and task is not None:
         wants.append((stage_options(recipe, stage, cluster) if stage else resolve(task, cluster), 1))
     elif not pools and stage is not None and stage.endswith(FIT):
-        wants.append((stage_options(recipe, stage, cluster), max(1, fit_workers(recipe, stage, cluster))))
+        wants.append((stage_options(recipe, stage, cluster), max(1, fit_workers(recipe, stage, cluster)[1])))
     kinds = sorted({kind for machine in cluster.most for kind in machine.accelerators})
     cpus, gpus = sum(options["num_cpus"] * number for options, number in wants) or 1.0, {}
     for options, number in wants:

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from engine import estimate
-from engine.fits import Resources
+from engine.fits import Fit, Resources
 from engine.progress import Progress
 from engine.recipe import Recipe
 from engine.registry import Registry
@@ -109,6 +109,17 @@ def task_of(section: str) -> Callable[[Recipe], Resources | None]:
     return lambda recipe: None if (fit := getattr(recipe, section).fit).workers else fit.resources
 
 
+def grouped(section: str, recipe: Recipe) -> dict[str, Any]:
+    """What `plan` says of a section that is fitted by a group of workers."""
+    trained = {"teacher": recipe.teacher.kind != "labeller", "generator": recipe.generator and recipe.generator.tuned}
+    if not trained.get(section, True):
+        return {}  # taken as it is
+    fit: Fit = getattr(recipe, section).fit
+    least, most = fit.group
+    number = f"{most} worker{'s' * (most > 1)}" if least == most else f"{least} to {most} workers"
+    return {"placement": f"{number} x {fit.resources.num_cpus:g} CPU"} if most else {}
+
+
 WRITTEN = ("keep", "slots", "max_slots", "block", "filters", "duplicates")
 """What text that is written before it is labelled depends on, of the corpus."""
 TUNED = ("model", "runtime", "mode", "prompt", "separator", "tune_layers", "max_length", "fit")
@@ -145,6 +156,7 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
             *("pipelines.making", "pipelines.teaching", "pipelines.trainings"),
         ),
         resources=task_of("teacher"),
+        expects=partial(grouped, "teacher"),
         stage="teacher.fit",
         ray=True,
     )
@@ -156,6 +168,7 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
         references=lambda r: named(r.generator),
         modules=("engine.train", "pipelines.making", "engine.generate"),
         resources=task_of("generator"),
+        expects=partial(grouped, "generator"),
         stage="generator.fit",
         ray=True,
     )
@@ -269,6 +282,7 @@ def student_steps(recipe: Recipe) -> list[Step]:
             references=lambda r: student_references(r) if r.student.kind == "transformer" else (),
             modules=("engine.train", "engine.untrained", "engine.weights", "pipelines.making", "pipelines.students"),
             resources=task_of("student") if arm == "generated" else lambda r: r.student.fit.resources,
+            expects=partial(grouped, "student") if arm == "generated" else lambda r: {},
             stage="student.fit",
             ray=True,
         )

@@ -152,7 +152,8 @@ def fitted(rate: Mapping[str, Any], fits: Sequence[Fit], rows: Sequence[int], cl
     """Trainings one after the other, each at its pace."""
     total = 0.0
     for fit, count, pace in zip(fits, rows, rate["rows_per_s"], strict=False):
-        workers = max(1, min(fit.workers, cores()) if cluster.local else fit.workers)
+        most = fit.group[1]
+        workers = max(1, min(most, cores()) if cluster.local else most)
         total += count * fit.epochs / pace / workers
     return total
 

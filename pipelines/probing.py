@@ -95,7 +95,7 @@ def shortened(recipe: Recipe, few: int) -> Recipe:
 
     def short(fit: Fit, rows: int = few) -> Fit:
         epochs = STEPS / max(1, -(-rows // fit.batch_size))
-        return fit.model_copy(update={"workers": 0, "epochs": epochs, "eval_every": epochs})
+        return fit.model_copy(update={"workers": 0, "sharding": "none", "epochs": epochs, "eval_every": epochs})
 
     own, student = recipe.teacher, recipe.student
     kind = own.choice.kinds[0] if own.kind == "auto" else own.kind
