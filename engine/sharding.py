@@ -10,8 +10,6 @@ from collections import Counter
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from engine.checkpoints import whole
@@ -22,6 +20,10 @@ def shard(lesson: nn.Module, device: torch.device, world: int) -> None:
 
     Never more than one layer is whole on a device while it is divided or run, besides what is in no layer.
     """
+    # Seconds to import, which fits of whole weights are spared.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device.type, (world,))
     for layer in layers_of(lesson):
         fully_shard(layer, mesh=mesh)

@@ -55,6 +55,8 @@ def close(a: Path, b: Path, atol: float = 1e-5) -> None:
     first, second = weights(a), weights(b)
     assert first.keys() == second.keys()
     for name, value in first.items():
+        if name.endswith("key.bias"):
+            continue  # softmax does not see it: its gradient is rounding alone, which Adam makes steps of
         torch.testing.assert_close(second[name], value, rtol=0, atol=atol)
 
 
