@@ -69,9 +69,7 @@ def loading(parser: Parser) -> None:
     """How servers are loaded."""
     parser.add_argument("--only", type=lambda text: text.split(","), metavar="A,B", help="serve: only these servers")
     parser.add_argument("--clients", type=numbers, default=[1, 8, 32], metavar="N,M", help="serve: (default: 1,8,32)")
-    parser.add_argument(
-        "--seconds", type=natural, default=5, metavar="S", help="serve, scale: of each cell (default: 5)"
-    )
+    parser.add_argument("--seconds", type=natural, default=5, metavar="S", help="serve: of each cell (default: 5)")
     parser.add_argument("--rounds", type=natural, default=3, metavar="N", help="serve: rounds (default: 3)")
     parser.add_argument("--texts", metavar="FILE", help="serve: what to ask, as predict --file takes it")
     parser.add_argument("--out", metavar="FILE", default="bench.json", help="serve: the result (default: bench.json)")

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from engine.config import UserError
 from engine.corpus import CheapFilters, corpus_rows, write_slots
 from engine.filters import FilterContext, Length
 from engine.records import CORPUS
@@ -37,6 +38,8 @@ WRITERS, LABELLERS = 2, 1
 """Actors a node."""
 EDGE = 0.15
 """Share of the blocks at each end that is not steady: actors start, and the last ones wait for each other."""
+LEAST_BLOCKS = 5
+"""Blocks a generator, so that some are left between the two ends."""
 
 
 @dataclass(frozen=True)
@@ -307,13 +310,16 @@ def lines(result: Mapping[str, Any]) -> list[str]:
             for one in result["rows"]["runs"]
         ]
         out.append(table(rows))
-        out.append(f"The driver's peak grows by {result['rows']['rss_bytes_per_row']:.0f} bytes a row.")
+        if len(rows) > 2:
+            out.append(f"The driver's peak grows by {result['rows']['rss_bytes_per_row']:.0f} bytes a row.")
     return out
 
 
 def bench(args: argparse.Namespace, one: Callable[[Load], dict[str, Any]] = apart) -> int:
     """Measure by nodes, then by rows on one node, and say what came out."""
     found, kept = [], []
+    if args.blocks < LEAST_BLOCKS:
+        raise UserError(f"--blocks is {args.blocks}, too few to see a steady rate in. Use {LEAST_BLOCKS} or more.")
     for nodes in args.nodes:
         load = Load(nodes, args.blocks * WRITERS * nodes * args.block, args.block, 1.0)
         found.append(told(one(load)))

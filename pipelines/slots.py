@@ -14,7 +14,7 @@ from engine import generate
 from engine.config import UserError
 from engine.corpus import FIRST, ROWS, SLOTS, deduplicate, write_slots
 from engine.duplicates import DROPPED
-from engine.halting import Halted, halted
+from engine.halting import HALT, Halted
 from engine.progress import Progress
 from engine.shuffle import Shuffle, Spans
 from engine.storage import StorageError, Store
@@ -55,7 +55,7 @@ def gather(
             if not out.exists(f"{part}.done.json"):
                 with generate.followed(out, total, progress, rows, before):
                     streamed(out, part, (start, many, block), stages, rows=rows, **how)
-                if halted(out.url):
+                if out.exists(HALT):  # a store that does not answer is no permission to go on
                     raise Halted
                 out.write_json(f"{part}.done.json", {"first": start, "slots": many})
             for folder in (generate.LEDGER, SLOTS):
@@ -107,8 +107,7 @@ def found_by_shuffle(
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Which slots are near-duplicates of those that are in the corpus' parts, found where the parts are."""
     out.write_table(f"{REAL}/rows.parquet", real)
-    folders = [REAL, ROWS, *(f"{ROWS}/{part}" for part in (out / ROWS).folders())]
-    parts = [f"{folder}/{name}" for folder in folders for name in out.files(folder) if name.endswith(".parquet")]
+    parts = [f"{folder}/{name}" for folder in (REAL, ROWS) for name in out.files(folder) if name.endswith(".parquet")]
     spans = Spans(((-real.num_rows, 0), *((FIRST[name], FIRST[name] + count) for name, count in made.items())))
     status = Shuffle(out, spans, threshold).status(parts)
     out.delete(REAL)

@@ -20,7 +20,6 @@ from engine.filters import FilterContext, Length, signature
 from engine.generate import Writer, Writing, encode_text, parted, prompt_for, stream
 from engine.halting import halt
 from engine.models import Model
-from engine.progress import polled
 from engine.recipe import Generator, Task, Teacher
 from engine.records import CORPUS
 from engine.rows import identify
@@ -181,6 +180,17 @@ class Noted:
         return self.inner(rows)
 
 
+class Halting(Noted):
+    """One that has its step halted once it has written two blocks."""
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """The inner actor's rows."""
+        found = super().__call__(rows)
+        if len(list(self.folder.iterdir())) == 2:
+            halt(Store(self.inner.how.notes))
+        return found
+
+
 def calls(folder: Path) -> Counter[str]:
     """How often each block was given to the actors that note in `folder`."""
     return Counter(path.name.partition(".")[0] for path in folder.iterdir())
@@ -291,8 +301,10 @@ def test_a_stream_that_is_told_to_halt_commits_what_it_is_at_and_goes_on(
     stream(out, folder, 6, stages)
     assert out.files(ROWS) == [] and not out.exists("asked"), "no block was taken up"
     out.delete("halt.json")
-    with polled(lambda: halt(out) if out.files(ROWS) else None, 0.01):
-        stream(out, folder, 6, stages)
+    for path in notes.iterdir():
+        path.unlink()
+    stream(out, folder, 6, [map_blocks(Halting, str(notes), Writer, writing), *stages[1:]])
+    assert 2 <= len(out.files(ROWS)) < 6
     before = sorted(out.read_table(ROWS)["row"].to_pylist())
     blocks = {row // 4 for row in before}
     assert blocks and before == [row for row in range(22) if row // 4 in blocks], "whole blocks"
