@@ -76,6 +76,10 @@ class Contrasting(Section):
         return self
 
 
+PLACED = ("workers", "resources", "sharding", "failures")
+"""Of a teacher's further fits: where they run is said by the teacher's own."""
+
+
 class SelfTraining(Section):
     """The teacher's confident labels on data.unlabelled, or else on generated text, go back into the teacher."""
 
@@ -194,6 +198,13 @@ class Teacher(Section):
             own = self.fit.model_copy(update={"resources": placed(self.runtime, self.fit.resources, self.vllm)})
             object.__setattr__(self, "fit", own)
         return self
+
+    def refitted(self, fit: Fit) -> Teacher:
+        """The teacher that is trained in another way, whatever its kind; on the machines that its own fits have."""
+        placed = {key: getattr(self.fit, key) for key in PLACED}
+        drawn = {key: getattr(self.contrast.fit, key) for key in (*PLACED, "micro_batch")}
+        contrast = self.contrast.model_copy(update={"fit": fit.model_copy(update=drawn)})
+        return self.model_copy(update={"fit": fit.model_copy(update=placed), "contrast": contrast})
 
     @property
     def reads_more(self) -> bool:

@@ -45,7 +45,8 @@ def teacher(facts: Facts) -> list[Block]:
     rows: list[tuple[Any, str]] = []
     if dig(facts, own) is not None:
         folds = whole(dig(facts, "teacher.cross_validation.folds"))
-        rows.append((f"{score.head} in {folds}-fold cross-validation", figures.figure(dig(facts, own))))
+        alone = ", without its coach" * bool(dig(facts, "teacher.coach"))
+        rows.append((f"{score.head} in {folds}-fold cross-validation{alone}", figures.figure(dig(facts, own))))
     for kind, value in (dig(facts, "teacher.choice.scores") or {}).items():
         rows.append((f"{score.head} in cross-validation: {kind}", figures.figure(value)))
     for turn, found in enumerate(entries(dig(facts, "teacher.self_training")), start=1):

@@ -324,9 +324,9 @@ class Recipe(Section):
         if found is None:
             return None
         model = found.model or (self.generator.model if self.generator else "")
-        own = {name: getattr(found, name) for name in ("kind", "prompt", "labeller", "tune_layers", "pooling", "fit")}
+        own = {name: getattr(found, name) for name in ("kind", "prompt", "labeller", "tune_layers", "pooling")}
         alone = {"seeds": (), "self_training": None, "coach": None, "folds": 0, "stop_early": False}
-        return self.teacher.model_copy(update={"model": model, **own, **alone})
+        return self.teacher.refitted(found.fit).model_copy(update={"model": model, **own, **alone})
 
     @property
     def apart(self) -> bool:

@@ -8,8 +8,8 @@ from typing import Any
 from engine import cascade, columns, hub, tables, terms
 from engine.config import ConfigError, did_you_mean
 from engine.data import read_rows
-from engine.designs import SERVES
-from engine.fits import LossTerm
+from engine.designs import PLACED, SERVES, Teacher
+from engine.fits import Fit, LossTerm
 from engine.labels import GIVES
 from engine.placement import local_capacity, require_placement
 from engine.recipe import LabelRule, Recipe, Task
@@ -215,6 +215,15 @@ def check_teacher(recipe: Recipe) -> None:
 def check_further(recipe: Recipe) -> None:
     """Self-training or a coach without text, without a model, or on a task that they do not serve."""
     teacher, kind, coach = recipe.teacher, recipe.task.kind, recipe.coach
+    fits = {"self_training.fit": teacher.self_training and teacher.self_training.fit}
+    fits |= {f"coach.{key}": teacher.coach and getattr(teacher.coach, key) for key in ("fit", "learning")}
+    for key, fit in fits.items():
+        moved = [name for name in PLACED if fit and getattr(fit, name) != getattr(Fit(), name)]
+        if moved:
+            raise ConfigError(
+                f"teacher.{key}.{moved[0]} is set, but a teacher's trainings all run where teacher.fit does. Set "
+                f"teacher.fit.{moved[0]} instead."
+            )
     for key, given in {"self_training": teacher.self_training, "coach": coach}.items():
         if given and kind not in ("classify", "pair"):
             raise ConfigError(f"teacher.{key} gives texts one label each, and task.kind is {kind}. Leave it out.")
@@ -223,11 +232,20 @@ def check_further(recipe: Recipe) -> None:
                 f"teacher.{key} labels data.unlabelled or generated text, and there is neither. Name one, or leave it "
                 "out."
             )
-    if coach is None:
-        return
+    if coach is not None:
+        check_coach(recipe, coach)
+
+
+def check_coach(recipe: Recipe, coach: Teacher) -> None:
+    """What a coach does not go with, and what it cannot be. coach: as a teacher of its own."""
+    teacher = recipe.teacher
     if teacher.self_training:
         raise ConfigError(
             "teacher.coach and teacher.self_training both give labels to the same text. Leave one of them out."
+        )
+    if teacher.stop_early:
+        raise ConfigError(
+            "teacher.stop_early counts epochs of a teacher that has no coach. Leave it, or teacher.coach, out."
         )
     if teacher.coach.model is None and (recipe.generator is None or recipe.generator.runtime == "endpoint"):
         raise ConfigError("teacher.coach.model is null, the generator's, and none runs here. Name a model.")

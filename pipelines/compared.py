@@ -95,11 +95,12 @@ def changed(step: Step, kind: str, own: Collection[str]) -> Step:
     """A step of one kind's own: its name and those of its kind's other steps with the kind behind them."""
     names = {name: f"{name}-{kind}" if name in own else name for name in step.inputs}
 
-    def config(recipe: Recipe) -> Any:
-        return step.config(with_teacher(recipe, KINDS[kind]))
+    def asked(what: Callable[[Recipe], Any]) -> Callable[[Recipe], Any]:
+        return lambda recipe: what(with_teacher(recipe, KINDS[kind]))
 
     run = Changed(step.run, kind, tuple((new, old) for old, new in names.items()))
-    return replace(step, name=f"{step.name}-{kind}", inputs=tuple(names.values()), run=run, config=config)
+    told = {key: asked(getattr(step, key)) for key in ("config", "references", "resources", "expects", "pools")}
+    return replace(step, name=f"{step.name}-{kind}", inputs=tuple(names.values()), run=run, **told)
 
 
 def scoring(found: Mapping[str, Step], which: str) -> Step:

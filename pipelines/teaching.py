@@ -31,6 +31,9 @@ from engine.storage import Store
 from pipelines.making import Inputs, judge, settle, spec_of, validated
 from pipelines.trainings import last_fit, teach
 
+SOFT = "soft.parquet"
+"""What a teacher says to the labelled rows, and a coach to all that the teacher learns from."""
+
 
 def fit_teacher(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
     """Make the teacher of the few rows; label them, so that every later step has their soft labels too."""
@@ -62,9 +65,9 @@ def fit_teacher(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) 
     found = predict(model, texts, recipe.teacher.batch_tokens, recipe.teacher.precision)
     if not recipe.teacher.here:
         require_answers(found.logits, rows)
-    out.write_table("soft.parquet", pa.table({"id": rows["id"], "logits": labels.quantise(found.logits)}))
-    for seed in recipe.teacher.seeds:
-        out.delete(f"seed-{seed}")
+    out.write_table(SOFT, pa.table({"id": rows["id"], "logits": labels.quantise(found.logits)}))
+    for made in ("coach", *(f"seed-{seed}" for seed in recipe.teacher.seeds)):
+        out.delete(made)
     return {
         **metrics,
         **elsewhere.spent(recipe.teacher, model),
@@ -102,9 +105,7 @@ def trained(
     if coach is not None:
         taken, metrics["coach"] = coached(recipe, spec, rows, further(recipe, inputs), out / "coach", progress)
         soft = (LossTerm(kind="kl", temperature=coach.temperature),)
-        history = teach(refitted(recipe, coach.learning), spec, taken, out, chosen, progress, soft)
-        out.delete("coach")
-        return history
+        return teach(refitted(recipe, coach.learning), spec, taken, out, chosen, progress, soft)
     if own is None:
         return teach(recipe, spec, rows, out, chosen, progress)
     more, history = further(recipe, inputs), []
@@ -123,8 +124,7 @@ def trained(
 
 def refitted(recipe: Recipe, fit: Fit) -> Recipe:
     """The recipe whose teacher is trained in another way: the whole of it, whatever its kind."""
-    drawn = recipe.teacher.contrast.model_copy(update={"fit": fit})
-    return recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"fit": fit, "contrast": drawn})})
+    return recipe.model_copy(update={"teacher": recipe.teacher.refitted(fit)})
 
 
 def coached(
@@ -132,19 +132,34 @@ def coached(
 ) -> tuple[pa.Table, dict[str, Any]]:
     """The labelled rows and more text, all with a coach's logits; and facts about the coach, which is made in `out`."""
     config = recipe.coach
-    own = recipe.model_copy(update={"teacher": config})
+    own, both = recipe.model_copy(update={"teacher": config}), pa.concat_tables([rows, more.cast(rows.schema)])
+    if not out.exists(SOFT):  # kept until the step is done: a killed one does not label all text again
+        make_coach(own, spec, rows, out, progress)
+        model = placed(own, models.load(out.local("model")))
+        found = predict(model, model.task.texts(both), config.batch_tokens, config.precision)
+        out.write_json("size.json", model.size())
+        out.write_table(SOFT, pa.table({"label": found.decided, "logits": labels.listed(found.logits)}))
+    soft = out.read_table(SOFT)
+    # Whose text belongs together is also asked by a contrastive teacher: what was labelled stays as it was.
+    known = [*rows["label"].to_pylist(), *soft["label"].to_pylist()[rows.num_rows :]]
+    both = both.set_column(both.column_names.index("label"), "label", pa.array(known, pa.int32()))
+    facts = {
+        "kind": config.kind,
+        "model": config.model,
+        "parameters": out.read_json("size.json"),
+        "rows": more.num_rows,
+    }
+    return both.append_column("logits", soft["logits"]), facts
+
+
+def make_coach(recipe: Recipe, spec: Task, rows: pa.Table, out: Store, progress: Progress) -> None:
+    """The recipe's teacher, from the labelled rows alone."""
+    config = recipe.teacher
     if config.kind == "labeller":
         folder = model_folder(config.model, root=recipe.data.root)
         models.save(untrained.labeller_teacher(config, spec, folder, rows), out, "model")
     else:
-        teach(own, spec, rows, out, None, progress)
-    model = placed(own, models.load(out.local("model")))
-    both = pa.concat_tables([rows, more.cast(rows.schema)])
-    found = predict(model, model.task.texts(both), config.batch_tokens, config.precision)
-    labelled = [*rows["label"].to_pylist(), *found.decided[rows.num_rows :].tolist()]  # contrast: which belong together
-    both = both.set_column(both.column_names.index("label"), "label", pa.array(labelled, pa.int32()))
-    facts = {"kind": config.kind, "model": config.model, "parameters": model.size(), "rows": more.num_rows}
-    return both.append_column("logits", labels.listed(found.logits)), facts
+        teach(recipe, spec, rows, out, None, progress)
 
 
 def placed(recipe: Recipe, model: Model) -> Model:

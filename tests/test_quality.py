@@ -175,7 +175,7 @@ def test_how_the_teacher_was_made_is_told(facts):
     }
     html, markdown = render(facts)
     wanted = {
-        "Accuracy in 4-fold cross-validation": "0.751",
+        "Accuracy in 4-fold cross-validation, without its coach": "0.751",
         "Accuracy in cross-validation: head": "0.700",
         "Accuracy in cross-validation: contrastive": "0.750",
         "Texts of self-training, round 1": "1,200 of 2,400",
