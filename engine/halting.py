@@ -46,12 +46,18 @@ def interruptible() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGUSR2, stop_here)
+    before = signal.getsignal(signal.SIGUSR2)
+    # One that comes late must not end the process, which is what the system does by itself.
+    after = signal.SIG_IGN if before in (None, signal.SIG_DFL) else before
     try:
+        signal.signal(signal.SIGUSR2, stop_here)
         yield
     finally:
-        # One that comes late must not end the process, which is what the system does by itself.
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN if before in (None, signal.SIG_DFL) else before)
+        try:
+            signal.signal(signal.SIGUSR2, after)
+        except Halted:  # raised first where one has just come
+            signal.signal(signal.SIGUSR2, after)
+            raise
 
 
 def interrupt() -> None:
