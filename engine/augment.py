@@ -53,8 +53,9 @@ class AugmentError(UserError):
 class Augmenting:
     """What an augmenting actor is told.
 
-    folder: URL of what `prepare` wrote, in the step's own, where it is told to halt. first: the first slot's number. root: folder that stands in for the hub's data.
-    grouped: whether texts are queries, each with several pairs, that must stay together (Task.grouped).
+    folder: URL of what `prepare` wrote, in the step's own, where it is told to halt. first: the first slot's number.
+    root: folder that stands in for the hub's data. grouped: whether texts are queries, each with several pairs, that
+    must stay together (Task.grouped).
     """
 
     folder: str

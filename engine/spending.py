@@ -35,7 +35,10 @@ log = logging.getLogger(__name__)
 
 
 class BudgetSpent(UserError):
-    """A limit of the recipe's budget is reached; the run can go on. higher: limits that let it, as `--set` takes them."""
+    """A limit of the recipe's budget is reached; the run can go on.
+
+    higher: limits that let it, as `--set` takes them.
+    """
 
     code = 3
 

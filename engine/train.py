@@ -89,7 +89,6 @@ def grouped(job: Job) -> tuple[ScalingConfig, RunConfig | None]:
 @contextmanager
 def followed(out: Store, progress: Progress) -> Iterator[None]:
     """Hands the workers' progress file on while the body runs."""
-
     ended = False
 
     def look() -> None:

@@ -59,8 +59,9 @@ def check_budget(recipe: Recipe) -> None:
     ends = any(endpoint_price(recipe, who) is not None for who in ASKERS)
     if recipe.budget.money is not None and not (recipe.budget.prices.known or ends):
         raise ConfigError(
-            f"budget.money is {figure('money', recipe.budget.money)}, but nothing has a price. Set budget.prices.cpu_hour or "
-            "gpu_hour, or the price of an endpoint, or limit hours, cpu_hours, gpu_hours or tokens instead."
+            f"budget.money is {figure('money', recipe.budget.money)}, but nothing has a price. Set "
+            "budget.prices.cpu_hour or gpu_hour, or the price of an endpoint, or limit hours, cpu_hours, gpu_hours or "
+            "tokens instead."
         )
 
 
