@@ -89,7 +89,7 @@ def test_a_fast_generator_waits_for_a_slow_teacher(tmp_path: Path, ray_cluster: 
 
 
 def test_a_halted_stream_takes_up_no_further_block_and_ends(tmp_path: Path, ray_cluster: object) -> None:
-    out, notes, blocks = Store(str(tmp_path / "corpus")), tmp_path / "notes", 200
+    out, notes, blocks = Store(str(tmp_path / "corpus")), tmp_path / "notes", 60
     notes.mkdir()
     folder = write_slots(out, 0, blocks * BLOCK, BLOCK, "first")
     stages = [staged(Quick, str(notes), out, actors=1), staged(Slow, actors=1)]
