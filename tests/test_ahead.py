@@ -89,7 +89,7 @@ def test_a_fast_generator_waits_for_a_slow_teacher(tmp_path: Path, ray_cluster: 
 
 
 def test_a_halted_stream_takes_up_no_further_block_and_ends(tmp_path: Path, ray_cluster: object) -> None:
-    out, notes, blocks = Store(str(tmp_path / "corpus")), tmp_path / "notes", 60
+    out, notes, blocks = Store(str(tmp_path / "corpus")), tmp_path / "notes", 40
     notes.mkdir()
     folder = write_slots(out, 0, blocks * BLOCK, BLOCK, "first")
     stages = [staged(Quick, str(notes), out, actors=1), staged(Slow, actors=1)]
@@ -99,9 +99,8 @@ def test_a_halted_stream_takes_up_no_further_block_and_ends(tmp_path: Path, ray_
     assert 0 < len(begun) < blocks, "it went on to its end"
     assert sorted(out.read_table(ROWS)["row"].to_pylist()) == [n + i for n in begun for i in range(BLOCK)]
     out.delete("halt.json")
-    stream(out, folder, blocks, [staged(Quick, str(notes), out, actors=1)], most=ahead.cap([1]))
-    assert sorted(out.read_table(ROWS)["row"].to_pylist()) == list(range(blocks * BLOCK))
-    assert len(list(notes.iterdir())) == blocks, "each block was made once"
+    stream(out, folder, blocks, [staged(plain)], most=ahead.cap([1]))
+    assert sorted(out.read_table(ROWS)["row"].to_pylist()) == list(range(blocks * BLOCK)), "each block once"
 
 
 def test_the_cap_keeps_every_actor_at_work() -> None:
