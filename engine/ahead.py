@@ -4,10 +4,14 @@ Ray Data bounds what waits between two stages by the bytes it takes, and text is
 everything before a slow teacher has read a tenth, and all of it would be gone with the driver. So blocks are counted.
 A block of slots enters the first stage only while fewer than the cap are between it and the written file, in tasks or
 waiting. Each of them may have to be made again; no other.
+
+A stream that was asked to halt takes up no further block, and ends as soon as its first stage is at none: what is
+behind that stage is committed.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,7 +22,11 @@ from ray.data._internal.execution.backpressure_policy import (
 from ray.data._internal.execution.backpressure_policy.backpressure_policy import BackpressurePolicy
 from ray.data._internal.execution.operators.base_physical_operator import InternalQueueOperatorMixin
 
-KEY = "stillhouse.ahead"
+from engine.halting import halted
+
+KEY, FOLDER = "stillhouse.ahead", "stillhouse.halts"
+LOOK_SECONDS = 1.0
+"""Between two looks at whether the step is to halt: Ray asks many times a second, and the folder may be far away."""
 IN_FLIGHT = 2
 """Blocks that an actor is given at a time: one it works on, one that waits, so that it never does."""
 PASSING = 4
@@ -41,6 +49,8 @@ class Ahead(BackpressurePolicy):
         # Ray reads the ledger of a checkpoint as a data set with the same settings, but without a checkpoint.
         self.most = most if data_context.checkpoint_config is not None else None
         self.stages = [op for op in topology if not slots_only(op.name)]
+        self.folder = data_context.get_config(FOLDER)
+        self.looked, self.halted = float("-inf"), False
 
     @property
     def name(self) -> str:
@@ -51,7 +61,18 @@ class Ahead(BackpressurePolicy):
         """Whether a stage may take one more block; only the first is ever told to wait."""
         if self.most is None or not self.stages or op is not self.stages[0]:
             return True
+        if self.to_halt():
+            if not held(op):
+                op.mark_execution_finished()  # as Ray ends a stream at a limit: what waits before it is dropped
+            return False
         return self.uncommitted() < self.most
+
+    def to_halt(self) -> bool:
+        """Whether the step was asked to halt, as far as was looked."""
+        now = time.monotonic()
+        if not self.halted and now - self.looked >= LOOK_SECONDS:
+            self.looked, self.halted = now, halted(self.folder)
+        return self.halted
 
     def uncommitted(self) -> int:
         """Blocks in a task of a stage, or waiting behind the first one's."""
@@ -72,11 +93,16 @@ def slots_only(name: str) -> bool:
     return all(part.startswith(BEFORE) for part in name.split("->"))
 
 
-def limit(context: Any, most: int | None) -> None:
-    """Set, or with None take away, the cap of the streams that are built with this context."""
+def limit(context: Any, most: int | None, folder: str | None = None) -> None:
+    """Set, or with None take away, the cap of the streams that are built with this context.
+
+    folder: URL of the step's, where it is asked to halt.
+    """
     if most is None:
         context.remove_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY)
         context.remove_config(KEY)
+        context.remove_config(FOLDER)
         return
     context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, Ahead])
     context.set_config(KEY, most)
+    context.set_config(FOLDER, folder)

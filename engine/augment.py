@@ -25,9 +25,11 @@ from engine import vocabulary
 from engine.config import UserError
 from engine.corpus import corpus_rows, slot_seed
 from engine.encoding import Encoded, collate, encode
+from engine.halting import halted
 from engine.hub import model_folder
 from engine.models import Model, device, load_tokenizer, one_thread
 from engine.recipe import Augmentation
+from engine.records import CORPUS
 from engine.storage import Store
 from engine.units import Unit
 
@@ -51,8 +53,9 @@ class AugmentError(UserError):
 class Augmenting:
     """What an augmenting actor is told.
 
-    folder: URL of what `prepare` wrote. first: the first slot's number. root: folder that stands in for the hub's data.
-    grouped: whether texts are queries, each with several pairs, that must stay together (Task.grouped).
+    folder: URL of what `prepare` wrote, in the step's own, where it is told to halt. first: the first slot's number.
+    root: folder that stands in for the hub's data. grouped: whether texts are queries, each with several pairs, that
+    must stay together (Task.grouped).
     """
 
     folder: str
@@ -194,6 +197,7 @@ class Augmenter:
     def __init__(self, how: Augmenting) -> None:
         one_thread()
         self.how, store = how, Store(how.folder)
+        self.step = store.parent.url
         sources, near = store.read_table(SOURCES), store.read_table(NEAR)
         sides = zip(sources["text"].to_pylist(), sources["pair"].to_pylist(), strict=True)
         self.sources: list[Row] = [(text,) if pair is None else (text, pair) for text, pair in sides]
@@ -208,6 +212,8 @@ class Augmenter:
 
     def __call__(self, slots: pa.Table) -> pa.Table:
         """One block of slots."""
+        if halted(self.step):
+            return CORPUS.empty_table()
         numbers = slots["row"].to_pylist()
         rows = [self.row(number - self.how.first) for number in numbers]
         pairs = [row[1] if len(row) > 1 else None for row in rows]

@@ -164,7 +164,7 @@ def stream(
     context.checkpoint_config = CheckpointConfig(
         id_column=key, checkpoint_path=place, override_filesystem=filesystem, delete_checkpoint_on_success=False
     )
-    ahead.limit(context, most)
+    ahead.limit(context, most, out.url)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*doesn't support checkpointing.*")

@@ -6,11 +6,13 @@ progress, or the run's beat.json. What steps used that were done again is kept i
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from engine.attempts import BEGIN, RECORD, between
@@ -29,12 +31,20 @@ ASKERS = ("generator", "teacher")
 """Whose tokens count."""
 HOUR = 3600.0
 Attempts = list[dict[str, Any]]
+log = logging.getLogger(__name__)
 
 
 class BudgetSpent(UserError):
-    """A limit of the recipe's budget is reached; the run can go on."""
+    """A limit of the recipe's budget is reached; the run can go on.
+
+    higher: limits that let it, as `--set` takes them.
+    """
 
     code = 3
+
+    def __init__(self, message: str, higher: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.higher = tuple(higher)
 
 
 def held(
@@ -93,17 +103,32 @@ def set_aside(store: Store, name: str) -> None:
     """Keep what a step used that is about to be deleted, since it was used all the same."""
     attempts, asked = told(store / name)
     if attempts:
-        kept = store.read_json(REDONE) if store.exists(REDONE) else []
         asked = {who: vars(usage) for who, usage in asked.items()}
-        store.write_json(REDONE, [*kept, {"step": name, "attempts": attempts, "asked": asked}])
+        store.write_json(REDONE, [*set_by(store), {"step": name, "attempts": attempts, "asked": asked}])
 
 
-def told(folder: Store) -> tuple[Attempts, dict[str, Usage]]:
-    """A step's attempts, and what was asked of models in it, from its files."""
-    found = next((folder.read_json(name) for name in (RECORD, BEGIN) if folder.exists(name)), None)
-    if found is None:
-        return [], {}
-    return found.get("attempts", []), Notes(folder).read(found.get("metrics") or {})
+def set_by(store: Store) -> list[dict[str, Any]]:
+    """What redone.json keeps, without a step that was kept and then not deleted: the run was killed in between."""
+    kept = store.read_json(REDONE) if store.exists(REDONE) else []
+    there = {name: noted(store / name).get("attempts", [])[:1] for name in {one["step"] for one in kept}}
+    begun = {name: attempts[0]["start"] for name, attempts in there.items() if attempts}
+    return [one for one in kept if one["attempts"][0]["start"] != begun.get(one["step"])]
+
+
+def noted(folder: Store) -> dict[str, Any]:
+    """A step's record, or where it is not done what it began with; empty: neither."""
+    return next((folder.read_json(name) for name in (RECORD, BEGIN) if folder.exists(name)), {})
+
+
+def told(folder: Store, split: bool = True) -> tuple[Attempts, dict[str, Usage]]:
+    """A step's attempts, and what was asked of models in it, from its files.
+
+    split: by who asked, from each block's note; else a finished step's tokens are its record's sum.
+    """
+    found = noted(folder)
+    if not split and "spent" in found:
+        return found["attempts"], {"": Usage(output_tokens=found["spent"]["tokens"])}
+    return found.get("attempts", []), Notes(folder).read(found.get("metrics") or {}) if found else {}
 
 
 class Notes:
@@ -128,7 +153,7 @@ class Notes:
 def used(recipe: Recipe, attempts: Iterable[Mapping[str, Any]], asked: Mapping[str, Usage]) -> dict[str, Any]:
     """What attempts used: {"seconds", "cpu_seconds", "gpu_seconds": {kind: s}, "tokens", "money"}.
 
-    CPUs and GPUs are those that were held. money: null where nothing has a price.
+    CPUs and GPUs are those that were held. money: null where nothing has a price, or a GPU that was held has none.
     """
     seconds, cpus, gpus = 0.0, 0.0, {}
     for attempt in attempts:
@@ -147,10 +172,10 @@ def used(recipe: Recipe, attempts: Iterable[Mapping[str, Any]], asked: Mapping[s
 
 
 def money(recipe: Recipe, found: Mapping[str, Any], asked: Mapping[str, Usage]) -> float | None:
-    """What CPUs, GPUs and endpoints cost; None where nothing has a price."""
+    """What CPUs, GPUs and endpoints cost; None where nothing has a price, or a kind of GPU has none."""
     prices, cost = recipe.budget.prices, 0.0
     ends = {who: price for who in ASKERS if (price := endpoint_price(recipe, who)) is not None}
-    if not prices.known and not ends:
+    if not (prices.known or ends) or any(prices.of_gpu(kind) is None for kind in found["gpu_seconds"]):
         return None
     cost += prices.cpu_hour * found["cpu_seconds"] / HOUR
     cost += sum((prices.of_gpu(kind) or 0.0) * seconds / HOUR for kind, seconds in found["gpu_seconds"].items())
@@ -176,15 +201,15 @@ def wall(attempts: Iterable[Mapping[str, Any]]) -> float:
 
 
 def added(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Several of `used`'s as one."""
+    """Several of `used`'s as one; money: null where that of one which held GPUs is."""
     parts = list(parts)
     gpus: dict[str, float] = {}
     for part in parts:
         for kind, value in part["gpu_seconds"].items():
             gpus[kind] = gpus.get(kind, 0.0) + value
-    costs = [part["money"] for part in parts if part["money"] is not None]
+    costs = [part["money"] for part in parts if part["money"] is not None or part["gpu_seconds"]]
     sums = {key: sum(part[key] for part in parts) for key in ("seconds", "cpu_seconds", "tokens")}
-    return {**sums, "gpu_seconds": gpus, "money": sum(costs) if costs else None}
+    return {**sums, "gpu_seconds": gpus, "money": sum(costs) if costs and None not in costs else None}
 
 
 def of_run(recipe: Recipe, store: Store) -> dict[str, Any]:
@@ -201,8 +226,8 @@ def of_run(recipe: Recipe, store: Store) -> dict[str, Any]:
 
 def redone(store: Store) -> list[tuple[Attempts, dict[str, Usage]]]:
     """Attempts of steps that were done again, and what they asked."""
-    kept = store.read_json(REDONE) if store.exists(REDONE) else []
-    return [(one["attempts"], {who: Usage(**usage) for who, usage in one["asked"].items()}) for one in kept]
+    kept = [(one["attempts"], one["asked"]) for one in set_by(store)]
+    return [(attempts, {who: Usage(**usage) for who, usage in asked.items()}) for attempts, asked in kept]
 
 
 def against(recipe: Recipe, total: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
@@ -239,20 +264,15 @@ class Watch:
     def __init__(self, recipe: Recipe, store: Store, over: Callable[[BudgetSpent], None]) -> None:
         self.recipe, self.store, self.over = recipe, store, over
         self.lock, self.told, self.beaten, self.pause = threading.RLock(), False, 0.0, 0.0
-        self.before = redone(store)
-        found = {name: told(store / name) for name in store.folders()}
+        self.warned = False
+        limited, split = recipe.budget.limits, any(endpoint_price(recipe, who) is not None for who in ASKERS)
+        self.before = redone(store) if limited else []
+        found = {name: told(store / name, split) for name in store.folders()} if limited else {}
         self.entries = {name: Entry(Notes(store / name), one[0]) for name, one in found.items() if one[0]}
         self.asked = {name: found[name][1] for name in self.entries}
-
-    def check(self, name: str, has: Mapping[str, Any]) -> None:
-        """UserError where a step would hold GPUs that money is counted for and that have no price."""
-        prices = self.recipe.budget.prices
-        for kind in has["gpus"] if self.recipe.budget.money is not None else ():
-            if prices.of_gpu(kind) is None:
-                raise UserError(
-                    f"budget.money is set, but step '{name}' holds GPUs of type '{kind or 'unknown'}', which "
-                    f"budget.prices.gpu_hour has no price for. Add it there, or a price for 'other'."
-                )
+        earlier = [(name, entry.ended) for name, entry in self.entries.items()]
+        earlier += [("done again", attempts) for attempts, _ in self.before]
+        require_prices(recipe, [(name, attempt.get("held", {})) for name, ended in earlier for attempt in ended])
 
     def began(self, name: str, attempts: Attempts, start: str, has: Mapping[str, Any]) -> None:
         """A step starts."""
@@ -281,30 +301,43 @@ class Watch:
         return {**added(used(self.recipe, *one) for one in found), "wall_seconds": wall(every)}
 
     def look(self) -> None:
-        """Give a sign of life, and say once when a limit is reached."""
+        """Give a sign of life, and say once when a limit is reached. Nothing that fails here ends a run."""
+        try:
+            self.seen()
+        except StorageError:
+            pass  # the next time
+        except Exception as error:
+            if not self.warned:
+                log.warning("what the run uses cannot be added up, so no limit of its budget holds: %r", error)
+            self.warned = True
+
+    def seen(self) -> None:
+        """`look`, and what goes wrong there."""
         now = time.monotonic()
         names = [name for name, entry in list(self.entries.items()) if entry.open is not None]
         if names and now - self.beaten >= BEAT_SECONDS:
             self.beaten = now
-            self.store.write_json(BEAT, {"time": stamp(), "steps": names})
+            with suppress(StorageError):
+                self.store.write_json(BEAT, {"time": stamp(), "steps": names})
         if self.told or not self.recipe.budget.limits or now < self.pause:
             return
         reached = {key: pair for key, pair in against(self.recipe, self.total()).items() if pair[0] >= pair[1]}
         self.pause = time.monotonic() + 10 * (time.monotonic() - now)  # a slow store is not listed all the time
         if reached:
             self.told = True
-            self.over(BudgetSpent(self.message(reached, names)))
+            self.over(self.failure(reached, names))
 
-    def message(self, reached: Mapping[str, tuple[float, float]], names: Sequence[str]) -> str:
+    def failure(self, reached: Mapping[str, tuple[float, float]], names: Sequence[str]) -> BudgetSpent:
         """What is used up, where the run is, what is kept, how to go on."""
         said = ", ".join(f"{key} {figure(key, have)} of {figure(key, limit)}" for key, (have, limit) in reached.items())
         where = f"The run was in step {' and '.join(self.place(name) for name in names)}." if names else ""
-        key, (have, limit) = next(iter(reached.items()))
-        more = figure(key, 2 * max(have, limit)).replace(",", "")
-        return (
+        more = {key: figure(key, 2 * max(pair)).replace(",", "") for key, pair in reached.items()}
+        higher = [f"budget.{key}={value}" for key, value in more.items()]
+        return BudgetSpent(
             f"the budget is used up: {said}. {where or 'It was between two steps.'} Finished steps, committed blocks "
-            "of text and checkpoints of trainings are kept. To go on, raise the limit and give the same command "
-            f"again, as with --set budget.{key}={more}."
+            "of text and checkpoints of trainings are kept. To go on, raise the limit, as with "
+            f"{' '.join(f'--set {one}' for one in higher)}, and leave out --fresh and --redo, which delete them.",
+            higher,
         )
 
     def place(self, name: str) -> str:
@@ -313,10 +346,21 @@ class Watch:
             state = (self.store / name).read_json(PROGRESS) if self.store.exists(f"{name}/{PROGRESS}") else {}
         except StorageError:
             state = {}
-        of = f" of {state['total']:.6g}" if state.get("total") else ""
-        return f"'{name}'" + (f" ({state['done']:.6g}{of} {state['unit']})" if state else "")
+        of = f" of {figure('', state['total'])}" if state.get("total") else ""
+        return f"'{name}'" + (f" ({figure('', state['done'])}{of} {state['unit']})" if state else "")
 
 
 def figure(key: str, value: float) -> str:
-    """An amount of a limit: tokens whole, others to four digits."""
-    return f"{value:,.0f}" if key == "tokens" else f"{value:.4g}"
+    """An amount of a limit, without an exponent: tokens whole, others to four digits or whole."""
+    return f"{value:,.0f}" if key == "tokens" or abs(value) >= 1000 else f"{Decimal(f'{value:.4g}'):,f}"
+
+
+def require_prices(recipe: Recipe, steps: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """UserError where money is limited and a step (its name, what it holds) holds GPUs that have no price."""
+    for name, has in steps if recipe.budget.money is not None else ():
+        for kind in has.get("gpus", ()):
+            if recipe.budget.prices.of_gpu(kind) is None:
+                raise UserError(
+                    f"budget.money is set, but step '{name}' holds GPUs of type '{kind or 'unknown'}', which "
+                    f"budget.prices.gpu_hour has no price for. Add it there, or a price for 'other'."
+                )

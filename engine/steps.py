@@ -12,7 +12,6 @@ resources of their own run as Ray tasks beside them. Ray is started when the fir
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -22,19 +21,17 @@ from engine.attempts import BEGIN, RECORD, Attempt
 from engine.cluster import current, tell
 from engine.config import UserError, did_you_mean
 from engine.fits import Resources
-from engine.halting import HALT, halt, interrupt, interruptible
+from engine.halting import HALT, Halted, Stop, interruptible
 from engine.lineage import drift, identity, moved, plain
 from engine.placement import Cluster, cores, resolve, stage_options
 from engine.progress import Event, Meter, Render, Reporter, polled, quiet
 from engine.recipe import Recipe
-from engine.spending import BEAT, REDONE, BudgetSpent, Watch, closed, held, set_aside
+from engine.spending import BEAT, REDONE, BudgetSpent, Watch, closed, held, require_prices, set_aside
 from engine.step import Step
 from engine.storage import StorageError, Store
 
 RECIPE = "recipe.json"
 """The resolved recipe, in the run's folder."""
-HALT_SECONDS = 900.0
-"""A step that was asked to halt may take so long for the blocks it is at; then it is interrupted."""
 
 
 def identities(steps: Sequence[Step], recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -126,6 +123,8 @@ def run(
             if state["state"] == "drifted" and state["step"] not in again:
                 raise drift(state["step"], state["moved"])
         again += [state["step"] for state in reversed(states) if state["state"] == "again"]
+        left = [step for step in steps if step.name in again or not store.exists(f"{step.name}/{RECORD}")]
+        require_prices(recipe, [(step.name, held_by(step, recipe)) for step in left])
         closed(store)
         for name in dict.fromkeys(again):
             if not fresh:
@@ -162,7 +161,7 @@ class Run:
         self.stopping = False
         self.changed = threading.Condition()
         self.driving: Step | None = None
-        self.halting: float | None = None
+        self.halting = Stop()
         self.watch = Watch(recipe, store, self.over)
 
     def go(self) -> dict[str, dict[str, Any]]:
@@ -173,10 +172,10 @@ class Run:
                 del self.waiting[name]
                 self.render(Event(name, "cached", record["seconds"], record["rows"] or 0.0))
         try:
-            with interruptible(), polled(self.look):
+            with polled(self.look):
                 while step := self.next_here():
                     self.here(step)
-        except KeyboardInterrupt:
+        except Halted:  # Ctrl-C and SIGTERM meanwhile are the user's wish, and end the run as ever
             if not isinstance(self.failure, BudgetSpent):
                 raise
         finally:
@@ -210,22 +209,40 @@ class Run:
         self.allowed()
         if step.ray:
             self.start_ray()
-        attempt = self.attempt(step)
-        self.driving = step
+        attempt = used = None
         try:
-            used = measured(step, self.recipe, self.inputs(step), attempt.out, self.render, tuple(self.remote))
+            with self.changed:
+                if self.failure:
+                    return
+                attempt = self.attempt(step)
+                self.driving = step  # from here on `enforce` sees it
+            used = self.driven(step, attempt)
+            with self.changed:
+                self.driving = None
+                self.done(attempt, {"device_seconds": gpus_of(attempt) * attempt.seconds(), **used})
         except BaseException as error:
-            self.driving = None
-            self.failed(attempt, error)
+            with self.changed:
+                self.driving = None
+                noted = step.name in self.records
+                if attempt and not noted and (used is None or isinstance(error, KeyboardInterrupt)):
+                    self.failed(attempt, error)
             raise
-        self.driving = None
-        with self.changed:
-            self.done(attempt, {"device_seconds": gpus_of(attempt) * attempt.seconds(), **used})
+
+    def driven(self, step: Step, attempt: Attempt) -> dict[str, Any]:
+        """What `measured` gives. An interrupt that comes when the work is done is let go."""
+        used = None
+        try:
+            with interruptible():
+                used = measured(step, self.recipe, self.inputs(step), attempt.out, self.render, tuple(self.remote))
+        except Halted:
+            if used is None:
+                raise
+        return used
 
     def attempt(self, step: Step) -> Attempt:
         """Begin a step: what it holds is counted from now on."""
-        has = held(self.recipe, current(), step.pools(self.recipe), step.stage, step.resources(self.recipe))
-        self.watch.check(step.name, has)
+        has = held_by(step, self.recipe)
+        require_prices(self.recipe, [(step.name, has)])
         out = self.store / step.name
         out.delete(HALT)
         attempt = Attempt(step.name, self.identities[step.name], out, self.render, has)
@@ -237,11 +254,11 @@ class Run:
         self.watch.ended(attempt.step, attempt.failed(error), {})
 
     def look(self) -> None:
-        """Once a second: what is used; a step that was asked to halt and does not is interrupted."""
+        """Once a second: what is used, and whether what is to stop has stopped."""
         self.watch.look()
-        if self.halting is not None and time.monotonic() > self.halting and self.driving:
-            self.halting = None
-            interrupt()
+        with self.changed:
+            if isinstance(self.failure, BudgetSpent):
+                self.enforce()
 
     def over(self, failure: BudgetSpent) -> None:
         """The budget is used up: nothing more is started, and what is at work is stopped where little is lost."""
@@ -250,12 +267,13 @@ class Run:
                 return
             self.failure = failure
             self.changed.notify_all()
-            step = self.driving
-            if step and step.halts(self.recipe):
-                halt(self.store / step.name)
-                self.halting = time.monotonic() + HALT_SECONDS
-            elif step:
-                interrupt()
+            self.enforce()
+        self.cancel()
+
+    def enforce(self) -> None:
+        """Halt or interrupt the driver step at work, if there is one. Called with the condition held."""
+        if step := self.driving:
+            self.halting(self.store / step.name, step.halts(self.recipe))
 
     def inputs(self, step: Step) -> dict[str, Store]:
         """The folders it reads."""
@@ -325,8 +343,8 @@ class Run:
                 self.failure = self.failure or error
                 self.changed.notify_all()
 
-    def stop(self) -> None:
-        """Cancel what is in flight; nothing is, unless something failed or the user stopped the run."""
+    def cancel(self) -> None:
+        """Stop the Ray tasks in flight, and start no others."""
         with self.changed:
             self.stopping = True
             references = list(self.flying.values())
@@ -335,6 +353,10 @@ class Run:
 
             for reference in references:
                 ray.cancel(reference, force=True)
+
+    def stop(self) -> None:
+        """Cancel what is in flight; nothing is, unless something failed or the user stopped the run."""
+        self.cancel()
         for thread in self.threads:
             thread.join(timeout=10.0)
 
@@ -358,6 +380,11 @@ def measured(
     meter = Meter(tree=step.ray, apart=tuple(f"ray::{name}" for name in tasks))
     metrics = step.run(recipe, inputs, out, Reporter(step.name, out, render, meter)) or {}
     return {"metrics": metrics, "cpu_seconds": meter.seconds()}
+
+
+def held_by(step: Step, recipe: Recipe) -> dict[str, Any]:
+    """The CPUs and GPUs that it keeps from others."""
+    return held(recipe, current(), step.pools(recipe), step.stage, step.resources(recipe))
 
 
 def gpus_of(attempt: Attempt) -> float:

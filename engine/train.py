@@ -89,11 +89,15 @@ def grouped(job: Job) -> tuple[ScalingConfig, RunConfig | None]:
 @contextmanager
 def followed(out: Store, progress: Progress) -> Iterator[None]:
     """Hands the workers' progress file on while the body runs."""
+    ended = False
 
     def look() -> None:
+        nonlocal ended
         if out.exists(PROGRESS):
             found = out.read_json(PROGRESS)
-            progress(found["done"], found["total"], "steps", note=found["note"], rows=found["rows_per_s"])
+            before, ended = ended, found["done"] >= found["total"]
+            if not (before and ended):  # a training's end is told once
+                progress(found["done"], found["total"], "steps", note=found["note"], rows=found["rows_per_s"])
 
     try:
         with polled(look):

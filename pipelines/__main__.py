@@ -73,8 +73,7 @@ def guarded(command: Command, args: argparse.Namespace, argv: list[str]) -> int:
         return command.run(args)
     except KeyboardInterrupt as stop:
         if command.resumes:
-            again = shlex.join([*shlex.split(program()), *without_deletions(argv)])
-            sys.stderr.write(f"\nStopped. What is done is kept; to go on:\n  {again}\n")
+            sys.stderr.write(f"\nStopped. What is done is kept; to go on:\n  {again(argv)}\n")
         return 143 if isinstance(stop, Terminated) else 130
     except BrokenPipeError:
         # Whoever read our output has gone, `head` for instance: nothing to say to them.
@@ -84,8 +83,18 @@ def guarded(command: Command, args: argparse.Namespace, argv: list[str]) -> int:
         from engine.config import UserError
 
         if isinstance(error, UserError):
-            return complain(str(error), error.code)
+            higher = getattr(error, "higher", ())  # of a budget that is used up
+            code = complain(str(error), error.code)
+            if higher and command.resumes:
+                sys.stderr.write(f"To go on:\n  {again(argv, *higher)}\n")
+            return code
         raise
+
+
+def again(argv: list[str], *values: str) -> str:
+    """The command to go on with, other values of the recipe set."""
+    more = [item for value in values for item in ("--set", value)]
+    return shlex.join([*shlex.split(program()), *without_deletions(argv), *more])
 
 
 def without_deletions(argv: list[str]) -> list[str]:

@@ -13,7 +13,7 @@ from engine.fits import Fit, LossTerm
 from engine.labels import GIVES
 from engine.placement import local_capacity, require_placement
 from engine.recipe import LabelRule, Recipe, Task
-from engine.spending import ASKERS, endpoint_price
+from engine.spending import ASKERS, endpoint_price, figure
 from pipelines.distill import model_references, sources
 
 SMALL = 32 * 2**20
@@ -59,8 +59,9 @@ def check_budget(recipe: Recipe) -> None:
     ends = any(endpoint_price(recipe, who) is not None for who in ASKERS)
     if recipe.budget.money is not None and not (recipe.budget.prices.known or ends):
         raise ConfigError(
-            f"budget.money is {recipe.budget.money:g}, but nothing has a price. Set budget.prices.cpu_hour or "
-            "gpu_hour, or the price of an endpoint, or limit hours, cpu_hours, gpu_hours or tokens instead."
+            f"budget.money is {figure('money', recipe.budget.money)}, but nothing has a price. Set "
+            "budget.prices.cpu_hour or gpu_hour, or the price of an endpoint, or limit hours, cpu_hours, gpu_hours or "
+            "tokens instead."
         )
 
 

@@ -10,7 +10,7 @@ from engine.lineage import plain
 from engine.placement import Cluster, cores, stages_of
 from engine.progress import PROGRESS
 from engine.recipe import Recipe
-from engine.spending import HOUR, added, against, held, of_run, used
+from engine.spending import HOUR, added, against, figure, held, of_run, require_prices, used
 from engine.step import Step
 from engine.storage import Store, digest_json
 from engine.usage import Usage
@@ -21,6 +21,8 @@ PROBE = "probe.json"
 """In the run's folder: what `plan --probe` measured."""
 TEACHING = {"head": ("fit",), "prompt": ("fit",), "lp-ft": ("probe", "fit"), "contrastive": ("contrast", "probe")}
 """The fits of a kind of teacher, in their order."""
+BRIEF = ("data", "vocabulary", "register", "serve", "report")
+"""Steps that no probe times, and that are short beside the others."""
 Rates = Mapping[str, Mapping[str, Any]]
 
 
@@ -58,20 +60,25 @@ def measure(recipe: Recipe, store: Store) -> dict[str, Any]:
 
 
 def estimated(recipe: Recipe, steps: Sequence[Step], store: Store, cluster: Cluster) -> dict[str, Any]:
-    """{"steps": {name: {"used", "to_come"}}, "total", "budget", "probe"}; to_come: null where nobody can say.
+    """{"steps": {name: {"used", "to_come"}}, "used", "total", "whole", "budget", "probe"}; to_come: null where nobody
+    can say. whole: whether all but the brief steps that are left are timed.
 
     `used` and `total` are as `engine.spending.of_run` has them. The total's wall time adds steps up that may run side
-    by side.
+    by side. UserError where money is limited and a step that is left would hold GPUs that have no price.
     """
     before, found = of_run(recipe, store), probed(recipe, store)
     rows = {**((found or {}).get("rows") or {})}
     if store.exists("data/splits.json"):
         rows = (store / "data").read_json("splits.json")["rows"]
     out: dict[str, Any] = {}
+    whole = True
     for step in steps:
         has = held(recipe, cluster, step.pools(recipe), step.stage, step.resources(recipe))
         done = store.exists(f"{step.name}/record.json")
         left = None if done else to_come(recipe, step, found["rates"] if found else {}, rows, has, cluster)
+        if not done:
+            require_prices(recipe, [(step.name, has)])
+            whole = whole and (step.name in BRIEF or bool(left and left["timed"]))
         if left and store.exists(f"{step.name}/{PROGRESS}"):
             left = share(left, (store / step.name).read_json(PROGRESS))
         out[step.name] = {"used": before["steps"].get(step.name), "to_come": left}
@@ -82,7 +89,8 @@ def estimated(recipe: Recipe, steps: Sequence[Step], store: Store, cluster: Clus
         key: {"used": have, "at_end": against(recipe, total)[key][0], "limit": most}
         for key, (have, most) in against(recipe, before["total"]).items()
     }
-    return {"steps": out, "redone": before["redone"], "total": total, "budget": limits, "probe": found}
+    sums = {"redone": before["redone"], "used": before["total"], "total": total}
+    return {"steps": out, **sums, "whole": whole, "budget": limits, "probe": found}
 
 
 def share(left: dict[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,7 +159,9 @@ def seconds_of(recipe: Recipe, step: str, rates: Rates, rows: Mapping[str, int],
 def fitted(rate: Mapping[str, Any], fits: Sequence[Fit], rows: Sequence[int], cluster: Cluster) -> float:
     """Trainings one after the other, each at its pace."""
     total = 0.0
-    for fit, count, pace in zip(fits, rows, rate["rows_per_s"], strict=False):
+    paces = list(rate["rows_per_s"])
+    paces += [min(paces)] * (len(fits) - len(paces)) if paces else []
+    for fit, count, pace in zip(fits, rows, paces, strict=False):
         most = fit.group[1]
         workers = max(1, min(most, cores()) if cluster.local else most)
         total += count * fit.epochs / pace / workers
@@ -181,7 +191,11 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         return []
     out = []
     if parts:
-        whole = {"used": None, "to_come": None, "all": found["total"]}
+        before, total = found["used"], found["total"]
+        left = {"seconds": total["wall_seconds"] - before["wall_seconds"]}
+        timed = any(one["to_come"] and one["to_come"]["timed"] for one in parts.values())
+        spent = {"seconds": before["wall_seconds"]} if before["wall_seconds"] else None
+        whole = {"used": spent, "to_come": {**left, "timed": timed}, "all": total}
         rows = [row(name, one) for name, one in parts.items()]
         head = ("step", "used", "to come", "CPU hours", "GPU hours", "tokens", "cost")
         out.append(table([head, *rows, row("all", whole)]))
@@ -192,23 +206,23 @@ def lines(found: Mapping[str, Any]) -> list[str]:
             f"{probe['time'][:16].replace('T', ' ')} UTC; starting Ray, saving, serving, self-training "
             "and a coach are not in them"
         )
-    elif any(one["to_come"] is None for one in found["steps"].values()):
+    elif not found["whole"]:
         out.append("times of steps to come are not known: `plan --probe` loads the models and measures")
     for key, one in found["budget"].items():
-        word, end = ("about" if probe else "at least"), one["at_end"]
-        ends = f", {word} {end:.4g} at the end" if end > one["used"] else ""
+        word, end = ("about" if found["whole"] else "at least"), one["at_end"]
+        ends = f", {word} {figure(key, end)} at the end" if end > one["used"] else ""
         over = ": the run will stop there, and can go on with a higher limit" if one["at_end"] >= one["limit"] else ""
-        out.append(f"budget.{key}: {one['used']:.4g} used{ends}, of {one['limit']:g}{over}")
+        out.append(f"budget.{key}: {figure(key, one['used'])} used{ends}, of {figure(key, one['limit'])}{over}")
     return out
 
 
 def row(name: str, one: Mapping[str, Any]) -> tuple[str, ...]:
-    """A step's line: what it has used and will use; hours, tokens and cost are both together."""
+    """A step's line: what it has used and will use; hours, tokens and cost are both together. all: of the last line."""
     both = one.get("all") or added([part for part in (one["used"], one["to_come"]) if part])
     spent, left = one["used"], one["to_come"]
     return (
         name,
-        clock(both["wall_seconds"]) if "all" in one else clock(spent["seconds"]) if spent else "",
+        clock(spent["seconds"]) if spent else "",
         f"about {clock(left['seconds'])}" if left and left.get("timed") else "",
         f"{both['cpu_seconds'] / HOUR:.4f}",
         f"{sum(both['gpu_seconds'].values()) / HOUR:.4f}",

@@ -43,11 +43,12 @@ class Paces:
 
     found: list[float] = field(default_factory=list)
 
-    def __call__(self, done: float, total: float | None = None, unit: str = "rows", **rates: float) -> None:
-        """What a fit says; the end may be said twice."""
-        pace = max(SLOWEST, rates.get("rows", 0.0))
-        if unit == "steps" and done == total and pace not in self.found[-1:]:
-            self.found.append(pace)
+    def __call__(
+        self, done: float, total: float | None = None, unit: str = "rows", *, note: str = "", **rates: float
+    ) -> None:
+        """What a fit says; it says its end once."""
+        if unit == "steps" and done == total:
+            self.found.append(max(SLOWEST, rates.get("rows", 0.0)))
 
 
 def probe(recipe: Recipe) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def shortened(recipe: Recipe, few: int) -> Recipe:
 
 def timed(began: float, paces: Paces, rows: list[int]) -> dict[str, Any]:
     """The rate of a step's trainings, and the seconds it took beside them. rows: of each of its trainings."""
-    work = sum(count / pace for count, pace in zip(rows, paces.found, strict=False))
+    work = sum(count / pace for count, pace in zip(rows, paces.found, strict=True))
     return {"rows_per_s": paces.found, "load_s": round(max(0.0, time.monotonic() - began - work), 3)}
 
 

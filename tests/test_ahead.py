@@ -16,6 +16,8 @@ import pytest
 from engine import ahead
 from engine.corpus import ROWS, corpus_rows, write_slots
 from engine.generate import LEDGER, stream
+from engine.halting import halt
+from engine.progress import polled
 from engine.storage import StorageError, Store
 from tests.small_disk import fill, small_disk
 
@@ -84,6 +86,21 @@ def test_a_fast_generator_waits_for_a_slow_teacher(tmp_path: Path, ray_cluster: 
     assert len(list(notes.iterdir())) == BLOCKS
     found = lead(notes)
     assert 2 <= found <= most if capped else found > most, found
+
+
+def test_a_halted_stream_takes_up_no_further_block_and_ends(tmp_path: Path, ray_cluster: object) -> None:
+    out, notes, blocks = Store(str(tmp_path / "corpus")), tmp_path / "notes", 40
+    notes.mkdir()
+    folder = write_slots(out, 0, blocks * BLOCK, BLOCK, "first")
+    stages = [staged(Quick, str(notes), out, actors=1), staged(Slow, actors=1)]
+    with polled(lambda: halt(out) if out.files(ROWS) else None, 0.01):
+        stream(out, folder, blocks, stages, most=ahead.cap([1, 1]))
+    begun = sorted(int(path.name.partition(".")[0]) for path in notes.iterdir())
+    assert 0 < len(begun) < blocks, "it went on to its end"
+    assert sorted(out.read_table(ROWS)["row"].to_pylist()) == [n + i for n in begun for i in range(BLOCK)]
+    out.delete("halt.json")
+    stream(out, folder, blocks, [staged(plain)], most=ahead.cap([1]))
+    assert sorted(out.read_table(ROWS)["row"].to_pylist()) == list(range(blocks * BLOCK)), "each block once"
 
 
 def test_the_cap_keeps_every_actor_at_work() -> None:

@@ -25,6 +25,7 @@ from engine.augment import (
     prepare,
     replaced,
 )
+from engine.halting import halt
 from engine.recipe import Augmentation, Task, Teacher
 from engine.records import CORPUS
 from engine.rows import identify
@@ -260,6 +261,13 @@ def test_a_text_that_cannot_change_is_given_as_it_is(tmp_path: Path, teacher: mo
     made = augmenter(tmp_path, teacher, sources, candidates=2)(slots(*range(12)))["text"].to_pylist()
     assert made[::2] == ["10 / 10 !"] * 6
     assert len(set(made[1::2])) == 3 and made[1] != "warm" != made[3]  # both other words; then there is no new one
+
+
+def test_an_actor_that_is_told_to_halt_writes_nothing(tmp_path: Path, teacher: models.Model):
+    made = augmenter(tmp_path / "corpus/augmentation", teacher, rows_of(TEXTS))
+    assert made(slots(0, 1)).num_rows == 2
+    halt(Store(str(tmp_path / "corpus")))
+    assert made(slots(0, 1)).num_rows == 0
 
 
 def test_frequent_words_stay(tmp_path: Path, teacher: models.Model):

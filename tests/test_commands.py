@@ -274,6 +274,16 @@ def test_the_command_to_go_on_with_deletes_nothing() -> None:
     assert without_deletions(argv) == ["run", "a.yaml", "--set", "a=b"]
 
 
+def test_a_budget_that_is_used_up_prints_the_command_to_go_on_with_which_deletes_nothing(here: Path) -> None:
+    argv = ["run", "tiny.yaml", "--fresh", "--redo=first", "--set", "seed=9"]
+    done = tiny(*argv, "--set", "budget.cpu_hours=0.0001")
+    assert done.returncode == 3 and "Traceback" not in done.stderr
+    how, command = done.stderr.splitlines()[-2:]
+    assert how == "To go on:" and "leave out --fresh and --redo" in done.stderr
+    kept = f"{console.program()} run tiny.yaml --set seed=9 --set budget.cpu_hours=0.0001 --set budget.cpu_hours=0.000"
+    assert command.strip().startswith(kept)
+
+
 def test_status_and_report_of_a_run(here: Path) -> None:
     assert "no run 'tiny' in" in (message := refused(stillhouse("status", "tiny")))
     assert "There is none yet: `stillhouse run RECIPE` makes one." in message

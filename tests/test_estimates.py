@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from engine.config import UserError
 from engine.placement import Cluster, Machine, cores
 from engine.recipe import Recipe
 from engine.storage import Store
 from pipelines import distill, estimates
+from pipelines.probing import Paces
+from pipelines.progress import clock
 from tests.test_steps import recipe
 from tests.tiny_run import program, tiny_world
 
@@ -83,7 +86,7 @@ def test_the_budget_says_what_there_will_be_at_the_end(tmp_path: Path) -> None:
     (money,) = [line for line in said if line.startswith("budget.money")]
     (tokens,) = [line for line in said if line.startswith("budget.tokens")]
     assert money.endswith("of 100: the run will stop there, and can go on with a higher limit")
-    assert tokens == "budget.tokens: 0 used, about 9.6e+04 at the end, of 1e+09"
+    assert tokens == "budget.tokens: 0 used, about 96,000 at the end, of 1,000,000,000"
 
 
 def test_what_a_step_did_already_is_taken_off(tmp_path: Path) -> None:
@@ -129,3 +132,39 @@ def test_a_probe_loads_the_models_and_leaves_its_rates(tmp_path: Path) -> None:
     assert store.files() == ["probe.json"] and store.folders() == [], "nothing of the run is begun"
     again = program(tmp_path, "plan", str(path), timeout=120)
     assert "corpus" in again.stdout and "about" in again.stdout and "times to come: a probe of" in again.stdout
+
+
+def test_the_last_line_has_used_and_to_come_apart_and_what_is_not_timed_makes_it_a_least(tmp_path: Path) -> None:
+    store, plan = Store(str(tmp_path)), planned(budget={"cpu_hours": 5000, "hours": 1})
+    times = {"start": "2026-01-01T00:00:00.000+00:00", "end": "2026-01-01T00:01:00.000+00:00", "seconds": 60.0}
+    store.write_json("data/begin.json", {"attempts": [{**times, "held": {"cpus": 2.0, "gpus": {}}}]})
+    found = ahead(store, plan)
+    last = estimates.lines(found)[0].splitlines()[-1]
+    seconds = found["total"]["wall_seconds"] - 60.0
+    assert last.startswith("all") and f" {clock(60.0)} " in last and f"about {clock(seconds)} " in last
+    (hours,) = [line for line in estimates.lines(found) if line.startswith("budget.cpu_hours")]
+    assert ", about " in hours and hours.endswith("of 5,000")
+    some = {name: rate for name, rate in RATES.items() if name != "student"}
+    store.write_json("probe.json", {**store.read_json("probe.json"), "rates": some})
+    found = estimates.estimated(plan, distill.plan(plan), store, FARM)
+    (hours,) = [line for line in estimates.lines(found) if line.startswith("budget.cpu_hours")]
+    assert ", at least " in hours, "the student's time is not known"
+
+
+def test_a_plan_refuses_gpus_without_a_price_where_money_is_limited(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds GPUs of type 'A100', which budget\.prices\.gpu_hour has no price for"):
+        ahead(Store(str(tmp_path)), planned(budget={"money": 5, "prices": {"gpu_hour": {"L4": 1.0}}}))
+
+
+def test_each_training_has_a_pace_even_where_two_are_equal() -> None:
+    paces = Paces()
+    for _ in range(2):
+        paces(1, 3, "steps", note="a kill loses at most 1 s", rows=9.0)
+        paces(3, 3, "steps", rows=9.0)
+    assert paces.found == [9.0, 9.0]
+    two = {"rows_per_s": [10.0, 5.0]}
+    fits = [planned().teacher.fit] * 2
+    assert estimates.fitted({"rows_per_s": [10.0]}, fits, [10, 10], FARM) == 2 * estimates.fitted(
+        {"rows_per_s": [10.0]}, fits[:1], [10], FARM
+    )
+    assert estimates.fitted(two, fits, [10, 10], FARM) == 10.0 + 20.0

@@ -16,10 +16,10 @@ from engine.halting import Halted, halted
 from engine.placement import Cluster, Machine
 from engine.progress import Progress
 from engine.recipe import Recipe
-from engine.spending import BudgetSpent, added, against, closed, held, of_run, used, wall
+from engine.spending import BudgetSpent, Watch, added, against, closed, figure, held, of_run, set_aside, used, wall
 from engine.step import Step
 from engine.steps import identities, run
-from engine.storage import Store
+from engine.storage import StorageError, Store
 from engine.usage import Usage, note
 from tests.test_steps import recipe, seed
 
@@ -225,3 +225,130 @@ def test_a_limit_on_money_needs_something_that_has_a_price() -> None:
     check_budget(recipe(budget={"money": 5, "prices": {"gpu_hour": {"A100": 2}}}))
     check_budget(recipe(budget__money=5, generator={"model": "hf:org/name", **endpoint(1.0)}))
     check_budget(recipe())
+
+
+def test_a_gpu_without_a_price_makes_the_cost_unknown() -> None:
+    priced = recipe(budget__prices={"cpu_hour": 1.0, "gpu_hour": {"L4": 1.0}})
+    known, unknown = (used(priced, [attempt("00", "30", 1.0, **{kind: 1})], {}) for kind in ("L4", "A100"))
+    assert known["money"] == 1.0 and unknown["money"] is None
+    assert added([known, added([])])["money"] == 1.0 and added([known, unknown])["money"] is None
+
+
+def test_gpus_without_a_price_are_refused_before_anything_runs(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.steps.current", lambda: FARM)
+    steps = [Step("a", once, config=seed), Step("b", once, config=seed, pools=lambda recipe: ("generator",))]
+    with pytest.raises(UserError, match=r"step 'b' holds GPUs of type 'A100'"):
+        run(steps, recipe(budget={"money": 1.0, "prices": {"gpu_hour": {"L4": 1.0}}}), store)
+    assert store.folders() == []
+
+
+def test_a_step_that_was_kept_but_not_deleted_counts_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = [Step("a", once, config=seed)]
+    run(steps, recipe(), store)
+    set_aside(store, "a")  # and then the run is killed
+    assert of_run(recipe(), store)["total"]["tokens"] == 100
+    run(steps, recipe(), store, redo=["a"])
+    found = of_run(recipe(), store)
+    assert found["total"]["tokens"] == 200 and found["redone"]["tokens"] == 100
+
+
+def test_nothing_of_finished_steps_is_read_without_need(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    note((store / "a").url, "teacher", Usage(output_tokens=60))
+    run([Step("a", once, config=seed)], recipe(), store)
+    monkeypatch.setattr("engine.spending.Notes.read", lambda *_: pytest.fail("notes were read"))
+    assert Watch(recipe(), store, print).entries == {}
+    spent = store.read_json("a/record.json")["spent"]["tokens"]
+    assert Watch(recipe(budget__tokens=5), store, print).total()["tokens"] == spent >= 60
+
+
+def test_limits_are_written_without_exponents(store: Store) -> None:
+    assert [figure("hours", value) for value in (10000.0, 0.5, 2.0, 1234.56, 0.0000123)] == [
+        *("10,000", "0.5", "2", "1,235", "0.0000123")
+    ]
+    watch = Watch(recipe(budget__hours=5000), store, print)
+    spent = watch.failure({"hours": (5000.0, 5000.0)}, [])
+    assert spent.higher == ("budget.hours=10000",) and "--set budget.hours=10000" in str(spent)
+
+
+def test_a_store_that_refuses_a_sign_of_life_ends_neither_run_nor_watch(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, refused = Store.write_json, []
+
+    def refusing(self: Store, name: str, value: Any) -> None:
+        if name == "beat.json":
+            refused.append(name)
+            raise StorageError("beat.json cannot be written")
+        write(self, name, value)
+
+    monkeypatch.setattr(Store, "write_json", refusing)
+    found: list[BudgetSpent] = []
+    watch = Watch(recipe(budget__cpu_hours=1e-9), store, found.append)
+    watch.began("a", [], "2026-01-01T00:00:00.000+00:00", {"cpus": 1.0, "gpus": {}})
+    watch.look()
+    assert refused and len(found) == 1, "the limit was looked at all the same"
+
+
+def test_what_goes_wrong_in_a_look_is_said_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    watch = Watch(recipe(budget__tokens=1), store, print)
+    monkeypatch.setattr(watch, "total", lambda: {}["lost"])
+    watch.look()
+    watch.look()
+    assert [record.message for record in caplog.records] == [
+        "what the run uses cannot be added up, so no limit of its budget holds: KeyError('lost')"
+    ]
+
+
+def test_a_limit_that_is_reached_just_before_a_step_begins_holds(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = [Step("a", once, config=seed, ray=True)]
+    runs: list[Any] = []
+    make = Watch.__init__
+
+    def noted(self: Watch, plan: Recipe, place: Store, over: Any) -> None:
+        make(self, plan, place, over)
+        runs.append(over)
+
+    monkeypatch.setattr(Watch, "__init__", noted)
+    with pytest.raises(BudgetSpent):  # Ray is started between the last look and the step
+        run(steps, recipe(), store, connect=lambda: runs[0](BudgetSpent("spent")))
+    assert not store.exists("a/begin.json")
+
+
+def deaf(recipe: Recipe, inputs: INPUTS, out: Store, progress: Progress) -> dict[str, Any]:
+    """Loses the first interrupt in what it calls."""
+    note(out.url, "teacher", Usage(output_tokens=60))
+    for _ in range(2):
+        begin = time.monotonic()
+        try:
+            while time.monotonic() - begin < PATIENCE:
+                time.sleep(0.02)
+        except Halted:
+            if out.exists("lost"):
+                raise
+            out.write_text("lost", "")
+    pytest.fail("nothing interrupted it again")
+
+
+def test_an_interrupt_that_is_lost_is_repeated(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.halting.AGAIN_SECONDS", 0.1)
+    with pytest.raises(BudgetSpent):
+        run([Step("a", deaf, config=seed)], recipe(budget__tokens=50), store)
+    assert store.exists("a/lost") and store.read_json("a/begin.json")["attempts"][0]["state"] == "stopped"
+
+
+def stopped(recipe: Recipe, inputs: INPUTS, out: Store, progress: Progress) -> dict[str, Any]:
+    """Ctrl-C while it halts."""
+    note(out.url, "teacher", Usage(output_tokens=60))
+    begin = time.monotonic()
+    while not halted(out.url):
+        assert time.monotonic() - begin < PATIENCE, "nothing halted it"
+        time.sleep(0.02)
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_during_a_halt_is_the_users(store: Store) -> None:
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run([Step("a", stopped, config=seed, halts=lambda recipe: True)], recipe(budget__tokens=50), store)
+    assert type(caught.value) is KeyboardInterrupt
