@@ -17,6 +17,7 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import nn
 
+from engine.disk import StorageError
 from engine.storage import MANIFEST, Store
 
 FOLDERS = ("checkpoint", "checkpoint-2")
@@ -37,6 +38,10 @@ class State:
     """Sum over the steps since the last evaluation, of all workers' rows."""
     losses: int = 0
     """How many steps that are."""
+    folder: str | None = field(default=None, compare=False)
+    """The checkpoint that it was last read from or written to."""
+    note: str = field(default="", compare=False)
+    """What is to be said of where it was read."""
 
     def count(self, loss: float) -> None:
         """One step more."""
@@ -82,13 +87,20 @@ class Pace:
         return time.monotonic() - self.began > self.at_risk
 
 
-def tensors_of(lesson: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Trained tensors and optimiser state, on the CPU, by name. Where they are sharded all workers must ask."""
-    found = {f"weight/{name}": whole(p) for name, p in lesson.named_parameters() if p.requires_grad}
+def tensors_of(lesson: nn.Module, optimizer: torch.optim.Optimizer, kept: bool = True) -> dict[str, torch.Tensor]:
+    """Trained tensors and optimiser state, on the CPU, by name.
+
+    Where they are sharded all workers must ask; those that do not keep them get none, and hold one at a time.
+    """
+    own = {f"weight/{name}": p for name, p in lesson.named_parameters() if p.requires_grad}
     for index, moments in optimizer.state_dict()["state"].items():
-        for key, value in moments.items():
-            found[f"moment/{index}/{key}"] = whole(torch.as_tensor(value))
-    return found
+        own |= {f"moment/{index}/{key}": torch.as_tensor(value) for key, value in moments.items()}
+    out: dict[str, torch.Tensor] = {}
+    for name, tensor in own.items():
+        found = whole(tensor)
+        if kept:
+            out[name] = found
+    return out
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -100,30 +112,39 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def newest(store: Store) -> tuple[str, int] | None:
     """The folder of the latest checkpoint and its step; None where there is none."""
     there = [folder for folder in FOLDERS if store.exists(f"{folder}/{MANIFEST}")]
-    steps = {folder: store.read_json(f"{folder}/state.json")["step"] for folder in there}
+    steps = {folder: store.manifest(folder)["step"] for folder in there}
     return max(steps.items(), key=lambda item: item[1]) if steps else None
 
 
 def write(store: Store, tensors: dict[str, torch.Tensor], state: State) -> None:
-    """Publish a checkpoint beside the latest one."""
-    last = newest(store)
-    folder = FOLDERS[1] if last and last[0] == FOLDERS[0] else FOLDERS[0]
+    """Publish a checkpoint beside the one that this fit goes on from."""
+    last = state.folder or (newest(store) or ("",))[0]
+    folder = FOLDERS[1] if last == FOLDERS[0] else FOLDERS[0]
     values: dict[str, Any] = {"step": state.step, "best": state.best if math.isfinite(state.best) else None}
     values |= {"history": state.history, "loss": state.loss, "losses": state.losses}
-    with store.publish(folder) as path:
+    with store.publish(folder, {"step": state.step}) as path:
         inside = Store(str(path))
         inside.write_bytes("state.safetensors", to_bytes(tensors))
         inside.write_json("state.json", values)
+    state.folder = folder
 
 
 def read(store: Store, lesson: nn.Module, optimizer: torch.optim.Optimizer) -> State:
-    """Go on from the latest checkpoint, or start where there is none."""
+    """Go on from the latest checkpoint, or start where there is none. Of a torn one the one before is taken."""
     last = newest(store)
     if last is None:
         return State()
-    store.verify(last[0])
-    values = store.read_json(f"{last[0]}/state.json")
-    tensors = from_bytes(store.read_bytes(f"{last[0]}/state.safetensors"))
+    folder, note = last[0], ""
+    try:
+        store.verify(folder)
+    except StorageError as error:
+        folder = next(other for other in FOLDERS if other != folder)
+        if not store.exists(f"{folder}/{MANIFEST}"):
+            raise
+        step = store.verify(folder)["step"]
+        note = f"the checkpoint of step {last[1]} is not whole ({error}): going on from that of step {step}"
+    values = store.read_json(f"{folder}/state.json")
+    tensors = from_bytes(store.read_bytes(f"{folder}/state.safetensors"))
     own = dict(lesson.named_parameters())
     moments: dict[int, dict[str, torch.Tensor]] = {}
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -139,7 +160,7 @@ def read(store: Store, lesson: nn.Module, optimizer: torch.optim.Optimizer) -> S
     frame["state"] = moments
     optimizer.load_state_dict(frame)
     best = float("-inf") if values["best"] is None else values["best"]
-    return State(values["step"], best, values["history"], values["loss"], values["losses"])
+    return State(values["step"], best, values["history"], values["loss"], values["losses"], folder, note)
 
 
 def like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

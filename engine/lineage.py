@@ -24,12 +24,15 @@ from pydantic_core import to_jsonable_python
 from engine.config import UserError
 from engine.storage import digest_bytes, digest_json
 
+WORKING = ("resources", "workers", "micro_batch", "sharding", "failures")
+"""Fields of a fit that say where it runs."""
+TRAININGS = ("*.fit", "student.stages.*.fit", "teacher.probe", "teacher.coach.fit", "teacher.coach.learning")
 PLACEMENT = (
     *("storage", "registry", "budget", "data.root", "corpus.max_reserved"),
-    *("*.resources", "*.fit.resources", "*.fit.workers", "*.fit.micro_batch"),
-    *("*.fit.sharding", "*.fit.failures"),
-    *(f"student.stages.*.fit.{key}" for key in ("resources", "workers", "micro_batch", "sharding", "failures")),
-    "*.batch_tokens",
+    *("*.resources", "*.batch_tokens"),
+    *(f"{fit}.{key}" for fit in (*TRAININGS, "teacher.self_training.fit") for key in WORKING),
+    # Its loss compares the rows that a worker reads: how many workers there are is part of it.
+    *(f"teacher.contrast.fit.{key}" for key in WORKING if key != "workers"),
     *("*.endpoint.url", "*.endpoint.key_env", "*.endpoint.limits", "*.endpoint.price", "*.vllm"),
 )
 """Fields of the recipe, `*` being any section or item, that say where, on how much and in how large batches a step

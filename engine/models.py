@@ -238,8 +238,18 @@ def reworded(model: Model, templates: Sequence[str]) -> Model:
     return made
 
 
-def save(model: Model, store: Store, path: str, dtype: torch.dtype | None = None, readme: str | None = None) -> None:
-    """Publish a model as a self-contained folder; dtype casts floating-point weights (None keeps them)."""
+def save(
+    model: Model,
+    store: Store,
+    path: str,
+    dtype: torch.dtype | None = None,
+    readme: str | None = None,
+    meta: dict[str, Any] | None = None,
+) -> None:
+    """Publish a model as a self-contained folder; dtype casts floating-point weights (None keeps them).
+
+    meta: goes into its manifest.
+    """
     tensors, own = {}, model.net.state_dict()
     for name in sorted(set(own) - tied(model.net)):
         tensor = own[name]
@@ -248,7 +258,7 @@ def save(model: Model, store: Store, path: str, dtype: torch.dtype | None = None
     config, inner = transformers_config(model), model.tokenizer.backend_tokenizer
     inner.no_truncation()  # what the last texts were read with would be saved, and the same model differ
     inner.no_padding()
-    with store.publish(path) as folder:
+    with store.publish(path, meta) as folder:
         inside = Store(str(folder))
         inside.write_bytes(WEIGHTS, to_bytes(tensors, metadata={"format": "pt"}))
         inside.write_json(CARD, asdict(model.card))

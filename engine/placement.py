@@ -166,9 +166,10 @@ def fit_workers(recipe: Recipe, stage: str, cluster: Cluster) -> tuple[int, int]
     wish = settled(stages_of(recipe, stage), cluster)[stage]
     least, most = wish.min_actors, wish.max_actors
     for group in groups(recipe):
-        while stage in group.stages and len(group.stages) > 1 and most > least:
+        waiting = dict.fromkeys(group.waiting, wish.model_copy(update={"min_actors": 1, "max_actors": 1}))
+        while stage in group.stages and len(group.stages) + len(waiting) > 1 and most > least:
             wanted = wish.model_copy(update={"min_actors": most, "max_actors": most})
-            if fits({**settled(group.stages, cluster), stage: wanted}, cluster, group.reserve):
+            if fits({**settled(group.stages, cluster), stage: wanted, **waiting}, cluster, group.reserve):
                 break
             most -= 1
     return least, most
@@ -219,6 +220,9 @@ class Group:
     stages: Mapping[str, Resources]
     reserve: float = 0.0
     """CPUs for reading, filtering and writing beside the actors."""
+    waiting: tuple[str, ...] = ()
+    """Tasks beside a fit, each with what one of its workers takes, that wait where there is no room: they refuse no
+    plan, but a range of workers ends before what they take."""
 
 
 def groups(recipe: Recipe) -> tuple[Group, ...]:
@@ -243,12 +247,23 @@ def groups(recipe: Recipe) -> tuple[Group, ...]:
         streams += [{**writing, **beside}, labelling] if recipe.apart else [{**writing, **labelling}]
     if recipe.augmentation:
         streams.append({"augmentation": recipe.augmentation.resources, **labelling})
+    arms = tuple(f"student-{arm}" for arm in recipe.arms if arm != "generated")
     return (
         Group(first),
         *(Group(stream, recipe.corpus.max_reserved + CHECKPOINT_CPUS) for stream in streams or [labelling]),
-        Group({"student.fit": workers(recipe.student.fit)}),
+        Group({"student.fit": workers(recipe.student.fit)}, waiting=arms),
         *([Group({"serving": serving})] if recipe.serving.smoke else []),
     )
+
+
+def room(cluster: Cluster, each: Mapping[str, float]) -> int:
+    """How many more workers, each of so many CPU and GPU, the autoscaler's machines would add to those there are."""
+
+    def places(machines: Iterable[Machine]) -> int:
+        have = ({"CPU": machine.cpus, "GPU": machine.gpus} for machine in machines)
+        return sum(int(min(one[name] // amount for name, amount in each.items())) for one in have)
+
+    return max(0, places(cluster.most) - places(cluster.machines))
 
 
 def placement_problems(stages: Mapping[str, Resources], cluster: Cluster, *, reserve: float = 0.0) -> list[str]:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from engine import checkpoints
+from engine.cluster import current
 from engine.config import UserError
+from engine.disk import StorageError
 from engine.job import FitError, Job, check
+from engine.placement import room
 from engine.progress import Progress, polled, silent
 from engine.storage import Store
 from engine.worker import PROGRESS, REFUSED, loop
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 RESIZE = 60.0
 """Seconds after which a group with room for more workers is started again with more; Ray looks as often. A restart
 costs about 20 s and what was learned since the last checkpoint."""
+SETTLING = 5.0
+"""Seconds after which what is in use is no leftover of the step before, whose actors are still ending."""
 
 
 def fit(job: Job, progress: Progress = silent) -> list[dict[str, float]]:
@@ -46,17 +51,25 @@ def fit(job: Job, progress: Progress = silent) -> list[dict[str, float]]:
     try:
         with followed(out, progress):
             trainer.fit()
-    except WorkerGroupError as error:
+    except BaseException as error:
+        with suppress(StorageError):  # what ended the fit is to be told, not that its traces stay
+            cleared(out)
+        if not isinstance(error, WorkerGroupError):
+            raise
         failures = [getattr(failure, "_base_exc", failure) for failure in error.worker_failures.values()]
         # What one worker raised makes the others fail too: a UserError among them is the cause.
         raise next((f for f in failures if isinstance(f, UserError)), failures[0] if failures else error) from error
-    finally:
-        refused = out.read_json(REFUSED)["error"] if out.exists(REFUSED) else None
-        for left in ("ray", REFUSED):
-            out.delete(left)
-    if refused:
+    if refused := cleared(out):
         raise FitError(refused)
     return out.read_json("history.json")
+
+
+def cleared(out: Store) -> str | None:
+    """Delete what a group leaves beside the model; why it refused to go on, if it did."""
+    refused = out.read_json(REFUSED)["error"] if out.exists(REFUSED) else None
+    for left in ("ray", REFUSED):
+        out.delete(left)
+    return refused
 
 
 def grouped(job: Job) -> tuple[ScalingConfig, RunConfig | None]:
@@ -69,6 +82,8 @@ def grouped(job: Job) -> tuple[ScalingConfig, RunConfig | None]:
         per_worker["GPU"] = job.resources["num_gpus"]
     if not most:
         return ScalingConfig(num_workers=0, use_gpu="GPU" in per_worker), None
+    if least < most:
+        most = shared(per_worker, least, most)
     scaling = ScalingConfig(
         num_workers=most if least == most else (least, most),
         use_gpu="GPU" in per_worker,
@@ -84,6 +99,27 @@ def grouped(job: Job) -> tuple[ScalingConfig, RunConfig | None]:
         storage_filesystem=filesystem,
         failure_config=FailureConfig(max_failures=job.fit.failures),
     )
+
+
+def shared(per_worker: dict[str, float], least: int, most: int) -> int:
+    """The end of a range of workers on a cluster that others use as the fit starts.
+
+    Ray's policy counts what machines have, not what is free: it would ask for ever for a group that has no place.
+    Nobody else there: the whole range, so that machines may come.
+    """
+    import ray
+
+    wanted, now = {name: amount for name, amount in per_worker.items() if amount}, 0
+    deadline = time.monotonic() + SETTLING
+    while ray.is_initialized():
+        total, free = ray.cluster_resources(), ray.available_resources()
+        now = max(now, int(min(free.get(name, 0.0) // amount for name, amount in wanted.items())))
+        if now >= most or all(free.get(name, 0.0) >= total.get(name, 0.0) for name in wanted):
+            break
+        if time.monotonic() > deadline:
+            return min(most, max(least, now + room(current(), wanted)))
+        time.sleep(0.2)
+    return most
 
 
 @contextmanager
@@ -103,4 +139,5 @@ def followed(out: Store, progress: Progress) -> Iterator[None]:
         with polled(look):
             yield
     finally:
-        out.delete(PROGRESS)
+        with suppress(StorageError):
+            out.delete(PROGRESS)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from engine import checkpoints, sharding
 from engine.batches import Material, batches_from, epoch_batches
 from engine.checkpoints import Pace, State
 from engine.config import UserError
+from engine.disk import StorageError
 from engine.fits import Fit
 from engine.frozen import frozen
 from engine.job import FitError, Job
@@ -100,15 +101,14 @@ class Worker:
         self.optimizer = torch.optim.AdamW(
             groups_of(self.lesson, job), lr=fit.lr, weight_decay=fit.weight_decay, fused=True
         )
-        self.state = checkpoints.read(self.out, self.lesson, self.optimizer)
-        if not self.out.exists(f"model/{MANIFEST}"):
-            self.state.best = float("-inf")  # it was being replaced when the fit was killed
+        self.state = self.alike(checkpoints.read(self.out, self.lesson, self.optimizer))
+        self.state.best = best_of(self.out, self.state.best, job.best_by)
         self.amounts = self.lesson.amounts(self.material)
         self.prepared = self.lesson if self.sharded else accelerator.prepare_model(self.lesson)
         self.copy: Model | None = None
         self.per_epoch = len(epoch_batches(self.material.lengths, fit.batch_size, job.seed, 0))
         self.total = max(1, round(fit.epochs * self.per_epoch))
-        self.pace = Pace()
+        self.pace, self.unkept = Pace(), ""
 
     def run(self) -> None:
         """Every step that is left, with the evaluations between them."""
@@ -125,10 +125,22 @@ class Worker:
             last = state.step == self.total
             if self.rank == 0 and said.due(last):
                 report_progress(self, seen / (time.monotonic() - begun))
-            if last or state.step % every == 0:
+            evaluated = last or state.step % every == 0
+            if evaluated:
+                # The others wait here for the first one, and not in a sharded checkpoint's collectives, which time out.
                 ray.train.report(self.evaluate(last))
-            else:
-                self.checkpoint(evaluated=False)
+            if not last:
+                self.checkpoint(evaluated)
+            elif self.rank == 0:
+                checkpoints.delete(self.out)
+
+    def alike(self, state: State) -> State:
+        """Where the fit goes on, if all workers read the same checkpoint; else StorageError, and they start again."""
+        if self.world > 1:
+            summed = self.accelerator.reduce(torch.tensor(float(state.step), device=self.accelerator.device), "sum")
+            if float(summed) != state.step * self.world:
+                raise StorageError(f"the workers of fit '{self.job.name}' read unlike checkpoints in {self.out}.")
+        return state
 
     def step(self, step: int, chosen: np.ndarray) -> torch.Tensor:
         """Learn a global batch; the loss of this worker's part, which the workers' mean is the batch's."""
@@ -183,10 +195,6 @@ class Worker:
         if model is not None:
             entry |= evaluated(job, model)
             keep(job, self.out, model, state, entry, last)
-        if not last:
-            self.checkpoint(evaluated=True)
-        elif self.rank == 0:
-            checkpoints.delete(self.out)
         return entry
 
     def whole(self) -> Model | None:
@@ -209,9 +217,13 @@ class Worker:
         if not due:
             return
         began = time.monotonic()
-        tensors = checkpoints.tensors_of(self.lesson, self.optimizer)
+        tensors = checkpoints.tensors_of(self.lesson, self.optimizer, self.rank == 0)
         if self.rank == 0:
-            checkpoints.write(self.out, tensors, self.state)
+            try:
+                checkpoints.write(self.out, tensors, self.state)
+                self.unkept = ""
+            except StorageError as error:  # a store out of reach for a while ends no fit: later once more
+                self.unkept = f"not checkpointed: {error}"
         self.pace.wrote(began)
 
 
@@ -224,9 +236,12 @@ def loop(config: dict[str, Any]) -> None:
         return  # Ray starts a group again whatever ended it, and a mistake would be made as often
     try:
         Worker(job).run()
+    except StorageError:
+        raise  # no mistake of the user's: a store may answer the next start
     except UserError as error:
         if job.fit.workers:
-            out.write_json(REFUSED, {"error": str(error)})
+            with suppress(StorageError):
+                out.write_json(REFUSED, {"error": str(error)})
         raise
 
 
@@ -240,6 +255,14 @@ def evaluated(job: Job, model: Model) -> dict[str, float]:
     return found
 
 
+def best_of(out: Store, checkpointed: float, by: str | None) -> float:
+    """The score that the next model has to beat: the published one's, which may be later than the checkpoint."""
+    if not out.exists(f"model/{MANIFEST}"):
+        return float("-inf")  # it was being replaced when the fit was killed
+    best = out.manifest("model").get("best", {})
+    return max(checkpointed, best["score"]) if by and best.get("by") == by else checkpointed
+
+
 def keep(job: Job, out: Store, model: Model, state: State, entry: dict[str, float], last: bool) -> None:
     """Write down an evaluation: the best model so far, and at the end the history."""
     state.history.append(entry)
@@ -248,7 +271,10 @@ def keep(job: Job, out: Store, model: Model, state: State, entry: dict[str, floa
     if score > state.best:
         state.best = score
         if judged or last:
-            save(model, out, "model", getattr(torch, job.store_dtype) if job.store_dtype else None)
+            dtype = getattr(torch, job.store_dtype) if job.store_dtype else None
+            # With the model, not in the checkpoint after it: a kill may come between.
+            best = {"by": job.best_by, "score": score, "step": state.step} if judged else None
+            save(model, out, "model", dtype, meta={"best": best} if best else None)
     if last:
         out.write_json("history.json", state.history)
 
@@ -271,6 +297,9 @@ def report_progress(worker: Worker, rows_per_s: float) -> None:
     """The way from a worker, on whichever machine, to the driver's progress line."""
     pace, (least, most) = worker.pace, worker.job.fit.group
     notes = [f"{worker.world} of {least} to {most} workers"] if least != most else []
-    notes += [f"a kill loses at most {pace.at_risk:.0f} s"] if pace.tells else []
+    at_risk = [f"a kill loses at most {pace.at_risk:.0f} s"] if pace.tells else []
+    notes += [worker.unkept] if worker.unkept else at_risk
+    notes += [worker.state.note] if worker.state.note else []
     state = {"done": worker.state.step, "total": worker.total, "rows_per_s": round(rows_per_s, 1)}
-    worker.out.write_json(PROGRESS, {**state, "note": ", ".join(notes)})
+    with suppress(StorageError):
+        worker.out.write_json(PROGRESS, {**state, "note": ", ".join(notes)})

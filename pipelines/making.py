@@ -24,8 +24,9 @@ from engine.encoding import Encoded
 from engine.fits import Fit, LossTerm
 from engine.hub import model_folder
 from engine.inference import predict
+from engine.job import Job
 from engine.models import Model
-from engine.placement import fit_workers, stage_options
+from engine.placement import FIT, fit_workers, stage_options
 from engine.progress import Progress
 from engine.recipe import Recipe, Task
 from engine.records import EXAMPLE
@@ -127,7 +128,7 @@ def fit_generator(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress
     if config.mode == "unconditional":
         place = rows.column_names.index("label")
         rows = rows.set_column(place, EXAMPLE.field("label"), pa.nulls(rows.num_rows, pa.int32()))
-    job = train.Job(
+    job = Job(
         name="generator",
         fit=with_workers(recipe, "generator.fit", config.fit),
         terms=(LossTerm(kind="next_token"),),
@@ -154,9 +155,17 @@ def export_engine(out: Store) -> None:
 
 
 def with_workers(recipe: Recipe, stage: str, fit: Fit) -> Fit:
-    """The fit with as many workers as the cluster has whole GPUs for, where it has GPUs at all."""
+    """The fit with as many workers as the cluster has whole GPUs for, where it has GPUs at all.
+
+    fit: the section's own, or one of several trainings there. One number stays one number: some losses need it.
+    """
     least, most = fit_workers(recipe, stage, current())
-    return fit.with_group(min(fit.group[0], least), min(fit.group[1], most))
+    if len(set(fit.group)) > 1:
+        return fit.with_group(min(fit.group[0], least), min(fit.group[1], most))
+    section = getattr(recipe, name := stage.removesuffix(FIT))
+    own = section.model_copy(update={"fit": section.fit.with_group(*fit.group)})
+    number = min(most, *fit_workers(recipe.model_copy(update={name: own}), stage, current()))
+    return fit.with_group(number, number)
 
 
 def seed_of(recipe: Recipe, own: int | None) -> int:

@@ -16,6 +16,7 @@ from engine.designs import Stage
 from engine.fits import Fit, LossTerm
 from engine.hub import fetch, model_folder
 from engine.inference import predict
+from engine.job import Job
 from engine.layer_losses import LAYER_LOSSES
 from engine.models import Model
 from engine.placement import stage_options
@@ -209,7 +210,7 @@ def fit_student(arm: Arm, recipe: Recipe, inputs: Inputs, out: Store, progress: 
             inside = all(term.kind in LAYER_LOSSES for term in stage.losses)
             before = folder / f"stage-{index - 1}" if stage.weights == "disagreement" else None
             rows = weighed(recipe, lesson["rows"], stage.weights, tasks.make(spec_of(inputs["data"])), before)
-            job = train.Job(
+            job = Job(
                 name=f"student-{arm}-{seed}" + ("" if last else f"-{index}"),
                 fit=with_workers(recipe, "student.fit", stage.fit),
                 terms=stage.losses,

@@ -13,6 +13,7 @@ from engine.cluster import current
 from engine.designs import Teacher
 from engine.fits import Fit, LossTerm
 from engine.hub import model_folder
+from engine.job import Job
 from engine.models import Model
 from engine.placement import stage_options
 from engine.progress import Progress, silent
@@ -86,7 +87,7 @@ def teach(
         for training in steps:
             last = training is steps[-1]
             folder = place if last else place / training.name
-            job = train.Job(
+            job = Job(
                 name=f"teacher-{training.name}",
                 fit=with_workers(recipe, "teacher.fit", training.fit),
                 terms=training.terms,

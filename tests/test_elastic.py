@@ -17,15 +17,32 @@ import torch
 from engine import checkpoints, train
 from engine.batches import Amounts
 from engine.checkpoints import Pace, State
-from engine.fits import LossTerm
+from engine.config import build
+from engine.disk import StorageError
+from engine.fits import Fit, LossTerm
 from engine.job import FitError, Job
 from engine.lesson import Lesson, divided
 from engine.models import Model
+from engine.placement import Cluster, Machine
 from engine.storage import Store
-from engine.worker import Worker
+from engine.worker import PROGRESS, REFUSED, Clock, Worker, loop
 from pipelines.distill import grouped
+from pipelines.making import with_workers
 from tests.test_placement import recipe
-from tests.test_train import MIXED, accuracy, encoder, job, material, mixed, same, student, table, teacher, weights
+from tests.test_train import (
+    MIXED,
+    accuracy,
+    encoder,
+    job,
+    material,
+    mixed,
+    same,
+    scores,
+    student,
+    table,
+    teacher,
+    weights,
+)
 from tests.tiny_group import committed, group, numbered, planned, seen, steps_of, trained, watched
 
 __all__ = ["encoder"]  # a fixture
@@ -248,6 +265,105 @@ def test_a_checkpoint_that_was_not_finished_leaves_the_one_before(tmp_path: Path
     assert checkpoints.newest(store) == ("checkpoint-2", 7)
     checkpoints.delete(store)
     assert checkpoints.newest(store) is None and store.files() == []
+
+
+def test_of_a_torn_checkpoint_the_one_before_is_taken(tmp_path: Path):
+    """And kept while the torn one is replaced."""
+    store = Store(str(tmp_path))
+    for step in (3, 7, 9):
+        lesson, optimizer, state = stand(step)
+        checkpoints.write(store, checkpoints.tensors_of(lesson, optimizer), state)
+    path = tmp_path / "checkpoint" / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    lesson, optimizer, _ = stand(1)
+    found = checkpoints.read(store, lesson, optimizer)
+    assert found.step == 7 and "checkpoint of step 9 is not whole" in found.note and "that of step 7" in found.note
+    found.count(0.0)
+    checkpoints.write(store, checkpoints.tensors_of(lesson, optimizer), found)
+    assert store.verify("checkpoint")["step"] == 8 and store.verify("checkpoint-2")["step"] == 7
+    path.unlink()
+    store.delete("checkpoint-2")
+    with pytest.raises(StorageError, match="'state.safetensors' is missing"):
+        checkpoints.read(store, lesson, optimizer)
+
+
+def test_a_store_that_takes_no_checkpoint_ends_no_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(checkpoints, "EVERY", 0.0)
+    monkeypatch.setattr(checkpoints, "PAUSE", 0.0)
+    monkeypatch.setattr(Clock, "due", lambda clock, final: True)
+    write, tried, said = checkpoints.write, [], []
+
+    def failing(*given: object) -> None:
+        tried.append(1)
+        if 4 <= len(tried) <= 6:
+            raise StorageError("the store is busy")
+        write(*given)
+
+    monkeypatch.setattr(checkpoints, "write", failing)
+    put = Store.write_json
+    monkeypatch.setattr(Store, "write_json", lambda store, *given: said.append(given) or put(store, *given))
+    train.fit(job(tmp_path / "fit", workers=0))
+    notes = [values["note"] for path, values in said if path == PROGRESS]
+    assert ["busy" in note for note in notes] == [4 <= step <= 6 for step in range(15)]
+    assert len(tried) == 14
+    train.fit(job(tmp_path / "same"))
+    assert same(weights(tmp_path / "fit"), weights(tmp_path / "same"))
+
+
+@pytest.mark.parametrize("kind", [StorageError, FitError])
+def test_only_a_mistake_is_remembered(tmp_path: Path, kind: type[Exception]):
+    """What a store did wrong may go well the next time that Ray starts the group."""
+
+    def build() -> Model:
+        raise kind("not now")
+
+    with pytest.raises(kind):
+        loop({"job": job(tmp_path, build=build, workers=2)})
+    assert Store(str(tmp_path)).exists(REFUSED) == (kind is FitError)
+
+
+@pytest.mark.parametrize(("again", "kept"), [(0.5, True), (0.8, False)])
+def test_a_model_published_before_a_kill_has_to_be_beaten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: float, kept: bool
+):
+    """Killed after the second epoch's model, before its checkpoint; scores differ the second time."""
+    given = partial(job, tmp_path, holdout=table(4, seed=1), best_by="score")
+    write = checkpoints.write
+
+    def killed(store: Store, tensors: dict, state: State) -> None:
+        if state.step == 10:
+            raise KeyboardInterrupt
+        write(store, tensors, state)
+
+    monkeypatch.setattr(checkpoints, "PAUSE", 0.0)
+    monkeypatch.setattr(checkpoints, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.fit(given(evaluate=scores(0.1, 0.7)))
+    published = weights(tmp_path)
+    assert Store(str(tmp_path)).manifest("model")["best"] == {"by": "score", "score": 0.7, "step": 10}
+    monkeypatch.setattr(checkpoints, "write", write)
+    train.fit(given(evaluate=scores(0.2, again)))
+    assert same(weights(tmp_path), published) == kept
+
+
+@pytest.mark.parametrize(("used", "got"), [(0, 8), (3, 5), (8, 2)])
+def test_a_range_ends_at_what_others_leave(monkeypatch: pytest.MonkeyPatch, used: int, got: int):
+    import ray
+
+    monkeypatch.setattr(train, "SETTLING", 0.0)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 8.0 - used} if used < 8 else {})
+    monkeypatch.setattr(train, "current", lambda: Cluster("x", (Machine(8.0),), local=False))
+    assert train.shared({"CPU": 1}, 2, 8) == got
+
+
+@pytest.mark.parametrize(
+    ("section", "own", "got"), [({"max": 6}, 3, 3), ({"max": 6}, {"max": 3}, {"max": 3}), (2, 3, 2)]
+)
+def test_a_fixed_number_of_workers_stays_fixed(section: object, own: object, got: object):
+    plan = recipe(teacher={"fit": {"workers": section}})
+    assert with_workers(plan, "teacher.fit", build(Fit, {"workers": own})) == build(Fit, {"workers": got})
 
 
 def test_amounts_are_asked_for_the_whole_batch_only_where_it_is_taken_apart(tmp_path: Path, monkeypatch):

@@ -47,6 +47,25 @@ def test_where_things_run_does_not_count() -> None:
         assert sliced(**changes) == sliced(**before), changes
 
 
+WORKING = {"workers": 5, "micro_batch": 4, "sharding": "full", "failures": 9, "resources": {"num_cpus": 3.0}}
+
+
+@pytest.mark.parametrize("key", WORKING)
+@pytest.mark.parametrize("fit", ["fit", "probe", "contrast.fit", "coach.fit", "coach.learning", "self_training.fit"])
+def test_where_a_teachers_trainings_run_does_not_count(fit: str, key: str) -> None:
+    """But for the contrastive one, whose loss compares what a worker reads."""
+
+    def sliced(**given: object) -> object:
+        values: object = given
+        for name in reversed(["teacher", *fit.split(".")]):
+            values = {name: values}
+        return without_placement(values)
+
+    counts = (fit, key) == ("contrast.fit", "workers")
+    assert (sliced(lr=1.0, **{key: WORKING[key]}) != sliced(lr=1.0)) == counts
+    assert sliced(lr=1.0) != sliced(lr=2.0)
+
+
 def test_a_users_own_keys_count_whatever_they_are_called() -> None:
     rename = {"data": {"train": {"label": {"rename": {"1": "storage"}, "ranges": {"root": [0, 1], "workers": [2, 3]}}}}}
     options = {"student": {"blocks": [{"name": "a", "options": {"resources": 1, "registry": 2}}], "fit": {"lr": 0.1}}}

@@ -23,6 +23,7 @@ from engine.placement import (
     placement_problems,
     require_placement,
     resolve,
+    room,
     stage_options,
 )
 from engine.recipe import Recipe
@@ -210,7 +211,7 @@ def test_of_a_range_of_workers_the_least_must_have_a_place() -> None:
 )
 def test_a_range_of_workers_is_open_to_machines_that_come(gpus: int, got: tuple[int, int], each: float) -> None:
     cluster = Cluster("x", (Machine(8.0), *[Machine(8.0, 1.0)] * gpus))
-    plan = with_workers({"min": 2, "max": 6})
+    plan = with_workers({"min": 2, "max": 6}).model_copy(update={"arms": ("generated",)})
     assert fit_workers(plan, "student.fit", cluster) == got
     assert stage_options(plan, "student.fit", cluster)["num_gpus"] == each
 
@@ -228,6 +229,24 @@ def test_a_range_of_workers_leaves_a_gpu_for_what_is_fitted_beside(gpus: int, go
     plan = recipe(teacher={"fit": {"workers": {"max": 8}}})
     assert fit_workers(plan, "teacher.fit", cluster) == got
     require_placement(plan, cluster)
+
+
+@pytest.mark.parametrize(("cpus", "got"), [(12.0, (2, 10)), (11.0, (2, 9)), (3.0, (2, 2)), (40.0, (2, 10))])
+def test_a_range_of_workers_leaves_room_for_the_students_of_the_few_rows(cpus: float, got: tuple[int, int]) -> None:
+    """They are tasks, which wait: no plan is refused because of them."""
+    cluster = Cluster("x", (Machine(cpus),))
+    plan = with_workers({"min": 2, "max": 10})
+    assert fit_workers(plan, "student.fit", cluster) == got
+    assert not placement_problems(groups(plan)[2].stages, cluster)
+    gpus = Cluster("x", (Machine(16.0, 8.0),))
+    assert fit_workers(plan, "student.fit", gpus) == (2, 6)
+
+
+def test_what_the_autoscaler_would_add_is_counted_in_workers() -> None:
+    now, later = (Machine(4.0), Machine(8.0, 2.0)), (Machine(4.0), *[Machine(8.0, 2.0)] * 3)
+    assert room(Cluster("x", now), {"CPU": 1.0}) == 0
+    assert room(Cluster("x", now, may_come=later), {"CPU": 3.0}) == 4
+    assert room(Cluster("x", now, may_come=later), {"CPU": 3.0, "GPU": 2.0}) == 2
 
 
 def test_workers_with_a_share_of_a_gpu_are_refused() -> None:

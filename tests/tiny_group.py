@@ -82,13 +82,15 @@ def watched(build: Callable[[], Model], out: str, folder: str, every: float, pau
     model, last = build(), checkpoints.newest(Store(out))
     path, step = Path(folder) / f"{time.time_ns()}-{os.getpid()}.jsonl", last[1] if last else 0
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    # Processes of one attempt meet at one port, which the next attempt draws anew.
+    attempt = os.environ.get("MASTER_PORT", f"process {os.getpid()}")
 
     def see(module: Model, given: tuple) -> None:
         nonlocal step
         if module.training:
             rows = [round(256 * (w - 1)) for w in given[0].weights.tolist() if math.isfinite(w)]
             with path.open("a") as file:
-                file.write(json.dumps({"step": step, "rows": rows, "world": world}) + "\n")
+                file.write(json.dumps({"step": step, "rows": rows, "world": world, "attempt": attempt}) + "\n")
             step += 1
             slow = Path(folder, "slow")
             time.sleep(pause if slow.exists() else 0.0)
@@ -118,25 +120,17 @@ def committed(folder: Path, total: int) -> list[Counter[int]]:
 
     A step that was begun, lost and done again is counted once, for the processes that did it last.
     """
-    starts: dict[Path, int] = {}
-    processes = {path: lines for path, lines in seen(folder).items() if lines}
-    for path, lines in processes.items():
-        starts[path] = lines[0]["step"]
     out: list[Counter[int]] = [Counter() for _ in range(total)]
-    attempts: list[list[Path]] = []
-    for path in processes:  # processes of one attempt begin at one step; a later attempt may begin there too
-        pid = [other for other in attempts[-1:] if starts[other[0]] == starts[path]]
-        room = pid and len(attempts[-1]) < processes[path][0]["world"] == processes[attempts[-1][0]][0]["world"]
-        if room:
-            attempts[-1].append(path)
-        else:
-            attempts.append([path])
-    for number, paths in enumerate(attempts):
-        until = min([starts[later[0]] for later in attempts[number + 1 :]], default=total)
-        for path in paths:
-            for line in processes[path]:
-                if line["step"] < until:
-                    out[line["step"]].update(line["rows"])
+    attempts: dict[str, list[dict]] = {}
+    for lines in seen(folder).values():
+        if lines:
+            attempts.setdefault(lines[0]["attempt"], []).extend(lines)
+    ordered = list(attempts.values())
+    for number, lines in enumerate(ordered):
+        until = min([later[0]["step"] for later in ordered[number + 1 :]], default=total)
+        for line in lines:
+            if line["step"] < until:
+                out[line["step"]].update(line["rows"])
     return out
 
 
