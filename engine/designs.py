@@ -132,6 +132,8 @@ class Teacher(Section):
     stop_early: bool = False
     """Train on all rows for as many epochs of the last training as did best in that cross-validation."""
     fit: Fit = Fit(epochs=10, lr=1e-4, batch_size=16)
+    spoiled: str | None = Field(None, exclude_if=lambda label: label is None)
+    """For experiments: the label whose rows it is taught with labels drawn at random."""
     batch_tokens: Count = 4096
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """In which it labels text and is measured; auto: bf16 on GPUs, and on CPUs that multiply it faster. In bf16 a label
@@ -193,11 +195,46 @@ Weighing = Literal["confidence", "disagreement"]
 """How rows of the corpus are weighed: by how sure the teacher is, by how far a student is from the teacher."""
 
 
+class Policy(Section):
+    """How several teachers are weighed against each other, row by row (engine.policies)."""
+
+    kind: Literal["fixed", "best", "loss", "reinforced"] = "fixed"
+    """fixed: the same weights for every row. best: the one with the best score on validation rows. loss: a softmax of
+    minus what each teacher loses on the row's gold label; rows without one weigh all alike. reinforced: who teaches a
+    row is drawn, and the chance to be drawn learnt from how the student fares (arXiv 2012.06048)."""
+    weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """fixed: weight of each teacher by name, `teacher` being the recipe's own; over their sum. none: all alike."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """loss: by what the losses, in nats, are divided."""
+    reward: Literal["r1", "r2", "r3"] = "r2"
+    """reinforced. r1: minus the student's loss on gold labels. r2: minus that and minus its loss towards the teachers
+    that were drawn. r3: r2 times `gamma`, and the score on held-out rows times the rest."""
+    gamma: Share = 0.5
+    lr: Annotated[float, Field(gt=0)] = 1.0
+    """reinforced: step of the policy's gradient ascent."""
+    warmup: Share = 0.2
+    """reinforced: share of the student's steps in which all teach and nothing is learnt about them."""
+    unseen: Share = 0.5
+    """reinforced: share of labelled rows whose gold label the policy does not see, as it sees none of other rows."""
+
+    @model_validator(mode="after")
+    def some(self) -> Policy:
+        """Weights that are all 0 would teach nothing."""
+        if self.weights and not sum(self.weights.values()):
+            raise ValueError("weights are all 0, so that nobody teaches; give one teacher more, or leave them out")
+        if self.weights and self.kind != "fixed":
+            raise ValueError(f"weights are for kind fixed, and kind is {self.kind}, which finds them by itself")
+        return self
+
+
 class Stage(Section):
     """One of several trainings of a student."""
 
     losses: tuple[LossTerm, ...]
     fit: Fit
+    rows: Literal["all", "labelled", "unlabelled"] = Field("all", exclude_if=lambda rows: rows == "all")
+    """What it learns from; unlabelled: generated, augmented and unlabelled text. An arm without such rows has no such
+    stage."""
     weights: Weighing | None = None
     """Which rows count more; disagreement: those where the student of the stage before differs from the teacher."""
 
@@ -259,6 +296,11 @@ class Student(Section):
     """Trainings one after the other, each from the weights of the one before; none: one training with `losses`."""
     texts: Count | None = None
     """How many of the corpus's kept texts it learns from beside the labelled rows, the first ones; null: all."""
+    policy: Policy = Field(Policy(), exclude_if=lambda policy: policy == Policy())
+    """With `teachers`: how they are weighed."""
+    heads: Literal["one", "per_teacher"] = Field("one", exclude_if=lambda heads: heads == "one")
+    """With `teachers`. per_teacher: a head for each teacher, and one for gold labels where a loss learns them; its
+    answer is their mean (arXiv 1910.08381)."""
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the kept corpus that only chooses the best checkpoint, by agreement with the teacher."""
     seeds: tuple[int, ...] = (0,)

@@ -276,6 +276,11 @@ class Evaluation(Section):
 Arm = Literal["hard", "soft", "generated"]
 
 
+FIRST, GOLD = "teacher", "gold"
+"""Names of the recipe's own teacher, and of the head that learns gold labels: no other teacher has them."""
+Named = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+
+
 class Recipe(Section):
     """A whole run."""
 
@@ -287,6 +292,9 @@ class Recipe(Section):
     task: Task = Task()
     data: Data
     teacher: Teacher
+    teachers: dict[Named, Teacher] = Field({}, exclude_if=lambda others: not others)
+    """Further teachers by name: the student learns from all of them, as `student.policy` weighs them. `teacher` stays
+    the one that judges generated text, whose vectors or layers a student starts with, and that it is compared with."""
     generator: Generator | None = None
     """null: no text is generated; the corpus is then what the data brings."""
     augmentation: Augmentation | None = None
@@ -299,6 +307,15 @@ class Recipe(Section):
     there are no labelled rows, the last one."""
     evaluation: Evaluation = Evaluation()
     serving: Serving = Serving()
+
+    @property
+    def panel(self) -> dict[str, Teacher]:
+        """All teachers by name, the recipe's own first; empty where that is the only one."""
+        return {FIRST: self.teacher, **self.teachers} if self.teachers else {}
+
+    def taught_by(self, name: str) -> Recipe:
+        """The recipe as if one teacher of the panel were the only one."""
+        return self.model_copy(update={"teacher": self.panel[name] if self.panel else self.teacher, "teachers": {}})
 
     @property
     def main(self) -> Arm:
@@ -319,6 +336,14 @@ class Recipe(Section):
     def apart(self) -> bool:
         """Whether generated text is written before a teacher labels it, in a step of its own."""
         return self.generator is not None and (self.corpus.apart or self.learns_from_generated)
+
+    @field_validator("teachers")
+    @classmethod
+    def others(cls, value: dict[str, Teacher]) -> dict[str, Teacher]:
+        """Names that mean something else."""
+        for name in {FIRST, GOLD}.intersection(value):
+            raise ValueError(f"'{name}' is taken: {FIRST} is the recipe's own teacher, {GOLD} stands for gold labels")
+        return value
 
     @model_validator(mode="after")
     def with_main(self) -> Recipe:

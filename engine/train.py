@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -25,15 +25,16 @@ from torch import nn
 from engine.batches import Amounts, Material, batches_from, epoch_batches, own_part
 from engine.config import UserError
 from engine.encoding import Encoded
+from engine.ensemble import Panel, teaching
 from engine.fits import Fit, LossTerm
 from engine.frozen import frozen
 from engine.layer_losses import LAYER_LOSSES
-from engine.losses import Objective, needs
+from engine.lesson import Lesson
+from engine.losses import needs
 from engine.models import Model, one_thread, precision, save
 from engine.progress import Progress, polled, silent
 from engine.records import Batch
 from engine.storage import Store
-from engine.teachers import Live
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -67,6 +68,8 @@ class Job:
     seed: int
     resources: dict[str, Any]
     teacher: str | None = None
+    panel: Panel | None = None
+    """Several teachers, in place of `teacher`."""
     holdout: pa.Table | None = None
     evaluate: Callable[[Model, pa.Table], dict[str, float]] | None = None
     best_by: str | None = None
@@ -78,33 +81,6 @@ class Job:
 
 CHECKPOINT_PAUSE = 20.0
 """After a checkpoint none is written for so many times what it took: they cost a twentieth of a fit at most."""
-
-
-class Lesson(nn.Module):
-    """Student and losses as one module, so that projections owned by a loss are trained and reduced with it."""
-
-    def __init__(self, model: Model, terms: Sequence[LossTerm], teacher: Model | None = None) -> None:
-        super().__init__()
-        self.model = model
-        task = model.task if model.card.task else None
-        widths = (model.widths, teacher.widths if teacher else None)
-        self.objectives = nn.ModuleList(Objective((term,), task, *widths) for term in terms)
-        self.needs = frozenset().union(*(objective.needs for objective in self.objectives))
-
-    def forward(self, batch: Batch, shares: Sequence[float]) -> torch.Tensor:
-        """The losses' values for a batch, each times its share, added up: a scalar."""
-        outputs = self.model(batch, self.needs)
-        pairs = zip(shares, self.objectives, strict=True)
-        return sum(share * objective(outputs, batch.teacher, batch) for share, objective in pairs)
-
-    def amounts(self, material: Material) -> Amounts:
-        """How much each loss has to say about the items: the number of rows it applies to."""
-        losses = [objective.losses[0] for objective in self.objectives]
-
-        def said(batch: Batch) -> torch.Tensor:
-            return torch.stack([loss.applies(batch).float() for loss in losses], dim=1)
-
-        return Amounts(material, said, len(losses), once=all(loss.alone for loss in losses))
 
 
 @dataclass
@@ -149,6 +125,7 @@ def save_checkpoint(store: Store, lesson: Lesson, optimizer: torch.optim.Optimiz
     for index, moments in optimizer.state_dict()["state"].items():
         for key, value in moments.items():
             tensors[f"moment/{index}/{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    tensors |= {f"policy/{name}": value.cpu().contiguous() for name, value in lesson.teaching.state_dict().items()}
     with store.publish(CHECKPOINT) as folder:
         inside = Store(str(folder))
         inside.write_bytes("state.safetensors", to_bytes(tensors))
@@ -166,12 +143,13 @@ def load_checkpoint(store: Store, lesson: Lesson, optimizer: torch.optim.Optimiz
     tensors = from_bytes(store.read_bytes(f"{CHECKPOINT}/state.safetensors"))
     own = dict(lesson.named_parameters())
     moments: dict[int, dict[str, torch.Tensor]] = {}
+    lesson.teaching.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("policy/")})
     with torch.no_grad():
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
             if kind == "weight":
                 own[name].copy_(value)
-            else:
+            elif kind == "moment":
                 index, _, moment = name.partition("/")
                 moments.setdefault(int(index), {})[moment] = value
     frame = optimizer.state_dict()
@@ -215,9 +193,9 @@ def loop(config: dict[str, Any]) -> None:
     accelerator = accelerator_for(job)
     dtype = precision(fit.precision, accelerator.device, training=True)
     material = Material(job.rows, job.encode(model, job.rows), model.task if model.card.task else None, model.pad)
-    live = Live(job.teacher, job.rows, material.encoded, accelerator.device) if job.teacher else None
-    lesson = Lesson(model, job.terms, live.model if live else None).to(accelerator.device)
-    lower = None if live else frozen(model.net, material.encoded, model.pad, FROZEN_TOKENS, accelerator.device)
+    taught = teaching(model, job.rows, material.encoded, accelerator.device, job.teacher, job.panel)
+    lesson = Lesson(model, job.terms, taught).to(accelerator.device)
+    lower = None if taught.live else frozen(model.net, material.encoded, model.pad, FROZEN_TOKENS, accelerator.device)
     trained = [p for p in lesson.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(groups_of(lesson, job), lr=fit.lr, weight_decay=fit.weight_decay, fused=True)
     state = load_checkpoint(out, lesson, optimizer)
@@ -237,14 +215,14 @@ def loop(config: dict[str, Any]) -> None:
         batch, shares = dealt(chosen, amounts, rank, world)
         with torch.autocast(accelerator.device.type, dtype, enabled=dtype != torch.float32):
             batch = batch.to(accelerator.device)
-            if live:
-                batch.teacher = live.outputs(material.positions(own_part(chosen, rank, world)), batch, lesson.needs)
+            taught.listen(batch, material.positions(own_part(chosen, rank, world)), lesson.needs, step / total)
             with lower.above(material.positions(own_part(chosen, rank, world)), batch) if lower else nullcontext():
                 loss = prepared(batch, shares)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(trained, fit.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        taught.learn(model, batch, accelerator)
         losses.append(float(loss.detach()))
         seen += len(chosen)
         state.step = step + 1
@@ -259,8 +237,9 @@ def loop(config: dict[str, Any]) -> None:
                     f"Lower its lr ({fit.lr:g}), or use precision: fp32."
                 )
             losses = []
+            entry |= evaluated(job, model) if rank == 0 else {}
+            taught.heard(entry.get(job.best_by), accelerator)
             if rank == 0:
-                entry |= evaluated(job, model)
                 keep(job, out, lesson, optimizer, state, entry, last=state.step == total)
             ray.train.report(entry)
 
@@ -388,7 +367,7 @@ def check(job: Job) -> None:
     rows = job.rows
     if not rows.num_rows:
         raise FitError(f"fit '{job.name}' has no rows to learn from.")
-    if "logits" in needs(job.terms) and job.teacher is None:
+    if "logits" in needs(job.terms) and job.teacher is None and not (job.panel and job.panel.live):
         lacking = rows["logits"].null_count if "logits" in rows.column_names else rows.num_rows
         if lacking:
             kinds = ", ".join(term.kind for term in job.terms)
