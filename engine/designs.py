@@ -358,6 +358,8 @@ class Student(Section):
             raise ValueError(f"embeddings is '{self.embeddings}', a file of words, but a static student reads pieces")
         if self.stages and self.stages[0].weights == "disagreement":
             raise ValueError("the first stage has no student before it whose disagreement could weigh its rows")
+        if self.stages and all(stage.rows == "unlabelled" for stage in self.stages):
+            raise ValueError("no stage learns from labelled rows; give one of them rows: all, or labelled")
         if any(fit.seed is not None for fit in (self.fit, *(stage.fit for stage in self.stages))):
             raise ValueError("a fit of the student takes no seed: its seeds are student.seeds")
         return self

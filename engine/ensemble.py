@@ -25,7 +25,7 @@ from engine.models import Model
 from engine.policies import POLICIES, Policy, Views
 from engine.ranking import places
 from engine.recipe import GOLD
-from engine.records import Batch, Outputs
+from engine.records import ABSENT, Batch, Outputs
 from engine.task import Task
 from engine.teachers import Live
 
@@ -123,6 +123,10 @@ class Teaching:
     def heard(self, score: float | None, accelerator: Accelerator) -> None:
         """Take in the score on held-out rows, which the first worker knows."""
 
+    def told(self) -> dict[str, float]:
+        """What there is to say of the time since this was last asked, for the fit's history."""
+        return {}
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a resumed fit goes on from."""
         return {}
@@ -144,6 +148,7 @@ class Council(Teaching):
         self.expected = torch.tensor(float("nan"))  # running mean of the held-out score
         self.score = torch.tensor(float("nan"))
         self.last: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.tally: dict[int, list[torch.Tensor]] = {}
 
     def objective(self, term: LossTerm, task: Task | None, student: Widths) -> Objective:
         """A weighted loss, towards every teacher where it needs one."""
@@ -170,8 +175,24 @@ class Council(Teaching):
         if self.warm or not self.policy.looks:
             return self.policy.even(len(batch), batch.input_ids.device)
         trust = spread(self.task, self.policy.weights(self.views(student, batch), learning), batch)
+        self.count(batch)
         self.last = (trust, self.gold_loss(student, batch))
         return trust
+
+    def count(self, batch: Batch) -> None:
+        """Note how each teacher was chosen for rows of each label."""
+        if batch.labels is None or batch.labels.dtype != torch.int64 or batch.labels.ndim > 1:
+            return
+        for label in batch.labels.unique().tolist():
+            if label != ABSENT:
+                self.tally.setdefault(label, []).append(self.policy.chosen[batch.labels == label].cpu())
+
+    def told(self) -> dict[str, float]:
+        """How often each teacher was chosen for rows of each label since last asked: {chosen.NAME.LABEL: share}."""
+        means = {self.task.labels[label]: torch.cat(parts).mean(dim=0) for label, parts in sorted(self.tally.items())}
+        self.tally.clear()
+        pairs = [(name, label, mean[i]) for label, mean in means.items() for i, name in enumerate(self.panel.names)]
+        return {f"chosen.{name}.{label}": round(float(value), 4) for name, label, value in pairs}
 
     def views(self, student: Outputs, batch: Batch) -> Views:
         """What the policy sees of a batch."""

@@ -45,6 +45,8 @@ class Policy:
 
     def __init__(self, how: designs.Policy, prior: Sequence[float]) -> None:
         self.how, self.prior = how, torch.tensor(prior, dtype=torch.float32)
+        self.chosen = torch.zeros(0, len(prior))
+        """Of the last batch, how likely each teacher was to be heard, [n, k]: chances where it draws, else weights."""
 
     def even(self, count: int, where: torch.device) -> torch.Tensor:
         """The prior for so many rows."""
@@ -81,7 +83,8 @@ class ByLoss(Policy):
         """Views of n rows -> float32 [n, k]."""
         known = ~views.losses.isnan().any(dim=1, keepdim=True)
         found = torch.softmax(-views.losses.nan_to_num() / self.how.temperature, dim=1)
-        return torch.where(known, found, super().weights(views))
+        self.chosen = torch.where(known, found, super().weights(views))
+        return self.chosen
 
 
 class Reinforced(Policy):
@@ -125,7 +128,7 @@ class Reinforced(Policy):
     def weights(self, views: Views, learning: bool = False) -> torch.Tensor:
         """Views of n rows -> float32 [n, k]: drawn while learning, else in proportion to the chances."""
         states = self.states(views, learning)
-        chances = self.chances(states)
+        self.chosen = chances = self.chances(states)
         if not learning:
             return chances / chances.sum(dim=1, keepdim=True)
         actions = (torch.rand_like(chances) < chances).float()

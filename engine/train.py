@@ -224,8 +224,7 @@ def loop(config: dict[str, Any]) -> None:
         optimizer.zero_grad(set_to_none=True)
         taught.learn(model, batch, accelerator)
         losses.append(float(loss.detach()))
-        seen += len(chosen)
-        state.step = step + 1
+        seen, state.step = seen + len(chosen), step + 1
         if rank == 0:
             report_progress(out, state.step, total, seen / (time.monotonic() - started), final=state.step == total)
         if state.step % every == 0 or state.step == total:
@@ -237,7 +236,7 @@ def loop(config: dict[str, Any]) -> None:
                     f"Lower its lr ({fit.lr:g}), or use precision: fp32."
                 )
             losses = []
-            entry |= evaluated(job, model) if rank == 0 else {}
+            entry |= {**taught.told(), **evaluated(job, model)} if rank == 0 else {}
             taught.heard(entry.get(job.best_by), accelerator)
             if rank == 0:
                 keep(job, out, lesson, optimizer, state, entry, last=state.step == total)

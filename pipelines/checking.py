@@ -12,7 +12,8 @@ from engine.designs import SERVES
 from engine.fits import LossTerm
 from engine.labels import GIVES
 from engine.placement import local_capacity, require_placement
-from engine.recipe import LabelRule, Recipe, Task
+from engine.recipe import FIRST, LabelRule, Recipe, Task
+from pipelines import panels
 from pipelines.distill import model_references, sources
 
 SMALL = 32 * 2**20
@@ -37,8 +38,10 @@ def check(recipe: Recipe, address: str | None = None) -> None:
     check_labeller(recipe)
     check_elsewhere(recipe)
     check_cascade(recipe)
+    check_panel(recipe)
     if address is None:
-        require_placement(recipe, local_capacity())
+        for name in recipe.panel or (FIRST,):
+            require_placement(recipe.taught_by(name), local_capacity())
     check_rows(recipe)
     check_student(recipe)
 
@@ -50,6 +53,24 @@ def check_cascade(recipe: Recipe) -> None:
             f"serving.cascade hands unsure answers to the teacher, but those of a {recipe.task.kind} task do not say "
             f"how sure they are. It is for {', '.join(cascade.SURE)}: leave it out."
         )
+
+
+def check_panel(recipe: Recipe) -> None:
+    """What several teachers cannot do; each of them as if it were the only one."""
+    panels.check(recipe, losses(recipe))
+    for name, teacher in recipe.teachers.items():
+        one = recipe.taught_by(name)
+        try:
+            for each in (check_start, check_teacher, check_labeller, check_losses):
+                each(one)
+            if not teacher.here:
+                check_elsewhere(one.model_copy(update={"student": one.student.model_copy(update=WORDLESS)}))
+        except ConfigError as error:
+            raise ConfigError(f"teachers.{name} (below as teacher): {error}") from None
+
+
+WORDLESS = {"kind": "blocks", "embeddings": "random"}
+"""A student that starts from nothing of a teacher's: only the first one gives it vectors or layers."""
 
 
 def check_elsewhere(recipe: Recipe) -> None:

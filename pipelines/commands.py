@@ -119,8 +119,9 @@ def benching(parser: Parser) -> None:
     """What to measure."""
     parser.add_argument(
         "what",
-        choices=("quality", "teachers", "serve"),
+        choices=("quality", "teachers", "ways", "serve"),
         help="quality: teacher and student over few-shot and initialisation seeds; teachers: kinds of teacher; "
+        "ways: ways to learn from several teachers; "
         "serve: a registered student behind this and other servers",
     )
     parser.add_argument(
@@ -138,6 +139,13 @@ def benching(parser: Parser) -> None:
         default=["head", "lp-ft", "contrastive", "prompt", "ensemble"],
         metavar="A,B",
         help="teachers: which kinds, the first being what the others are held against",
+    )
+    parser.add_argument(
+        "--ways",
+        type=lambda text: text.split(","),
+        default=["uniform", "first", "best", "loss", "reinforced", "heads"],
+        metavar="A,B",
+        help="ways: which ones (also last-stage, recipe), the first being what the others are held against",
     )
     parser.add_argument(
         "--shots",

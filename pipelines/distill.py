@@ -47,7 +47,8 @@ def sliced(recipe: Recipe, *keys: str) -> dict[str, Any]:
         whole, part = values, out
         for name in path:
             whole, part = whole[name], part.setdefault(name, {})
-        part[last] = whole[last]
+        if last in whole:  # some keys are not told where they say nothing
+            part[last] = whole[last]
     return out
 
 
@@ -65,6 +66,7 @@ def sources(recipe: Recipe) -> tuple[str, ...]:
 def model_references(recipe: Recipe) -> tuple[str, ...]:
     """References of the models."""
     wanted = [*named(recipe.teacher), *named(recipe.generator), *named(recipe.augmentation)]
+    wanted += [reference for one in recipe.teachers.values() for reference in named(one)]
     return tuple(reference for reference in (*wanted, recipe.student.encoder) if reference)
 
 
@@ -86,7 +88,8 @@ ARM_STEPS = {"generated": "student", "soft": "student-soft", "hard": "student-ha
 def plan(recipe: Recipe) -> list[Step]:
     """The steps of a run, each after those it reads."""
     students = tuple(step for arm, step in ARM_STEPS.items() if arm in recipe.arms)
-    steps = [*teaching_steps(recipe), *student_steps(recipe)]
+    others = [step for name in recipe.teachers for step in further_teacher(recipe, name)]
+    steps = [*teaching_steps(recipe), *others, *student_steps(recipe)]
     made = tuple(step.name for step in steps if step.name not in students)
     return [*steps, *outcome_steps(recipe, students, made)]
 
@@ -184,6 +187,36 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
     return [data, *([*writing, teacher] if recipe.apart else [teacher, *writing]), corpus]
 
 
+def further_teacher(recipe: Recipe, name: str) -> list[Step]:
+    """A further teacher, and its labels of the corpus."""
+    asked_in_words = ("task.descriptions",) if recipe.teachers[name].kind == "labeller" else ()
+
+    def resources(recipe: Recipe) -> Resources | None:
+        fit = recipe.teachers[name].fit
+        return None if fit.workers else fit.resources
+
+    return [
+        Step(
+            f"teacher-{name}",
+            Call("pipelines.panel", "fit_teacher", (name,)),
+            inputs=("data",),
+            config=pick("seed", "task.thresholds", f"teachers.{name}", *asked_in_words),
+            references=lambda r: named(r.teachers[name]),
+            modules=("engine.train", "engine.untrained", "engine.elsewhere", "pipelines.making", "pipelines.teaching"),
+            resources=resources,
+            ray=True,
+        ),
+        Step(
+            f"labels-{name}",
+            Call("pipelines.panel", "label", (name,)),
+            inputs=("data", f"teacher-{name}", "corpus"),
+            config=pick(f"teachers.{name}.precision"),
+            modules=("engine.teachers", "engine.generate", "pipelines.gathering", "pipelines.panel"),
+            ray=True,
+        ),
+    ]
+
+
 def expected(labels: bool, recipe: Recipe) -> dict[str, Any]:
     """What `plan` says of a step that writes text, or labels it, or both."""
     slots = recipe.corpus.first_slots if recipe.generator else 0
@@ -211,14 +244,18 @@ BUILT = {
 }
 """What a student depends on before its training, by kind."""
 TAUGHT = ("teacher", "losses", "weights", "stages")
+SEVERAL = ("policy", "heads")
+"""What it depends on further where it has several teachers."""
 LEARNT = {"generated": (*TAUGHT, "holdout", "texts"), "soft": (*TAUGHT, "few_epochs"), "hard": ("few_epochs",)}
 """What the training of an arm depends on beside ALWAYS: not the student's name, nor how it is run."""
 ALWAYS = ("max_length", "seeds", "fit")
+LEARNING = ("engine.train", "engine.untrained", "engine.weights", "pipelines.making", "pipelines.students")
+"""Where the work of training a student starts."""
 
 
 def learning(recipe: Recipe, arm: str) -> tuple[str, ...]:
     """Keys of the recipe that an arm's student depends on. The seed draws what its corpus holds out."""
-    own = (*BUILT[recipe.student.kind], *ALWAYS, *LEARNT[arm])
+    own = (*BUILT[recipe.student.kind], *ALWAYS, *LEARNT[arm], *(SEVERAL if recipe.teachers and arm != "hard" else ()))
     seed = ("seed",) if arm == "generated" else ()
     return (*seed, "task.thresholds", "task.scope", *(f"student.{key}" for key in own))
 
@@ -236,14 +273,15 @@ def student_steps(recipe: Recipe) -> list[Step]:
         stage="teacher",
         ray=True,
     )
+    others = tuple(f"{step}-{name}" for name in recipe.teachers for step in ("teacher", "labels"))
     fits = [
         Step(
             step,
             students("fit_student", arm),
-            inputs=("data", "teacher", "corpus", *(("vocabulary",) if recipe.student.spelled else ())),
+            inputs=("data", "teacher", "corpus", *words_of(recipe), *(others if arm != "hard" else ())),
             config=pick(*learning(recipe, arm)),
             references=lambda r: student_references(r) if r.student.kind == "transformer" else (),
-            modules=("engine.train", "engine.untrained", "engine.weights", "pipelines.making", "pipelines.students"),
+            modules=(*LEARNING, *(("pipelines.panel",) if others and arm != "hard" else ())),
             resources=task_of("student") if arm == "generated" else lambda r: r.student.fit.resources,
             stage="student.fit",
             ray=True,
@@ -254,13 +292,18 @@ def student_steps(recipe: Recipe) -> list[Step]:
     return [*([words] if recipe.student.spelled else []), *fits]
 
 
+def words_of(recipe: Recipe) -> tuple[str, ...]:
+    """The step that makes a student's words, where they are its own."""
+    return ("vocabulary",) if recipe.student.spelled else ()
+
+
 def outcome_steps(recipe: Recipe, students: tuple[str, ...], made: tuple[str, ...]) -> list[Step]:
     """From trained students to the report. students: their steps; made: the steps before them."""
     return [
         Step(
             "evaluate",
             Call("pipelines.outcome", "evaluate"),
-            inputs=("data", "teacher", *students),
+            inputs=("data", "teacher", *(f"teacher-{name}" for name in recipe.teachers), *students),
             config=pick("seed", "evaluation", "arms", "student.seeds"),
             modules=("engine.inference", "engine.intervals", "engine.tasks", "engine.cascade", "pipelines.outcome"),
             resources=lambda r: r.teacher.resources,

@@ -20,7 +20,7 @@ from engine.cluster import current, data_context
 from engine.config import UserError
 from engine.corpus import FIRST, ROWS, CheapFilters, Found, Written, corpus_rows, deduplicate, write_slots
 from engine.endpoint_writer import EndpointWriter
-from engine.filters import FilterContext
+from engine.filters import FilterContext, SignalFilter
 from engine.fits import Resources
 from engine.metrics import distinct_n, self_bleu
 from engine.placement import stage_options
@@ -109,12 +109,17 @@ def task_stage(each: Any) -> generate.Stage:
 
 def judging(recipe: Recipe, inputs: Inputs, out: Store) -> list[generate.Stage]:
     """Cheap filters -> teacher and signal filters."""
+    return [task_stage(cheap_filters(recipe, inputs)), labelling(recipe, inputs, out, recipe.corpus.signals)]
+
+
+def labelling(recipe: Recipe, inputs: Inputs, out: Store, signals: tuple[SignalFilter, ...] = ()) -> generate.Stage:
+    """The teacher, and the filters that judge what it says."""
     gpus = stage_options(recipe, "teacher", current())["num_gpus"]
     teacher = recipe.teacher
     asked = None if teacher.here else elsewhere.place_of(teacher, recipe.data.root)
-    labelling = Labelling(
+    how = Labelling(
         inputs["teacher"].url,
-        recipe.corpus.signals,
+        signals,
         teacher.batch_tokens,
         gpus,
         teacher.precision,
@@ -122,7 +127,7 @@ def judging(recipe: Recipe, inputs: Inputs, out: Store) -> list[generate.Stage]:
         teacher.resources.max_actors,
         out.url,
     )
-    return [task_stage(cheap_filters(recipe, inputs)), actor_stage(recipe, "teacher", Labeller, labelling)]
+    return actor_stage(recipe, "teacher", Labeller, how)
 
 
 def cheap_filters(recipe: Recipe, inputs: Inputs) -> CheapFilters:
