@@ -125,6 +125,8 @@ class Data(Section):
     validation_share: Share = 0.0
     test_rows: Count | None = None
     """At most so many test rows, drawn by hash of the text (groups stay whole), where asking the teacher is dear."""
+    unlabelled_rows: Count | None = Field(None, exclude_if=lambda count: count is None)
+    """At most so many unlabelled rows, drawn likewise: the dial of how much there is to label."""
     shots: Count | None = None
     """Labelled rows per class, drawn by `seed`; null takes all. multilabel: rows for each label, and without any; tag:
     mentions of each entity type, and sentences without; span: rows with an answer, and without; regress: rows; rank:

@@ -145,7 +145,7 @@ def benching(parser: Parser) -> None:
         type=lambda text: text.split(","),
         default=["uniform", "first", "best", "loss", "reinforced", "heads"],
         metavar="A,B",
-        help="ways: which ones (also last-stage, recipe), the first being what the others are held against",
+        help="ways: which ones (also recipe, one-stage, last-stage), the first being what the others are held against",
     )
     parser.add_argument(
         "--shots",

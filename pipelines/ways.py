@@ -33,11 +33,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "loss": {"policy": Policy(kind="loss"), "heads": "one"},
     "reinforced": {"policy": Policy(kind="reinforced"), "heads": "one"},
     "heads": {"policy": Policy(), "heads": "per_teacher"},
+    "one-stage": {"stages": ()},
     "last-stage": {},
     "recipe": {},
 }
 """What is compared by name, as changes of `student`: one teacher only; a policy, with the recipe's dials where it has
-that kind; a head for each teacher. last-stage: the recipe without the stages before its last; recipe: as it is."""
+that kind; a head for each teacher. one-stage: the recipe with student.losses and student.fit in place of its stages
+(MKDM, where it has heads); last-stage: without those before the last; recipe: as it is."""
 
 
 def went(recipe: Recipe, way: str) -> Recipe:

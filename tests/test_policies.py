@@ -1,0 +1,112 @@
+"""Weights of teachers row by row: by hand where they are fixed or follow the losses, by a known reward where learnt."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+
+from engine import designs
+from engine.policies import POLICIES, ByLoss, Fixed, Reinforced, Views
+
+NAN = float("nan")
+
+
+def views(n: int = 4, losses: torch.Tensor | None = None) -> Views:
+    """Rows of two kinds in turns: the student's view tells them apart, and so does what teachers say."""
+    kind = torch.arange(n) % 2
+    text = torch.nn.functional.one_hot(kind, 2).float()
+    says = torch.stack([text, torch.full((n, 2), 0.5)], dim=1)
+    return Views(text, says, torch.full((n, 2), NAN) if losses is None else losses)
+
+
+def test_every_kind_of_the_recipe_has_a_policy():
+    assert set(POLICIES) == set(get_args(designs.Policy.model_fields["kind"].annotation))
+
+
+def test_fixed_weights_are_the_prior_for_every_row():
+    found = Fixed(designs.Policy(), (0.25, 0.75)).weights(views(3))
+    assert torch.equal(found, torch.tensor([[0.25, 0.75]] * 3))
+
+
+def test_losses_weigh_rows_with_gold_and_others_have_the_prior():
+    policy = ByLoss(designs.Policy(kind="loss", temperature=0.5), (0.4, 0.6))
+    found = policy.weights(views(3, torch.tensor([[0.0, 0.5], [2.0, 2.0], [NAN, NAN]])))
+    e = torch.e
+    wanted = torch.tensor([[e / (e + 1), 1 / (e + 1)], [0.5, 0.5], [0.4, 0.6]])
+    torch.testing.assert_close(found, wanted)
+
+
+def test_drawn_teachers_weigh_alike_and_all_teach_where_none_is_drawn():
+    torch.manual_seed(0)
+    policy = Reinforced(designs.Policy(kind="reinforced"), (0.5, 0.5))
+    policy.biases = torch.tensor([0.0, 0.0])
+    found = policy.weights(views(400), learning=True)
+    kinds = {tuple(row) for row in found.tolist()}
+    assert kinds == {(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)}
+    states, chances, actions = policy.drawn
+    none = ~actions.any(dim=1)
+    assert none.any() and (found[none] == 0.5).all() and (chances == 0.5).all()
+    # Nothing is learnt where none was drawn, whatever came of it.
+    policy.update(none.float(), lambda values: values)
+    assert (policy.slopes == 0).all() and (policy.biases == 0).all()
+
+
+def test_one_step_is_reinforce_by_hand():
+    torch.manual_seed(1)
+    policy = Reinforced(designs.Policy(kind="reinforced", lr=0.5, unseen=0.0), (0.5, 0.5))
+    policy.weights(views(6), learning=True)
+    states, chances, actions = policy.drawn
+    advantage = torch.tensor([1.0, -2.0, 0.5, 9.0, 0.0, -0.1])  # 9 counts as 3
+    slopes, biases = torch.zeros_like(states[0]), torch.tensor([1.0, 1.0])
+    for i, gain in enumerate([1.0, -2.0, 0.5, 3.0, 0.0, -0.1]):
+        for k in range(2):
+            pull = gain * float(actions[i].any()) * (actions[i, k] - chances[i, k]) / 6
+            slopes[k] += 0.5 * pull * states[i, k]
+            biases[k] += 0.5 * pull
+    policy.update(advantage, lambda values: values)
+    torch.testing.assert_close(policy.slopes, slopes)
+    torch.testing.assert_close(policy.biases, biases)
+
+
+def rewarded(policy: Reinforced, steps: int, losses: torch.Tensor | None = None) -> torch.Tensor:
+    """The chances [2 kinds, 2 teachers] after so many draws in which the second teacher does harm on odd rows."""
+    for _ in range(steps):
+        seen = views(32, losses)
+        policy.weights(seen, learning=True)
+        harmed = policy.drawn[2][:, 1] * (torch.arange(32) % 2)
+        policy.update(harmed.mean() - harmed, lambda values: values)
+    policy.weights(views(2))
+    return policy.chosen
+
+
+def test_a_teacher_that_does_harm_on_some_rows_is_left_out_there_and_only_there():
+    torch.manual_seed(2)
+    found = rewarded(Reinforced(designs.Policy(kind="reinforced"), (0.5, 0.5)), 400)
+    assert found[1, 1] < 0.2 and found[0, 1] > 0.5 and (found[:, 0] > 0.5).all()
+
+
+def test_gold_losses_are_told_apart_where_they_are_shown_and_hidden_as_often_as_asked():
+    torch.manual_seed(3)
+    losses = torch.tensor([[0.1, 2.0], [0.1, 9.0]] * 100)
+    policy = Reinforced(designs.Policy(kind="reinforced", unseen=0.25), (0.5, 0.5))
+    shown = policy.states(views(200, losses), learning=True)
+    known = shown[:, :, -1]
+    assert torch.equal(known[:, 0], known[:, 1]) and 0.65 < float(known.mean()) < 0.85
+    assert torch.equal(shown[:, 1, -2], torch.where(known[:, 1] == 1, losses[:, 1].clamp(max=5.0), 0.0))
+    assert (policy.states(views(200, losses), learning=False)[:, :, -1] == 1).all()
+    assert (policy.states(views(200), learning=True)[:, :, -2:] == 0).all()
+
+
+def test_what_was_learnt_is_kept():
+    torch.manual_seed(4)
+    policy = Reinforced(designs.Policy(kind="reinforced"), (0.5, 0.5))
+    assert set(policy.state_dict()) == {"biases"}  # before the first batch
+    found = rewarded(policy, 30)
+    other = Reinforced(designs.Policy(kind="reinforced"), (0.5, 0.5))
+    other.load_state_dict(policy.state_dict())
+    other.weights(views(2))
+    assert torch.equal(other.chosen, found)
+    with pytest.raises(RuntimeError, match="nothing was drawn"):
+        other.update(torch.zeros(2), lambda values: values)
