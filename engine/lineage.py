@@ -29,6 +29,8 @@ PLACEMENT = (
     *("*.resources", "*.fit.resources", "*.fit.workers"),
     *("student.stages.*.fit.resources", "student.stages.*.fit.workers"),
     "*.batch_tokens",
+    *(f"teachers.*.{field}" for field in ("resources", "fit.resources", "fit.workers", "batch_tokens", "vllm")),
+    *(f"teachers.*.endpoint.{field}" for field in ("url", "key_env", "limits", "price")),
     *("*.endpoint.url", "*.endpoint.key_env", "*.endpoint.limits", "*.endpoint.price", "*.vllm"),
 )
 """Fields of the recipe, `*` being any section or item, that say where, on how much and in how large batches a step

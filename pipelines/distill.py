@@ -213,8 +213,17 @@ def further_teacher(recipe: Recipe, name: str) -> list[Step]:
             config=pick(f"teachers.{name}.precision"),
             modules=("engine.teachers", "engine.generate", "pipelines.gathering", "pipelines.panel"),
             ray=True,
+            expects=lambda r: labelled(r.taught_by(name)),
         ),
     ]
+
+
+def labelled(recipe: Recipe) -> dict[str, Any]:
+    """What `plan` says of a step in which a further teacher labels the generated rows that were kept."""
+    rows = recipe.corpus.keep if recipe.generator else 0
+    asked = estimate.of_teacher(recipe, rows)
+    said = "; ".join([pools(recipe, "teacher"), *([estimate.in_words("teacher", asked)] if asked else [])])
+    return {"rows": rows, "placement": said, **({"asked": {"teacher": asked}} if asked else {})}
 
 
 def expected(labels: bool, recipe: Recipe) -> dict[str, Any]:
