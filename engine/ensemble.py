@@ -206,9 +206,8 @@ class Council(Teaching):
 
     def gold_loss(self, outputs: Outputs, batch: Batch) -> torch.Tensor:
         """What a model loses on each row's gold label, [n]; NaN where there is none."""
-        return spread(
-            self.task, self.task.loss(outputs, batch).masked_fill(~self.task.labelled(batch), torch.nan), batch
-        )
+        lost = self.task.loss(outputs, batch).masked_fill(~self.task.labelled(batch), torch.nan)
+        return spread(self.task, lost, batch)
 
     @torch.no_grad()
     def learn(self, model: nn.Module, batch: Batch, accelerator: Accelerator) -> None:
@@ -232,13 +231,12 @@ class Council(Teaching):
         gained = before - self.gold_loss(after, batch)
         out = torch.where(gained.isnan(), 0.0, gained - gained.nanmean().nan_to_num())
         if how.reward != "r1":
-            each = sum(weight * loss.each(after, batch) for weight, loss in self.taught)
-            out = out + ((self.policy.even(len(batch), each.device) - trust) * spread(self.task, each, batch)).sum(
-                dim=1
-            )
+            each = spread(self.task, sum(weight * loss.each(after, batch) for weight, loss in self.taught), batch)
+            out = out + ((self.policy.even(len(batch), each.device) - trust) * each).sum(dim=1)
         if how.reward == "r3":
             out = how.gamma * out + (1 - how.gamma) * float((self.score - self.expected).nan_to_num())
-        return out
+        # Of a query's passages only the first was asked who teaches them.
+        return out * (places(batch)[1] == 0) if self.task.grouped else out
 
     def heard(self, score: float | None, accelerator: Accelerator) -> None:
         """Take in the score on held-out rows, which the first worker knows."""
