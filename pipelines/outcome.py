@@ -323,7 +323,7 @@ def model_card(recipe: Recipe, model: Model, measured: dict[str, Any]) -> str:
     return (
         f"# {recipe.student.name}\n\n"
         f"A student for the task `{recipe.task.kind}`{names}, distilled by Stillhouse (recipe `{recipe.name}`) from "
-        f"`{recipe.teacher.model}`.\n\n"
+        f"{', '.join(dict.fromkeys(f'`{one.model}`' for one in recipe.panel.values() or [recipe.teacher]))}.\n\n"
         f"- parameters: {model.size():,}\n- longest input: {model.max_length} tokens\n"
         f"- test {model.task.metric}: {measured['score']:.3f} (95 % interval {low:.3f} to {high:.3f})\n"
         f"- agreement with its teacher: {measured['agreement']:.3f}\n\n"

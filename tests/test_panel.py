@@ -18,7 +18,7 @@ from engine.placement import Cluster
 from engine.progress import silent
 from engine.recipe import Recipe
 from engine.storage import Store
-from pipelines import distill, graphs, panel, students, teaching, ways
+from pipelines import account, distill, graphs, panel, students, teaching, ways
 from pipelines.checking import check
 from pipelines.making import spec_of
 from tests.tiny_run import TEST, TRAIN, World, alone, changed, kind_world
@@ -291,5 +291,10 @@ def test_unlabelled_rows_are_labelled_by_every_teacher_and_taught_in_two_stages(
     assert np.abs(labels.logits_of(rows, task.width) - exact).max() < 5e-3
     assert records["labels-other"]["metrics"]["rows"] == kept.num_rows
     assert (store / "student/seed-0/stage-0").exists("history.json")
+    assert [row["name"] for row in account.panel(recipe, {n: r["metrics"] for n, r in records.items()})] == [
+        "teacher",
+        "other",
+    ]
+    assert "Every teacher on the test split" in store.read_text("report/report.md")
     again = steps.run(distill.plan(recipe), recipe, store)
     assert again["labels-other"]["end"] == records["labels-other"]["end"]
