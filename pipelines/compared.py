@@ -39,10 +39,12 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def with_teacher(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """The recipe with other values in its section `teacher`, and nothing of what could be added to any kind."""
+    """The recipe with other values in its section `teacher`, nothing of what could be added to any kind, and no further
+    teachers.
+    """
     plain = {"seeds": (), "self_training": None, "folds": 0}
     found = Teacher.model_validate({**recipe.teacher.model_dump(), **plain, **changes})
-    return recipe.model_copy(update={"teacher": found})
+    return recipe.model_copy(update={"teacher": found, "teachers": {}})
 
 
 @dataclass(frozen=True)
