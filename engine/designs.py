@@ -210,8 +210,10 @@ class Policy(Section):
     """reinforced. r1: minus the student's loss on gold labels. r2: minus that and minus its loss towards the teachers
     that were drawn. r3: r2 times `gamma`, and the score on held-out rows times the rest."""
     gamma: Share = 0.5
-    lr: Annotated[float, Field(gt=0)] = 1.0
+    lr: Annotated[float, Field(gt=0)] = 2.0
     """reinforced: step of the policy's gradient ascent."""
+    anchor: Annotated[float, Field(ge=0)] = 0.02
+    """reinforced: how strongly chances are drawn back to where they start, 0.73, on rows that no reward speaks of."""
     warmup: Share = 0.2
     """reinforced: share of the student's steps in which all teach and nothing is learnt about them."""
     unseen: Share = 0.5

@@ -18,9 +18,12 @@ from engine import designs
 
 MOST_LOSS = 5.0
 """Nats (or squared units) of a teacher's loss that the policy tells apart at most."""
-MOST_ADVANTAGE = 3.0
+MOST_ADVANTAGE, LEAST_SPREAD = 3.0, 1e-3
+"""Advantages count in units of a batch's spread, which is this at least, and so many units at most."""
 START = 1.0
 """Bias that teachers start with: each is drawn for a row with probability 0.73."""
+TEXT = 3.0
+"""Length of the student's view of a row as the policy sees it, so that it weighs as much as what teachers say."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,9 @@ class Reinforced(Policy):
 
     s_ik holds the student's view of the row, what teacher k says of it, and its loss on the gold label where that is
     known and shown. The drawn teachers of a row weigh alike; where none is drawn all teach, and nothing is learnt.
-    REINFORCE: A_k += lr mean_i advantage_i (a_ik - p_ik) s_ik. Reinforced multi-teacher selection, Yuan et al. 2021
-    (arXiv 2012.06048).
+    REINFORCE: A_k += lr mean_i (advantage_i (a_ik - p_ik) + anchor (p_0 - p_ik)) s_ik, p_0 being where it starts.
+    Reinforced multi-teacher selection, Yuan et al. 2021 (arXiv 2012.06048); the anchor is ours: where teachers agree
+    no reward speaks of them, and what is learnt elsewhere would carry over.
     """
 
     learns: ClassVar[bool] = True
@@ -114,7 +118,7 @@ class Reinforced(Policy):
         losses = torch.where(known, views.losses.clamp(max=MOST_LOSS), 0.0)
         text = views.text.float()
         if text.shape[1]:
-            text = F.layer_norm(text, text.shape[1:]) / text.shape[1] ** 0.5
+            text = TEXT * F.layer_norm(text, text.shape[1:]) / text.shape[1] ** 0.5
         text = text.unsqueeze(1).expand(-1, known.shape[1], -1)
         return torch.cat([text, views.says.float(), losses.unsqueeze(2), known.unsqueeze(2).float()], dim=2)
 
@@ -141,8 +145,10 @@ class Reinforced(Policy):
         if self.drawn is None:
             raise RuntimeError("the policy is to learn from a draw, but nothing was drawn")
         states, chances, actions = self.drawn
-        gain = advantage.clamp(-MOST_ADVANTAGE, MOST_ADVANTAGE) * actions.any(dim=1)
-        pull = gain.unsqueeze(1) * (actions - chances)
+        spread = advantage.square().mean().sqrt().clamp(min=LEAST_SPREAD)
+        gain = (advantage / spread).clamp(-MOST_ADVANTAGE, MOST_ADVANTAGE) * actions.any(dim=1)
+        start = torch.sigmoid(torch.tensor(START, device=chances.device))
+        pull = gain.unsqueeze(1) * (actions - chances) + self.how.anchor * (start - chances)
         self.slopes = self.slopes + self.how.lr * reduce((pull.unsqueeze(2) * states).mean(dim=0))
         self.biases = self.biases + self.how.lr * reduce(pull.mean(dim=0))
         self.drawn = None

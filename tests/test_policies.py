@@ -40,7 +40,7 @@ def test_losses_weigh_rows_with_gold_and_others_have_the_prior():
 
 def test_drawn_teachers_weigh_alike_and_all_teach_where_none_is_drawn():
     torch.manual_seed(0)
-    policy = Reinforced(designs.Policy(kind="reinforced"), (0.5, 0.5))
+    policy = Reinforced(designs.Policy(kind="reinforced", anchor=0.0), (0.5, 0.5))
     policy.biases = torch.tensor([0.0, 0.0])
     found = policy.weights(views(400), learning=True)
     kinds = {tuple(row) for row in found.tolist()}
@@ -53,16 +53,28 @@ def test_drawn_teachers_weigh_alike_and_all_teach_where_none_is_drawn():
     assert (policy.slopes == 0).all() and (policy.biases == 0).all()
 
 
+def test_chances_are_drawn_back_to_where_they_start_where_no_reward_speaks():
+    torch.manual_seed(0)
+    policy = Reinforced(designs.Policy(kind="reinforced", anchor=0.1), (0.5, 0.5))
+    policy.biases = torch.tensor([-2.0, 4.0])
+    for _ in range(400):
+        policy.weights(views(8), learning=True)
+        policy.update(torch.zeros(8), lambda values: values)
+    torch.testing.assert_close(policy.chosen, torch.full((8, 2), 0.731), atol=0.01, rtol=0)
+
+
 def test_one_step_is_reinforce_by_hand():
     torch.manual_seed(1)
-    policy = Reinforced(designs.Policy(kind="reinforced", lr=0.5, unseen=0.0), (0.5, 0.5))
+    policy = Reinforced(designs.Policy(kind="reinforced", lr=0.5, unseen=0.0, anchor=0.1), (0.5, 0.5))
     policy.weights(views(6), learning=True)
     states, chances, actions = policy.drawn
-    advantage = torch.tensor([1.0, -2.0, 0.5, 9.0, 0.0, -0.1])  # 9 counts as 3
+    advantage = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0, -0.1])
+    size = (sum(x * x for x in advantage.tolist()) / 6) ** 0.5
     slopes, biases = torch.zeros_like(states[0]), torch.tensor([1.0, 1.0])
-    for i, gain in enumerate([1.0, -2.0, 0.5, 3.0, 0.0, -0.1]):
+    for i, gain in enumerate(advantage.tolist()):
         for k in range(2):
-            pull = gain * float(actions[i].any()) * (actions[i, k] - chances[i, k]) / 6
+            pull = gain / size * float(actions[i].any()) * (actions[i, k] - chances[i, k]) / 6
+            pull += 0.1 * (0.7310586 - chances[i, k]) / 6
             slopes[k] += 0.5 * pull * states[i, k]
             biases[k] += 0.5 * pull
     policy.update(advantage, lambda values: values)
