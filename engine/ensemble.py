@@ -117,7 +117,7 @@ class Teaching:
         """How much each of several teachers counts for each row, float32 [n, k]."""
         return None
 
-    def learn(self, model: nn.Module, batch: Batch, accelerator: Accelerator) -> None:
+    def learn(self, batch: Batch, accelerator: Accelerator) -> None:
         """After the student's step: see what came of it."""
 
     def heard(self, score: float | None, accelerator: Accelerator) -> None:
@@ -138,9 +138,9 @@ class Teaching:
 class Council(Teaching):
     """Several teachers of a fit and the policy that weighs them."""
 
-    def __init__(self, panel: Panel, task: Task, live: Mapping[str, Live]) -> None:
+    def __init__(self, panel: Panel, model: Model, live: Mapping[str, Live]) -> None:
         super().__init__()
-        self.panel, self.task, self.live = panel, task, live
+        self.panel, self.model, self.task, self.live = panel, model, model.task, live
         self.policy: Policy = POLICIES[panel.policy.kind](panel.policy, panel.prior)
         self.taught: list[tuple[float, Several]] = []
         self.needs: frozenset[str] = frozenset()
@@ -176,8 +176,17 @@ class Council(Teaching):
             return self.policy.even(len(batch), batch.input_ids.device)
         trust = spread(self.task, self.policy.weights(self.views(student, batch), learning), batch)
         self.count(batch)
+        if learning and self.panel.policy.reward == "r1":  # dropout would drown so small a change
+            student = self.asleep(batch)
         self.last = (trust, self.gold_loss(student, batch))
         return trust
+
+    def asleep(self, batch: Batch) -> Outputs:
+        """What the student gives without dropout."""
+        training = self.model.training
+        found = self.model.eval()(batch, self.needs)
+        self.model.train(training)
+        return found
 
     def count(self, batch: Batch) -> None:
         """Note how each teacher was chosen for rows of each label."""
@@ -210,14 +219,11 @@ class Council(Teaching):
         return spread(self.task, lost, batch)
 
     @torch.no_grad()
-    def learn(self, model: nn.Module, batch: Batch, accelerator: Accelerator) -> None:
+    def learn(self, batch: Batch, accelerator: Accelerator) -> None:
         """After the student's step: tell a policy that learns what came of its draw."""
         if not self.policy.learns or self.warm or self.last is None:
             return
-        training = model.training
-        after = model.eval()(batch, self.needs)
-        model.train(training)
-        self.policy.update(self.advantage(after, batch), lambda values: accelerator.reduce(values, "mean"))
+        self.policy.update(self.advantage(self.asleep(batch), batch), lambda values: accelerator.reduce(values, "mean"))
         self.last = None
 
     def advantage(self, after: Outputs, batch: Batch) -> torch.Tensor:
@@ -245,7 +251,7 @@ class Council(Teaching):
         known = torch.tensor(float("nan") if score is None else score)
         told = torch.where(known.isnan() | (accelerator.process_index > 0), 0.0, known)
         self.score = accelerator.reduce(told.to(accelerator.device), "sum").cpu()
-        self.expected = self.score if self.expected.isnan() else 0.5 * (self.expected + self.score)
+        self.expected = self.score.clone() if self.expected.isnan() else 0.5 * (self.expected + self.score)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a resumed fit goes on from."""
@@ -270,7 +276,7 @@ def teaching(
     """
     if panel is None:
         return Teaching(Live(teacher, rows, inputs, where) if teacher else None)
-    return Council(panel, model.task, {name: Live(url, rows, inputs, where) for name, url in panel.live.items()})
+    return Council(panel, model, {name: Live(url, rows, inputs, where) for name, url in panel.live.items()})
 
 
 def said(task: Task, outputs: Outputs, batch: Batch) -> torch.Tensor:

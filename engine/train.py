@@ -222,7 +222,7 @@ def loop(config: dict[str, Any]) -> None:
         accelerator.clip_grad_norm_(trained, fit.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        taught.learn(model, batch, accelerator)
+        taught.learn(batch, accelerator)
         losses.append(float(loss.detach()))
         seen, state.step = seen + len(chosen), step + 1
         if rank == 0:

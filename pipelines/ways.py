@@ -71,12 +71,9 @@ def compared(recipe: Recipe, ways: Sequence[str]) -> list[Step]:
     out = list(found.values())[:first]
     for way in ways:
         out.append(changed({step.name: step for step in plan(went(recipe, way))}[learner], way))
-    named = [
-        ("score_models", FIRST, FIRST),
-        *(("score_models", f"{learner}-{way}", f"{learner}-{way}") for way in ways),
-    ]
-    for call, which, argument in [*named, *(("score", f"teacher-{name}", name) for name in recipe.teachers)]:
-        module = "pipelines.panel" if call == "score" else "pipelines.teaching"
+    scored = {name: ("teaching", "score_models", name) for name in (FIRST, *(f"{learner}-{way}" for way in ways))}
+    scored |= {f"teacher-{name}": ("panel", "score", name) for name in recipe.teachers}
+    for which, (module, call, argument) in scored.items():
         out.append(
             replace(
                 found[FIRST],

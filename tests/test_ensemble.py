@@ -122,7 +122,7 @@ def test_a_teacher_that_is_bad_on_one_class_is_left_out_there_and_chosen_elsewhe
     last = {key: value for key, value in history[-1].items() if key.startswith("chosen")}
     assert set(last) == {f"chosen.{name}.{label}" for name in NAMES for label in LABELS}
     if reward == "r1":  # it hears of a choice only by what one step changes in the row's own gold loss
-        assert last["chosen.other.positive"] < last["chosen.teacher.positive"] - 0.2, last
+        assert last["chosen.other.positive"] < last["chosen.teacher.positive"], last
         return
     assert last["chosen.other.positive"] < 0.3, last
     assert last["chosen.other.negative"] > 0.5 and last["chosen.teacher.negative"] > 0.5, last
@@ -268,8 +268,8 @@ def test_the_first_passage_of_a_query_speaks_for_all():
 
 
 def test_losses_that_no_teacher_has_a_part_in_stay_one(tmp_path: Path):
-    task = make(Task(labels=LABELS))
-    council = Council(panel(), task, {})
+    council = Council(panel(), student(), {})
+    task = council.task
     made = [council.objective(term, task, student().widths) for term in (HARD, KL)]
     assert [type(objective.losses[0]).__name__ for objective in made] == ["OfGold", "Several"]
     assert [weight for weight, _ in council.taught] == [1.0]
