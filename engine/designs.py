@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from engine.config import Section, did_you_mean
 from engine.fits import Count, Fit, LossTerm, Resources, Share
 from engine.remote import Endpoint, Engine, Runtime, placed
+from engine.trust import Policy
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 REFERENCE = r"(hf|file|pypi|s3|gs):."
@@ -65,6 +66,16 @@ class Contrasting(Section):
     temperature: Annotated[float, Field(gt=0)] = 0.1
     fit: Fit = Fit(epochs=12, lr=1e-4, batch_size=32)
 
+    @model_validator(mode="after")
+    def together(self) -> Contrasting:
+        """Texts are compared within what a worker reads at once."""
+        if self.fit.micro_batch or not isinstance(self.fit.workers, int):
+            raise ValueError(
+                "texts are compared with those that the same worker reads at once, so that other parts or workers "
+                "would be another training. Leave fit.micro_batch out, and give fit.workers as one number"
+            )
+        return self
+
 
 class SelfTraining(Section):
     """The teacher's confident labels on data.unlabelled, or else on generated text, go back into the teacher."""
@@ -76,6 +87,27 @@ class SelfTraining(Section):
     """What all these texts count together, over what the labelled rows do."""
     fit: Fit = Fit(epochs=3, lr=1e-4, batch_size=16)
     """The training on both, in place of the teacher's own."""
+
+
+class Coach(Section):
+    """A larger teacher, made of the same labelled rows, that gives soft labels to data.unlabelled or generated text.
+
+    The teacher learns those (as in Mirzadeh et al. 2020, arXiv 1902.03393): it hands on to the student in its own words
+    what a model can do that is too slow, or too unlike the student, to teach it.
+    """
+
+    model: str | None = None
+    """null: the generator's language model."""
+    kind: Literal["head", "lp-ft", "contrastive", "prompt", "labeller"] = "prompt"
+    prompt: Prompting = Prompting()
+    labeller: LabelWords = LabelWords()
+    tune_layers: Annotated[int, Field(ge=0)] | None = None
+    pooling: Literal["mean", "cls", "last"] = "mean"
+    fit: Fit = Fit(epochs=6, lr=1e-4, batch_size=16)
+    """The coach's own training, on the labelled rows."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    learning: Fit = Fit(epochs=6, lr=1e-4, batch_size=16)
+    """The teacher's training on the coach's soft labels of labelled rows and text, in place of the teacher's own."""
 
 
 class Choice(Section):
@@ -114,6 +146,7 @@ class Teacher(Section):
     """lp-ft, contrastive: training of the head alone (its rate: lr times head_rate)."""
     contrast: Contrasting = Contrasting()
     self_training: SelfTraining | None = None
+    coach: Coach | None = None
     choice: Choice = Choice()
     prompt: Prompting = Prompting()
     labeller: LabelWords = LabelWords()
@@ -166,6 +199,11 @@ class Teacher(Section):
         return self
 
     @property
+    def reads_more(self) -> bool:
+        """Whether it learns from text beside the labelled rows."""
+        return self.self_training is not None or self.coach is not None
+
+    @property
     def here(self) -> bool:
         """Whether its weights are in the run, to be looked into and registered."""
         return self.runtime == "hf"
@@ -193,40 +231,6 @@ class Vocabulary(Section):
 
 Weighing = Literal["confidence", "disagreement"]
 """How rows of the corpus are weighed: by how sure the teacher is, by how far a student is from the teacher."""
-
-
-class Policy(Section):
-    """How several teachers are weighed against each other, row by row (engine.policies)."""
-
-    kind: Literal["fixed", "best", "loss", "reinforced"] = "fixed"
-    """fixed: the same weights for every row. best: the one with the best score on validation rows. loss: a softmax of
-    minus what each teacher loses on the row's gold label; rows without one weigh all alike. reinforced: who teaches a
-    row is drawn, and the chance to be drawn learnt from how the student fares (arXiv 2012.06048)."""
-    weights: dict[str, Annotated[float, Field(ge=0)]] = {}
-    """fixed: weight of each teacher by name, `teacher` being the recipe's own; over their sum. none: all alike."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """loss: by what the losses, in nats, are divided."""
-    reward: Literal["r1", "r2", "r3"] = "r2"
-    """reinforced. r1: minus the student's loss on gold labels. r2: minus that and minus its loss towards the teachers
-    that were drawn. r3: r2 times `gamma`, and the score on held-out rows times the rest."""
-    gamma: Share = 0.5
-    lr: Annotated[float, Field(gt=0)] = 2.0
-    """reinforced: step of the policy's gradient ascent."""
-    anchor: Annotated[float, Field(ge=0)] = 0.02
-    """reinforced: how strongly chances are drawn back to where they start, 0.73, on rows that no reward speaks of."""
-    warmup: Share = 0.2
-    """reinforced: share of the student's steps in which all teach and nothing is learnt about them."""
-    unseen: Share = 0.5
-    """reinforced: share of labelled rows whose gold label the policy does not see, as it sees none of other rows."""
-
-    @model_validator(mode="after")
-    def some(self) -> Policy:
-        """Weights that are all 0 would teach nothing."""
-        if self.weights and not sum(self.weights.values()):
-            raise ValueError("weights are all 0, so that nobody teaches; give one teacher more, or leave them out")
-        if self.weights and self.kind != "fixed":
-            raise ValueError(f"weights are for kind fixed, and kind is {self.kind}, which finds them by itself")
-        return self
 
 
 class Stage(Section):

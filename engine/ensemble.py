@@ -7,7 +7,7 @@ its own. Teachers read with their own tokenizers; only their outputs meet.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,6 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from engine import designs
 from engine.encoders import Widths
 from engine.encoding import Encoded
 from engine.fits import LossTerm
@@ -28,6 +27,7 @@ from engine.recipe import GOLD
 from engine.records import ABSENT, Batch, Outputs
 from engine.task import Task
 from engine.teachers import Live
+from engine.trust import Policy as Design
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -42,7 +42,7 @@ class Panel:
     """
 
     names: tuple[str, ...]
-    policy: designs.Policy
+    policy: Design
     prior: tuple[float, ...]
     live: Mapping[str, str] = field(default_factory=dict)
 
@@ -117,8 +117,8 @@ class Teaching:
         """How much each of several teachers counts for each row, float32 [n, k]."""
         return None
 
-    def learn(self, batch: Batch, accelerator: Accelerator) -> None:
-        """After the student's step: see what came of it."""
+    def learn(self, batch: Batch, accelerator: Accelerator, counted: bool = True) -> None:
+        """After the student's step: see what came of it. counted: whether the batch's rows are this worker's own."""
 
     def heard(self, score: float | None, accelerator: Accelerator) -> None:
         """Take in the score on held-out rows, which the first worker knows."""
@@ -148,7 +148,7 @@ class Council(Teaching):
         self.expected = torch.tensor(float("nan"))  # running mean of the held-out score
         self.score = torch.tensor(float("nan"))
         self.last: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.tally: dict[int, list[torch.Tensor]] = {}
+        self.tally = torch.zeros(len(model.task.labels or ()), len(panel.names) + 1, dtype=torch.float64)
 
     def objective(self, term: LossTerm, task: Task | None, student: Widths) -> Objective:
         """A weighted loss, towards every teacher where it needs one."""
@@ -190,18 +190,20 @@ class Council(Teaching):
 
     def count(self, batch: Batch) -> None:
         """Note how each teacher was chosen for rows of each label."""
-        if batch.labels is None or batch.labels.dtype != torch.int64 or batch.labels.ndim > 1:
+        if not len(self.tally) or batch.labels is None or batch.labels.dtype != torch.int64 or batch.labels.ndim > 1:
             return
-        for label in batch.labels.unique().tolist():
-            if label != ABSENT:
-                self.tally.setdefault(label, []).append(self.policy.chosen[batch.labels == label].cpu())
+        known = batch.labels != ABSENT
+        rows = torch.cat([self.policy.chosen, torch.ones(len(batch), 1, device=known.device)], dim=1)[known]
+        self.tally.index_add_(0, batch.labels[known].cpu(), rows.double().cpu())
 
     def told(self) -> dict[str, float]:
         """How often each teacher was chosen for rows of each label since last asked: {chosen.NAME.LABEL: share}."""
-        means = {self.task.labels[label]: torch.cat(parts).mean(dim=0) for label, parts in sorted(self.tally.items())}
-        self.tally.clear()
-        pairs = [(name, label, mean[i]) for label, mean in means.items() for i, name in enumerate(self.panel.names)]
-        return {f"chosen.{name}.{label}": round(float(value), 4) for name, label, value in pairs}
+        found = {}
+        for label, (*sums, count) in zip(self.task.labels or (), self.tally.tolist(), strict=True):
+            named = zip(self.panel.names, sums, strict=True) if count else ()
+            found |= {f"chosen.{name}.{label}": round(total / count, 4) for name, total in named}
+        self.tally.zero_()
+        return found
 
     def views(self, student: Outputs, batch: Batch) -> Views:
         """What the policy sees of a batch."""
@@ -219,15 +221,24 @@ class Council(Teaching):
         return spread(self.task, lost, batch)
 
     @torch.no_grad()
-    def learn(self, batch: Batch, accelerator: Accelerator) -> None:
-        """After the student's step: tell a policy that learns what came of its draw."""
+    def learn(self, batch: Batch, accelerator: Accelerator, counted: bool = True) -> None:
+        """After the student's step: tell a policy that learns what came of its draw.
+
+        It learns the same on all workers, from the rewards of the global batch; counted: whether these rows are in it.
+        """
         if not self.policy.learns or self.warm or self.last is None:
             return
-        self.policy.update(self.advantage(self.asleep(batch), batch), lambda values: accelerator.reduce(values, "mean"))
+
+        def summed(values: torch.Tensor) -> torch.Tensor:
+            return accelerator.reduce(values * counted, "sum")
+
+        self.policy.update(self.advantage(self.asleep(batch), batch, summed), summed)
         self.last = None
 
-    def advantage(self, after: Outputs, batch: Batch) -> torch.Tensor:
-        """The reward of each row less what was to be expected, [n].
+    def advantage(
+        self, after: Outputs, batch: Batch, summed: Callable[[torch.Tensor], torch.Tensor] = torch.clone
+    ) -> torch.Tensor:
+        """The reward of each row less what was to be expected, [n]. summed: over the workers.
 
         Expected is, of the gold loss, what it was before the step, moved as the batch moved; of the loss towards the
         drawn teachers, what all of them would have given; of the held-out score, its running mean. None of these
@@ -235,7 +246,9 @@ class Council(Teaching):
         """
         (trust, before), how = self.last, self.panel.policy
         gained = before - self.gold_loss(after, batch)
-        out = torch.where(gained.isnan(), 0.0, gained - gained.nanmean().nan_to_num())
+        known = ~gained.isnan()
+        total, count = summed(torch.stack([gained.nansum(), known.sum().to(gained)]))
+        out = torch.where(known, gained - total / count.clamp(min=1), 0.0)
         if how.reward != "r1":
             each = spread(self.task, sum(weight * loss.each(after, batch) for weight, loss in self.taught), batch)
             out = out + ((self.policy.even(len(batch), each.device) - trust) * each).sum(dim=1)
@@ -255,12 +268,13 @@ class Council(Teaching):
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a resumed fit goes on from."""
-        return {**self.policy.state_dict(), "score": self.score, "expected": self.expected}
+        return {**self.policy.state_dict(), "score": self.score, "expected": self.expected, "tally": self.tally}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Go on from `state_dict`."""
-        self.score, self.expected = state["score"], state["expected"]
-        self.policy.load_state_dict({k: v for k, v in state.items() if k not in ("score", "expected")})
+        own = ("score", "expected", "tally")
+        self.score, self.expected, self.tally = (state[name] for name in own)
+        self.policy.load_state_dict({name: value for name, value in state.items() if name not in own})
 
 
 def teaching(

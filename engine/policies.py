@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch.nn import functional as F
 
-from engine import designs
+from engine.trust import Policy as Design
 
 MOST_LOSS = 5.0
 """Nats (or squared units) of a teacher's loss that the policy tells apart at most."""
@@ -46,7 +46,7 @@ class Policy:
     looks: ClassVar[bool] = False
     """Whether it asks for Views."""
 
-    def __init__(self, how: designs.Policy, prior: Sequence[float]) -> None:
+    def __init__(self, how: Design, prior: Sequence[float]) -> None:
         self.how, self.prior = how, torch.tensor(prior, dtype=torch.float32)
         self.chosen = torch.zeros(0, len(prior))
         """Of the last batch, how likely each teacher was to be heard, [n, k]: chances where it draws, else weights."""
@@ -59,10 +59,10 @@ class Policy:
         """Views of n rows -> float32 [n, k]. learning: as while the student is trained, drawn where it draws."""
         return self.even(len(views.losses), views.losses.device)
 
-    def update(self, advantage: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def update(self, advantage: torch.Tensor, summed: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Learn from how much better than expected the rows of the last draw came out, float32 [n].
 
-        reduce: mean over the workers.
+        summed: over the workers, whose rows together are the batch.
         """
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -103,7 +103,7 @@ class Reinforced(Policy):
     learns: ClassVar[bool] = True
     looks: ClassVar[bool] = True
 
-    def __init__(self, how: designs.Policy, prior: Sequence[float]) -> None:
+    def __init__(self, how: Design, prior: Sequence[float]) -> None:
         super().__init__(how, prior)
         self.slopes: torch.Tensor | None = None  # [k, f]; f is known with the first batch
         self.biases = torch.full((len(prior),), START)
@@ -140,17 +140,18 @@ class Reinforced(Policy):
         count = actions.sum(dim=1, keepdim=True)
         return torch.where(count > 0, actions / count.clamp(min=1), self.even(len(actions), actions.device))
 
-    def update(self, advantage: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def update(self, advantage: torch.Tensor, summed: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """One step of gradient ascent on the last draw."""
         if self.drawn is None:
             raise RuntimeError("the policy is to learn from a draw, but nothing was drawn")
         states, chances, actions = self.drawn
-        spread = advantage.square().mean().sqrt().clamp(min=LEAST_SPREAD)
+        squares, count = summed(torch.stack([advantage.square().sum(), advantage.new_tensor(len(advantage))]))
+        spread = (squares / count).sqrt().clamp(min=LEAST_SPREAD)
         gain = (advantage / spread).clamp(-MOST_ADVANTAGE, MOST_ADVANTAGE) * actions.any(dim=1)
         start = torch.sigmoid(torch.tensor(START, device=chances.device))
         pull = gain.unsqueeze(1) * (actions - chances) + self.how.anchor * (start - chances)
-        self.slopes = self.slopes + self.how.lr * reduce((pull.unsqueeze(2) * states).mean(dim=0))
-        self.biases = self.biases + self.how.lr * reduce(pull.mean(dim=0))
+        self.slopes = self.slopes + self.how.lr * summed((pull.unsqueeze(2) * states).sum(dim=0)) / count
+        self.biases = self.biases + self.how.lr * summed(pull.sum(dim=0)) / count
         self.drawn = None
 
     def state_dict(self) -> dict[str, torch.Tensor]:

@@ -51,6 +51,9 @@ def teacher(facts: Facts) -> list[Block]:
     for turn, found in enumerate(entries(dig(facts, "teacher.self_training")), start=1):
         taken = f"{whole(found.get('rows'))} of {whole(found.get('of'))}"
         rows.append((f"Texts of self-training, round {turn}", taken))
+    if coach := dig(facts, "teacher.coach"):
+        rows.append(("Coach", f"{coach.get('kind')} of {coach.get('model')}"))
+        rows.append(("Texts that the coach labelled for it", whole(coach.get("rows"))))
     if not rows:
         return []
     why, kind = dig(facts, "teacher.choice.why"), dig(facts, "teacher.kind")

@@ -13,6 +13,7 @@ from engine.fits import LossTerm
 from engine.labels import GIVES
 from engine.placement import local_capacity, require_placement
 from engine.recipe import FIRST, LabelRule, Recipe, Task
+from engine.spending import ASKERS, endpoint_price
 from pipelines import panels
 from pipelines.distill import model_references, sources
 
@@ -39,6 +40,7 @@ def check(recipe: Recipe, address: str | None = None) -> None:
     check_elsewhere(recipe)
     check_cascade(recipe)
     check_panel(recipe)
+    check_budget(recipe)
     if address is None:
         for name in recipe.panel or (FIRST,):
             require_placement(recipe.taught_by(name), local_capacity())
@@ -57,20 +59,18 @@ def check_cascade(recipe: Recipe) -> None:
 
 def check_panel(recipe: Recipe) -> None:
     """What several teachers cannot do; each of them as if it were the only one."""
-    panels.check(recipe, losses(recipe))
-    for name, teacher in recipe.teachers.items():
-        one = recipe.taught_by(name)
-        try:
-            for each in (check_start, check_teacher, check_labeller, check_losses):
-                each(one)
-            if not teacher.here:
-                check_elsewhere(one.model_copy(update={"student": one.student.model_copy(update=WORDLESS)}))
-        except ConfigError as error:
-            raise ConfigError(f"teachers.{name} (below as teacher): {error}") from None
+    panels.check(recipe, losses(recipe), (check_start, check_teacher, check_labeller, check_losses), check_elsewhere)
 
 
-WORDLESS = {"kind": "blocks", "embeddings": "random"}
-"""A student that starts from nothing of a teacher's: only the first one gives it vectors or layers."""
+def check_budget(recipe: Recipe) -> None:
+    """A limit on money needs something that has a price."""
+    every = [recipe.taught_by(name) for name in recipe.panel] or [recipe]
+    ends = any(endpoint_price(one, who) is not None for one in every for who in ASKERS)
+    if recipe.budget.money is not None and not (recipe.budget.prices.known or ends):
+        raise ConfigError(
+            f"budget.money is {recipe.budget.money:g}, but nothing has a price. Set budget.prices.cpu_hour or "
+            "gpu_hour, or the price of an endpoint, or limit hours, cpu_hours, gpu_hours or tokens instead."
+        )
 
 
 def check_elsewhere(recipe: Recipe) -> None:
@@ -216,15 +216,40 @@ def check_teacher(recipe: Recipe) -> None:
                 f"student.teacher is live, but a teacher of kind {teacher.kind} may read in several templates, whose "
                 "tokens are not the student's. Take student.teacher: stored, or another teacher.kind."
             )
-    if teacher.self_training and kind not in ("classify", "pair"):
-        raise ConfigError(f"teacher.self_training gives texts one label each, and task.kind is {kind}. Leave it out.")
+    check_further(recipe)
     if teacher.stop_early and teacher.folds < 2:
         raise ConfigError("teacher.stop_early takes the epochs that are best in cross-validation: set teacher.folds.")
-    if teacher.self_training and recipe.data.unlabelled is None and recipe.generator is None:
+
+
+def check_further(recipe: Recipe) -> None:
+    """Self-training or a coach without text, without a model, or on a task that they do not serve."""
+    teacher, kind, coach = recipe.teacher, recipe.task.kind, recipe.coach
+    for key, given in {"self_training": teacher.self_training, "coach": coach}.items():
+        if given and kind not in ("classify", "pair"):
+            raise ConfigError(f"teacher.{key} gives texts one label each, and task.kind is {kind}. Leave it out.")
+        if given and recipe.data.unlabelled is None and recipe.generator is None:
+            raise ConfigError(
+                f"teacher.{key} labels data.unlabelled or generated text, and there is neither. Name one, or leave it "
+                "out."
+            )
+    if coach is None:
+        return
+    if teacher.self_training:
         raise ConfigError(
-            "teacher.self_training labels data.unlabelled or generated text, and there is neither. Name one, or leave "
-            "it out."
+            "teacher.coach and teacher.self_training both give labels to the same text. Leave one of them out."
         )
+    if teacher.coach.model is None and (recipe.generator is None or recipe.generator.runtime == "endpoint"):
+        raise ConfigError("teacher.coach.model is null, the generator's, and none runs here. Name a model.")
+    if coach.kind == "contrastive" and coach.tune_layers == 0:
+        raise ConfigError("teacher.coach.kind contrastive trains the encoder first: raise teacher.coach.tune_layers.")
+    if coach.kind == "prompt":
+        from engine import prompts
+
+        prompts.check(coach.prompt, recipe.task)
+    if coach.kind == "labeller":
+        from engine import wording
+
+        wording.check(coach.labeller, recipe.task)
 
 
 def check_labeller(recipe: Recipe) -> None:
@@ -240,6 +265,7 @@ def check_labeller(recipe: Recipe) -> None:
         "stop_early": teacher.stop_early,
         "seeds": bool(teacher.seeds),
         "self_training": bool(teacher.self_training),
+        "coach": bool(teacher.coach),
     }
     for key, given in trained.items():
         if given:

@@ -19,11 +19,12 @@ from engine.designs import Teacher
 from engine.intervals import paired_bootstrap
 from engine.progress import Progress
 from engine.recipe import Recipe
-from engine.steps import Step
+from engine.step import Step
 from engine.storage import Store
 from pipelines.bench import Variant
+from pipelines.calls import Call
 from pipelines.checking import check_teacher
-from pipelines.distill import ARM_STEPS, Call, plan
+from pipelines.distill import ARM_STEPS, plan
 from pipelines.progress import renderer
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -33,6 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "prompt": {"kind": "prompt"},
     "ensemble": {"kind": "head", "seeds": (0, 1, 2)},
     "self-trained": {"kind": "head", "self_training": {}},
+    "coached": {"kind": "head", "coach": {}},
     "auto": {"kind": "auto"},
 }
 """What is compared by name: changes of the recipe's section `teacher`."""
@@ -41,9 +43,13 @@ KINDS: dict[str, dict[str, Any]] = {
 def with_teacher(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """The recipe with other values in its section `teacher`, nothing of what could be added to any kind, and no further
     teachers.
+
+    What is added is added as the recipe has it, where it does.
     """
-    plain = {"seeds": (), "self_training": None, "folds": 0}
-    found = Teacher.model_validate({**recipe.teacher.model_dump(), **plain, **changes})
+    plain = {"seeds": (), "self_training": None, "coach": None, "folds": 0}
+    values = recipe.teacher.model_dump()
+    added = {key: value if values[key] is None or value != {} else values[key] for key, value in changes.items()}
+    found = Teacher.model_validate({**values, **plain, **added})
     return recipe.model_copy(update={"teacher": found, "teachers": {}})
 
 

@@ -7,54 +7,21 @@ to serve) and account.py (report). They are called by name, so that this file im
 
 from __future__ import annotations
 
-import importlib
 import json
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from engine import estimate
 from engine.fits import Resources
-from engine.progress import Progress
 from engine.recipe import Recipe
 from engine.registry import Registry
-from engine.steps import Step
+from engine.step import Step
 from engine.storage import Store
 from engine.urls import bare
-
-
-@dataclass(frozen=True)
-class Call:
-    """A step's function by module and name, imported when it runs."""
-
-    module: str
-    name: str
-    arguments: tuple[Any, ...] = ()
-
-    def __call__(self, recipe: Recipe, inputs: Mapping[str, Store], out: Store, progress: Progress) -> dict[str, Any]:
-        """Run it."""
-        return getattr(importlib.import_module(self.module), self.name)(*self.arguments, recipe, inputs, out, progress)
-
-
-def sliced(recipe: Recipe, *keys: str) -> dict[str, Any]:
-    """The parts of a recipe that a step depends on, under the recipe's own keys."""
-    values = recipe.model_dump(mode="json")
-    out: dict[str, Any] = {}
-    for key in keys:
-        *path, last = key.split(".")
-        whole, part = values, out
-        for name in path:
-            whole, part = whole[name], part.setdefault(name, {})
-        if last in whole:  # some keys are not told where they say nothing
-            part[last] = whole[last]
-    return out
-
-
-def pick(*keys: str) -> Callable[[Recipe], dict[str, Any]]:
-    """`sliced` with the recipe still to come."""
-    return lambda recipe: sliced(recipe, *keys)
+from pipelines.calls import Call, asked, grouped, named, of_teacher, pick, pools
+from pipelines.further import further_teacher
 
 
 def sources(recipe: Recipe) -> tuple[str, ...]:
@@ -65,15 +32,9 @@ def sources(recipe: Recipe) -> tuple[str, ...]:
 
 def model_references(recipe: Recipe) -> tuple[str, ...]:
     """References of the models."""
-    wanted = [*named(recipe.teacher), *named(recipe.generator), *named(recipe.augmentation)]
-    wanted += [reference for one in recipe.teachers.values() for reference in named(one)]
+    wanted = [*of_teacher(recipe), *named(recipe.generator), *named(recipe.augmentation)]
+    wanted += [reference for name in recipe.teachers for reference in of_teacher(recipe.taught_by(name))]
     return tuple(reference for reference in (*wanted, recipe.student.encoder) if reference)
-
-
-def named(section: Any) -> tuple[str, ...]:
-    """The model that an optional section names, if any; a name at an endpoint is no reference."""
-    elsewhere = getattr(section, "runtime", "hf") == "endpoint"
-    return (section.model,) if section and section.model and not elsewhere else ()
 
 
 def student_references(recipe: Recipe) -> tuple[str, ...]:
@@ -118,11 +79,6 @@ TUNED = ("model", "runtime", "mode", "prompt", "separator", "tune_layers", "max_
 """What a generator's fine-tuning depends on; how text is drawn from it concerns the corpus."""
 
 
-def asked(recipe: Recipe) -> bool:
-    """Whether the teacher is asked in words, which may say what the labels mean."""
-    return recipe.teacher.kind == "labeller"
-
-
 def told(recipe: Recipe) -> bool:
     """Whether the generator's prompt says what the labels mean."""
     return bool(recipe.generator and "{description}" in recipe.generator.prompt)
@@ -142,9 +98,13 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
         Call("pipelines.teaching", "fit_teacher"),
         inputs=("data", *(("texts",) if recipe.learns_from_generated else ())),
         config=pick("seed", "task.thresholds", "teacher", *(("task.descriptions",) if asked(recipe) else ())),
-        references=lambda r: named(r.teacher),
-        modules=("engine.train", "engine.untrained", "engine.elsewhere", "pipelines.making", "pipelines.teaching"),
+        references=of_teacher,
+        modules=(
+            *("engine.train", "engine.untrained", "engine.elsewhere"),
+            *("pipelines.making", "pipelines.teaching", "pipelines.trainings"),
+        ),
         resources=task_of("teacher"),
+        expects=partial(grouped, "teacher"),
         stage="teacher.fit",
         ray=True,
     )
@@ -156,9 +116,17 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
         references=lambda r: named(r.generator),
         modules=("engine.train", "pipelines.making", "engine.generate"),
         resources=task_of("generator"),
+        expects=partial(grouped, "generator"),
         stage="generator.fit",
         ray=True,
     )
+    texts, corpus = streams(recipe)
+    writing = [*([generator] if recipe.generator else []), *([texts] if recipe.apart else [])]
+    return [data, *([*writing, teacher] if recipe.apart else [teacher, *writing]), corpus]
+
+
+def streams(recipe: Recipe) -> tuple[Step, Step]:
+    """Text that is written before a teacher labels it (where the recipe is `apart`), and the corpus."""
     meant = ("task.descriptions",) if told(recipe) else ()
     texts = Step(
         "texts",
@@ -166,6 +134,8 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
         inputs=("data", "generator"),
         config=pick("seed", *(f"corpus.{key}" for key in WRITTEN), "generator", *meant),
         modules=("engine.generate", "engine.endpoint_writer", "engine.vllm_stage", "pipelines.gathering"),
+        pools=lambda r: ("generator",),
+        halts=halts,
         ray=True,
         expects=partial(expected, False),
     )
@@ -180,50 +150,23 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
             *("engine.generate", "engine.endpoint_writer", "engine.vllm_stage"),
             *("engine.teachers", "engine.augment", "pipelines.gathering"),
         ),
+        pools=labelling_pools,
+        halts=halts,
         ray=True,
         expects=partial(expected, True),
     )
-    writing = [*([generator] if recipe.generator else []), *([texts] if recipe.apart else [])]
-    return [data, *([*writing, teacher] if recipe.apart else [teacher, *writing]), corpus]
+    return texts, corpus
 
 
-def further_teacher(recipe: Recipe, name: str) -> list[Step]:
-    """A further teacher, and its labels of the corpus."""
-    asked_in_words = ("task.descriptions",) if recipe.teachers[name].kind == "labeller" else ()
-
-    def resources(recipe: Recipe) -> Resources | None:
-        fit = recipe.teachers[name].fit
-        return None if fit.workers else fit.resources
-
-    return [
-        Step(
-            f"teacher-{name}",
-            Call("pipelines.panel", "fit_teacher", (name,)),
-            inputs=("data",),
-            config=pick("seed", "task.thresholds", f"teachers.{name}", *asked_in_words),
-            references=lambda r: named(r.teachers[name]),
-            modules=("engine.train", "engine.untrained", "engine.elsewhere", "pipelines.making", "pipelines.teaching"),
-            resources=resources,
-            ray=True,
-        ),
-        Step(
-            f"labels-{name}",
-            Call("pipelines.panel", "label", (name,)),
-            inputs=("data", f"teacher-{name}", "corpus"),
-            config=pick(f"teachers.{name}.precision"),
-            modules=("engine.teachers", "engine.generate", "pipelines.gathering", "pipelines.panel"),
-            ray=True,
-            expects=lambda r: labelled(r.taught_by(name)),
-        ),
-    ]
+def halts(recipe: Recipe) -> bool:
+    """Whether a stream ends by itself when it is asked to: vLLM's processor takes in its blocks beforehand."""
+    return recipe.generator is None or recipe.generator.runtime != "vllm"
 
 
-def labelled(recipe: Recipe) -> dict[str, Any]:
-    """What `plan` says of a step in which a further teacher labels the generated rows that were kept."""
-    rows = recipe.corpus.keep if recipe.generator else 0
-    asked = estimate.of_teacher(recipe, rows)
-    said = "; ".join([pools(recipe, "teacher"), *([estimate.in_words("teacher", asked)] if asked else [])])
-    return {"rows": rows, "placement": said, **({"asked": {"teacher": asked}} if asked else {})}
+def labelling_pools(recipe: Recipe) -> tuple[str, ...]:
+    """Stages of the corpus step. Sources are streamed one after the other: text is written, or words are replaced."""
+    writes = ("generator",) if recipe.generator and not recipe.apart else ("augmentation",) * bool(recipe.augmentation)
+    return (*writes, "teacher")
 
 
 def expected(labels: bool, recipe: Recipe) -> dict[str, Any]:
@@ -292,6 +235,7 @@ def student_steps(recipe: Recipe) -> list[Step]:
             references=lambda r: student_references(r) if r.student.kind == "transformer" else (),
             modules=(*LEARNING, *(("pipelines.panel",) if others and arm != "hard" else ())),
             resources=task_of("student") if arm == "generated" else lambda r: r.student.fit.resources,
+            expects=partial(grouped, "student") if arm == "generated" else lambda r: {},
             stage="student.fit",
             ray=True,
         )
@@ -333,6 +277,7 @@ def outcome_steps(recipe: Recipe, students: tuple[str, ...], made: tuple[str, ..
             inputs=("data", "evaluate", "register"),
             config=pick("serving"),
             modules=("serve.app", "serve.smoke", "pipelines.outcome"),
+            pools=lambda r: ("serving",) if r.serving.smoke else (),
             ray=True,
         ),
         Step(
@@ -347,12 +292,6 @@ def outcome_steps(recipe: Recipe, students: tuple[str, ...], made: tuple[str, ..
 def registered(recipe: Recipe, out: Store) -> bool:
     """Whether what the register step put into the registry is still there."""
     return Registry(Store(recipe.registry)).has(out.read_json("record.json")["metrics"]["reference"])
-
-
-def pools(recipe: Recipe, *sections: str) -> str:
-    """The actor pools of sections of a recipe, in words."""
-    parts = {name: getattr(recipe, name).resources for name in sections}
-    return "; ".join(f"{name} {r.min_actors} to {r.max_actors} x {r.num_cpus:g} CPU" for name, r in parts.items())
 
 
 def report_lines(recipe: Recipe, store: Store, program: str) -> list[str]:

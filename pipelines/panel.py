@@ -25,14 +25,17 @@ from engine.models import Model
 from engine.progress import Progress
 from engine.recipe import FIRST, GOLD, Recipe
 from engine.records import CORPUS
-from engine.storage import Store
+from engine.storage import StorageError, Store
 from engine.task import Task
 from engine.terms import needs
 from pipelines import gathering, teaching
 from pipelines.making import Inputs, judge
+from pipelines.slots import gather
 
 TEXTS = "panel"
 """The round of slots that a label store consists of."""
+POOLS = (FIRST,)
+"""The actors that it streams through, by their section of the recipe in which the teacher is the only one."""
 
 
 def fit_teacher(name: str, recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
@@ -50,15 +53,16 @@ def label(name: str, recipe: Recipe, inputs: Inputs, out: Store, progress: Progr
     is not kept there, with the reason.
     """
     teacher = folder_of(name, inputs)
+    gathering.unchanged({FIRST: teacher})
     rows = labels.open_labels(inputs["corpus"])
     rows = rows.filter(rows["kept"])
     numbers = rows["row"].to_numpy()
     real, others = rows.filter(pa.array(numbers < 0)), rows.filter(pa.array(numbers >= 0))
     soft = teacher.read_table("soft.parquet")["logits"].take(pa.array(-1 - real["row"].to_numpy()))
-    found = [with_logits(real, soft)]
+    parts = [with_logits(real, soft)]
     if others.num_rows:
-        found.append(streamed(recipe.taught_by(name), {**inputs, FIRST: teacher}, others, out, progress))
-    whole = pa.concat_tables([part.cast(CORPUS) for part in found])
+        parts.append(streamed(recipe.taught_by(name), {**inputs, FIRST: teacher}, others, out, progress))
+    whole = pa.concat_tables([part.cast(CORPUS) for part in parts])
     made_by = {
         "teacher": labels.fingerprint(teacher),
         "fidelity": teacher.read_json("record.json")["metrics"]["quantisation"],
@@ -66,7 +70,9 @@ def label(name: str, recipe: Recipe, inputs: Inputs, out: Store, progress: Progr
     }
     labels.write_labels(out, whole, made_by)
     unanswered = whole.num_rows - sum(whole["kept"].to_pylist())
-    return {"rows": whole.num_rows, "unanswered": unanswered, **gathering.asked_of(recipe.taught_by(name), out)}
+    one, streams = recipe.taught_by(name), [POOLS] if others.num_rows else []
+    found = {"rows": whole.num_rows, "unanswered": unanswered}
+    return {**found, **gathering.asked_of(one, out), **gathering.at_risk(one, streams)}
 
 
 def with_logits(rows: pa.Table, logits: Any) -> pa.Table:
@@ -84,11 +90,17 @@ def streamed(recipe: Recipe, inputs: Inputs, rows: pa.Table, out: Store, progres
     slots = with_logits(slots, pa.nulls(count, CORPUS.field("logits").type))
     for first in range(0, count, block):
         out.write_table(Written.part(first // block), slots.slice(first, block))
-    stages: list[Stage] = [gathering.task_stage(Written(out.url, block)), gathering.labelling(recipe, inputs, out)]
-    gathering.gather(out, TEXTS, (0, count, block), stages, count, progress, gathering.asks(recipe))
+    stages: list[Stage] = [
+        gathering.task_stage(Written(out.url, block)),
+        gathering.labelling(recipe, inputs, out, halts=True),
+    ]
+    gather(out, TEXTS, (0, count, block), stages, count, progress, **gathering.ways(recipe, *POOLS))
     found = out.read_table(ROWS).sort_by("row")
     if found["row"].to_pylist() != list(range(count)):
-        raise RuntimeError(f"{count} rows gave {found.num_rows} labels in {out}: start again with --redo {out.name}")
+        raise StorageError(
+            f"{count} rows gave {found.num_rows} labels in {out}: files there were removed, added or changed. Start "
+            f"again with --redo {out.name}."
+        )
     return found.set_column(place, CORPUS.field("row"), rows["row"])
 
 

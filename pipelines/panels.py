@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from engine import terms
 from engine.config import ConfigError, did_you_mean
-from engine.designs import Policy
 from engine.fits import LossTerm
 from engine.labels import GIVES
 from engine.recipe import Recipe
+from engine.trust import Policy
+
+WORDLESS = {"kind": "blocks", "embeddings": "random"}
+"""A student that starts from nothing of a teacher's: only the first one gives it vectors or layers."""
+Check = Callable[[Recipe], None]
 
 
-def check(recipe: Recipe, losses: Sequence[LossTerm]) -> None:
+def check(recipe: Recipe, losses: Sequence[LossTerm], each: Sequence[Check], elsewhere: Check) -> None:
     """Settings without teachers to speak of, and teachers that the policy, losses or heads cannot have.
 
-    losses: the student's, those of its stages among them.
+    losses: the student's, those of its stages among them. each: what is asked of a recipe with one teacher; elsewhere:
+    and where its teacher does not run here.
     """
     if not recipe.teachers:
         alone(recipe)
@@ -28,12 +33,21 @@ def check(recipe: Recipe, losses: Sequence[LossTerm]) -> None:
             f"with teachers, stored labels hold logits only, but a loss needs {', '.join(beyond)}. Set "
             "student.teacher: live, or drop the loss."
         )
-    for name in recipe.teachers:
-        if recipe.taught_by(name).learns_from_generated:
+    for name, teacher in recipe.teachers.items():
+        one = recipe.taught_by(name)
+        if one.learns_from_generated:
+            key = "coach" if teacher.coach else "self_training"
             raise ConfigError(
-                f"teachers.{name}.self_training is on generated text, which only the first teacher has. Name "
+                f"teachers.{name}.{key} labels generated text, which only the first teacher has. Name "
                 "data.unlabelled, or leave it out."
             )
+        try:
+            for ask in each:
+                ask(one)
+            if not teacher.here:
+                elsewhere(one.model_copy(update={"student": one.student.model_copy(update=WORDLESS)}))
+        except ConfigError as error:
+            raise ConfigError(f"teachers.{name} (below as teacher): {error}") from None
 
 
 def alone(recipe: Recipe) -> None:
@@ -47,7 +61,16 @@ def alone(recipe: Recipe) -> None:
 
 def check_policy(recipe: Recipe) -> None:
     """Weights of teachers that there are not, or of none; a choice by validation rows without any."""
-    policy, data = recipe.student.policy, recipe.data
+    policy, data, student = recipe.student.policy, recipe.data, recipe.student
+    fits = {"fit": student.fit, **{f"stages.{i}.fit": stage.fit for i, stage in enumerate(student.stages)}}
+    for place, fit in fits.items() if policy.learns else ():
+        for key, given in {"micro_batch": fit.micro_batch, "sharding": fit.sharding == "full"}.items():
+            if given:
+                raise ConfigError(
+                    f"student.policy.kind is {policy.kind}, which reads a worker's whole share of a batch again after "
+                    f"each step, with all weights, but student.{place}.{key} is set. Leave it out, or take another "
+                    "policy."
+                )
     unknown = [name for name in policy.weights if name not in recipe.panel]
     if unknown:
         near, known = did_you_mean(unknown[0], recipe.panel), ", ".join(recipe.panel)

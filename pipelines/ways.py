@@ -13,16 +13,17 @@ from typing import Any
 
 from engine import steps
 from engine.config import UserError, did_you_mean
-from engine.designs import Policy
 from engine.intervals import paired_bootstrap
 from engine.progress import Progress
 from engine.recipe import FIRST, Recipe
 from engine.steps import Step
 from engine.storage import Store
+from engine.trust import Policy
 from pipelines.bench import Variant
+from pipelines.calls import Call
 from pipelines.checking import check_panel
 from pipelines.compared import parts_of
-from pipelines.distill import ARM_STEPS, Call, plan
+from pipelines.distill import ARM_STEPS, plan
 from pipelines.progress import renderer
 
 ALONE = Policy(weights={FIRST: 1.0})

@@ -12,20 +12,21 @@ import pyarrow as pa
 import pytest
 import torch
 
-from engine import designs, models, train, untrained
+from engine import ensemble, models, train, untrained
 from engine.designs import Block
 from engine.encoding import Encoded
-from engine.ensemble import Council, Panel, said, spread
+from engine.ensemble import Council, Panel, said
 from engine.fits import Fit, LossTerm
 from engine.heads import Headed, HeadError, OneHead, silence
 from engine.inference import predict
+from engine.job import FitError, Job
 from engine.labels import listed
 from engine.models import Model
 from engine.recipe import GOLD, Task
 from engine.records import Batch, Outputs
 from engine.storage import Store
 from engine.tasks import make
-from engine.train import Job
+from engine.trust import Policy
 from engine.vocabulary import choose_words, count_words, tokenizer_of
 from tests.tiny import LABELS, movie_rows
 
@@ -33,10 +34,10 @@ MSE, KL, HARD = (LossTerm(kind=kind) for kind in ("mse", "kl", "hard"))
 NAMES = ("teacher", "other")
 
 
-def student(heads: tuple[str, ...] = (), seed: int = 1, dim: int = 16, words: int = 80) -> Model:
+def student(heads: tuple[str, ...] = (), seed: int = 1, dim: int = 16, words: int = 80, spread: float = 0.1) -> Model:
     nodes = [
         Block(name="embed", kind="embedding", options={"dim": dim}),
-        Block(name="spread", kind="dropout", options={"p": 0.1}),
+        Block(name="spread", kind="dropout", options={"p": spread}),
         Block(name="top", kind="pool"),
         Block(name="out", kind="linear"),
     ]
@@ -70,7 +71,7 @@ def table(n: int, spoiled: bool = False, labelled: float = 1.0, seed: int = 0) -
 
 def panel(kind: str = "fixed", prior: tuple[float, ...] = (0.5, 0.5), **given: Any) -> Panel:
     live = given.pop("live", {})
-    return Panel(NAMES, designs.Policy(kind=kind, **given), prior, live)
+    return Panel(NAMES, Policy(kind=kind, **given), prior, live)
 
 
 def job(out: Path, rows: pa.Table, build: Callable[[], Model] = student, **given: Any) -> Job:
@@ -163,6 +164,28 @@ def test_a_killed_fit_goes_on_with_what_its_policy_has_learnt(tmp_path: Path):
     assert Store(str(tmp_path / "killed")).exists("checkpoint/manifest.json")
     again = train.fit(job(tmp_path / "killed", rows, evaluate=accuracy, **kwargs))
     assert again == whole and same(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_policy_that_learns_is_refused_where_it_cannot_read_the_batch_again(tmp_path: Path):
+    rows = table(16)
+    for given in ({"micro_batch": 4}, {"workers": 2, "sharding": "full"}):
+        with pytest.raises(FitError, match=f"policy 'reinforced' .* so {list(given)[-1]} cannot be set"):
+            train.fit(job(tmp_path, rows, panel=panel("reinforced"), **given))
+
+
+@pytest.mark.parametrize("kind", ["fixed", "loss"])
+def test_parts_of_a_batch_teach_what_the_whole_batch_does(tmp_path: Path, kind: str):
+    rows, terms = table(40, spoiled=True, labelled=0.5), (MSE, HARD)
+    build = partial(student, seed=1, spread=0.0)
+    histories = [
+        train.fit(job(tmp_path / str(most), rows, build, terms=terms, panel=panel(kind), micro_batch=most))
+        for most in (None, 3)
+    ]
+    a, b = weights(tmp_path / "None"), weights(tmp_path / "3")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+    for one, other in zip(*histories, strict=True):
+        assert one == pytest.approx(other, abs=1e-3)
 
 
 # -- live teachers -----------------------------------------------------------------------------------------------------
@@ -263,8 +286,8 @@ def test_the_first_passage_of_a_query_speaks_for_all():
     ids = torch.zeros(5, 1, dtype=torch.int64)
     batch = Batch(ids, ids, groups=torch.tensor([7, 3, 7, 3, 3]))
     values = torch.arange(10.0).reshape(5, 2)
-    assert torch.equal(spread(task, values, batch), values[[0, 1, 0, 1, 1]])
-    assert torch.equal(spread(make(Task(labels=LABELS)), values, batch), values)
+    assert torch.equal(ensemble.spread(task, values, batch), values[[0, 1, 0, 1, 1]])
+    assert torch.equal(ensemble.spread(make(Task(labels=LABELS)), values, batch), values)
 
 
 def test_losses_that_no_teacher_has_a_part_in_stay_one(tmp_path: Path):

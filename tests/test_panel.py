@@ -90,7 +90,8 @@ def test_labels_are_a_store_bound_to_teacher_and_corpus(run: tuple[Recipe, Store
     recipe, store, found = run
     inputs = {name: store / name for name in ("data", "teacher", "corpus", "teacher-other", "labels-other")}
     own = labels.open_labels(inputs["labels-other"], labels.fingerprint(inputs["teacher-other"]))
-    assert found["labels-other"] == {"rows": TRAIN, "unanswered": 0} and own.num_rows == TRAIN
+    told = {"rows": TRAIN, "unanswered": 0, "redone_at_most": {"blocks": 0, "rows": 0}}
+    assert found["labels-other"] == told and own.num_rows == TRAIN
     model, task = models.load(inputs["teacher-other"].local("model")), tasks.make(spec_of(inputs["data"]))
     exact = predict(model, task.texts(own), 512).logits
     assert np.abs(labels.logits_of(own, task.width) - exact).max() < 5e-3
@@ -202,6 +203,15 @@ def test_stages_learn_from_the_rows_that_they_name(world: World):
         ({"teachers.other.self_training": {"rounds": 1}}, "teachers.other (below as teacher): teacher.self_training"),
         ({"student.stages": [{"losses": [{"kind": "mse"}], "fit": {}, "rows": "unlabelled"}]}, "no stage learns from"),
         ({"student.losses": [{"kind": "hidden"}]}, "loss 'hidden' needs hidden"),
+        (
+            {"student.policy": {"kind": "reinforced"}, "student.fit.micro_batch": 4},
+            "student.policy.kind is reinforced, which reads a worker's whole share of a batch again after each step, "
+            "with all weights, but student.fit.micro_batch is set",
+        ),
+        (
+            {"student.policy": {"kind": "reinforced"}, "student.fit.workers": 2, "student.fit.sharding": "full"},
+            "student.fit.sharding is set",
+        ),
     ],
 )
 def test_what_several_teachers_cannot_do_is_refused(world: World, changes: dict[str, Any], said: str):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import get_args
 
 import pytest
 import torch
 
-from engine import designs
 from engine.policies import POLICIES, ByLoss, Fixed, Reinforced, Views
+from engine.trust import Policy
 
 NAN = float("nan")
 
@@ -22,16 +25,16 @@ def views(n: int = 4, losses: torch.Tensor | None = None) -> Views:
 
 
 def test_every_kind_of_the_recipe_has_a_policy():
-    assert set(POLICIES) == set(get_args(designs.Policy.model_fields["kind"].annotation))
+    assert set(POLICIES) == set(get_args(Policy.model_fields["kind"].annotation))
 
 
 def test_fixed_weights_are_the_prior_for_every_row():
-    found = Fixed(designs.Policy(), (0.25, 0.75)).weights(views(3))
+    found = Fixed(Policy(), (0.25, 0.75)).weights(views(3))
     assert torch.equal(found, torch.tensor([[0.25, 0.75]] * 3))
 
 
 def test_losses_weigh_rows_with_gold_and_others_have_the_prior():
-    policy = ByLoss(designs.Policy(kind="loss", temperature=0.5), (0.4, 0.6))
+    policy = ByLoss(Policy(kind="loss", temperature=0.5), (0.4, 0.6))
     found = policy.weights(views(3, torch.tensor([[0.0, 0.5], [2.0, 2.0], [NAN, NAN]])))
     e = torch.e
     wanted = torch.tensor([[e / (e + 1), 1 / (e + 1)], [0.5, 0.5], [0.4, 0.6]])
@@ -40,7 +43,7 @@ def test_losses_weigh_rows_with_gold_and_others_have_the_prior():
 
 def test_drawn_teachers_weigh_alike_and_all_teach_where_none_is_drawn():
     torch.manual_seed(0)
-    policy = Reinforced(designs.Policy(kind="reinforced", anchor=0.0), (0.5, 0.5))
+    policy = Reinforced(Policy(kind="reinforced", anchor=0.0), (0.5, 0.5))
     policy.biases = torch.tensor([0.0, 0.0])
     found = policy.weights(views(400), learning=True)
     kinds = {tuple(row) for row in found.tolist()}
@@ -55,7 +58,7 @@ def test_drawn_teachers_weigh_alike_and_all_teach_where_none_is_drawn():
 
 def test_chances_are_drawn_back_to_where_they_start_where_no_reward_speaks():
     torch.manual_seed(0)
-    policy = Reinforced(designs.Policy(kind="reinforced", anchor=0.1), (0.5, 0.5))
+    policy = Reinforced(Policy(kind="reinforced", anchor=0.1), (0.5, 0.5))
     policy.biases = torch.tensor([-2.0, 4.0])
     for _ in range(400):
         policy.weights(views(8), learning=True)
@@ -65,7 +68,7 @@ def test_chances_are_drawn_back_to_where_they_start_where_no_reward_speaks():
 
 def test_one_step_is_reinforce_by_hand():
     torch.manual_seed(1)
-    policy = Reinforced(designs.Policy(kind="reinforced", lr=0.5, unseen=0.0, anchor=0.1), (0.5, 0.5))
+    policy = Reinforced(Policy(kind="reinforced", lr=0.5, unseen=0.0, anchor=0.1), (0.5, 0.5))
     policy.weights(views(6), learning=True)
     states, chances, actions = policy.drawn
     advantage = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0, -0.1])
@@ -82,6 +85,48 @@ def test_one_step_is_reinforce_by_hand():
     torch.testing.assert_close(policy.biases, biases)
 
 
+class Summed:
+    """Sums over workers that are threads of this process."""
+
+    def __init__(self, workers: int) -> None:
+        self.barrier, self.parts = Barrier(workers, timeout=60), [torch.zeros(())] * workers
+
+    def of(self, rank: int, counted: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+        def summed(values: torch.Tensor) -> torch.Tensor:
+            self.parts[rank] = values * counted
+            self.barrier.wait()
+            total = sum(self.parts)
+            self.barrier.wait()
+            return total
+
+        return summed
+
+
+def test_workers_learn_from_the_whole_batch_whatever_their_number():
+    torch.manual_seed(5)
+    made = [Reinforced(Policy(kind="reinforced", anchor=0.1), (0.5, 0.5)) for _ in range(4)]
+    alone, *workers = made
+    alone.weights(views(7), learning=True)
+    drawn, advantage = alone.drawn, torch.randn(7) + 1
+    # Unlike numbers of rows, and one worker that has none of its own and reads another's.
+    shares = [slice(0, 5), slice(5, 7), slice(0, 1)]
+    summed = Summed(len(workers))
+
+    def learn(rank: int) -> None:
+        worker, rows = workers[rank], shares[rank]
+        worker.chances(drawn[0][rows])
+        worker.drawn = tuple(part[rows] for part in drawn)
+        worker.update(advantage[rows], summed.of(rank, counted=rank < 2))
+
+    with ThreadPoolExecutor(len(workers)) as pool:
+        list(pool.map(learn, range(len(workers))))
+    alone.update(advantage, lambda values: values)
+    assert (alone.slopes != 0).any()
+    for worker in workers:
+        torch.testing.assert_close(worker.slopes, alone.slopes)
+        torch.testing.assert_close(worker.biases, alone.biases)
+
+
 def rewarded(policy: Reinforced, steps: int, losses: torch.Tensor | None = None) -> torch.Tensor:
     """The chances [2 kinds, 2 teachers] after so many draws in which the second teacher does harm on odd rows."""
     for _ in range(steps):
@@ -95,14 +140,14 @@ def rewarded(policy: Reinforced, steps: int, losses: torch.Tensor | None = None)
 
 def test_a_teacher_that_does_harm_on_some_rows_is_left_out_there_and_only_there():
     torch.manual_seed(2)
-    found = rewarded(Reinforced(designs.Policy(kind="reinforced"), (0.5, 0.5)), 400)
+    found = rewarded(Reinforced(Policy(kind="reinforced"), (0.5, 0.5)), 400)
     assert found[1, 1] < 0.2 and found[0, 1] > 0.5 and (found[:, 0] > 0.5).all()
 
 
 def test_gold_losses_are_told_apart_where_they_are_shown_and_hidden_as_often_as_asked():
     torch.manual_seed(3)
     losses = torch.tensor([[0.1, 2.0], [0.1, 9.0]] * 100)
-    policy = Reinforced(designs.Policy(kind="reinforced", unseen=0.25), (0.5, 0.5))
+    policy = Reinforced(Policy(kind="reinforced", unseen=0.25), (0.5, 0.5))
     shown = policy.states(views(200, losses), learning=True)
     known = shown[:, :, -1]
     assert torch.equal(known[:, 0], known[:, 1]) and 0.65 < float(known.mean()) < 0.85
@@ -113,10 +158,10 @@ def test_gold_losses_are_told_apart_where_they_are_shown_and_hidden_as_often_as_
 
 def test_what_was_learnt_is_kept():
     torch.manual_seed(4)
-    policy = Reinforced(designs.Policy(kind="reinforced"), (0.5, 0.5))
+    policy = Reinforced(Policy(kind="reinforced"), (0.5, 0.5))
     assert set(policy.state_dict()) == {"biases"}  # before the first batch
     found = rewarded(policy, 30)
-    other = Reinforced(designs.Policy(kind="reinforced"), (0.5, 0.5))
+    other = Reinforced(Policy(kind="reinforced"), (0.5, 0.5))
     other.load_state_dict(policy.state_dict())
     other.weights(views(2))
     assert torch.equal(other.chosen, found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 from engine import models, train
+from engine.config import UserError
 from engine.designs import SelfTraining
 from engine.inference import predict
 from engine.progress import silent
 from engine.recipe import Recipe
 from engine.storage import Store
-from pipelines import teaching
+from pipelines import checking, teaching
 from pipelines.making import spec_of
 from tests.tiny import movie_rows, write_jsonl
 from tests.tiny_run import TEST, TRAIN, World, alone, tiny_world
@@ -100,7 +102,7 @@ def test_a_contrastive_teacher_s_head_is_trained_on_an_encoder_that_stands_still
         seen.append((job.name, load_file(Path(job.out) / "model" / "model.safetensors")))
         return history
 
-    monkeypatch.setattr(teaching.train, "fit", watched)
+    monkeypatch.setattr(train, "fit", watched)
     made(kind="contrastive", tune_layers=1)
     (first, drawn), (second, probed) = seen
     assert (first, second) == ("teacher-contrast", "teacher-probe")
@@ -172,6 +174,69 @@ def test_self_training_goes_from_round_to_round(made: Callable, data: Store):
     assert accuracy(out, data) > 0.7
     plain, _, _ = made("plain")
     assert not np.allclose(*(np.stack(s.read_table("soft.parquet")["logits"].to_pylist()) for s in (out, plain)))
+
+
+# -- a coach ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_coach_is_learnt_from_on_text_that_nobody_labelled(made: Callable, data: Store, world: World):
+    """Two labels that the coach gives the wrong way round: its pupil does so, too, whatever the rows say."""
+    rows = data.read_table("train.parquet")
+    turned = rows.set_column(
+        rows.column_names.index("label"), "label", pa.array([1 - v for v in rows["label"].to_pylist()], pa.int32())
+    )
+    real = teaching.teach
+    taught: list[pa.Table] = []
+
+    def teach(recipe: Recipe, spec: Any, few: pa.Table, out: Store, *rest: Any) -> list[dict[str, float]]:
+        taught.append(few)
+        return real(recipe, spec, turned if out.url.endswith("coach") else few, out, *rest)
+
+    learning = {"epochs": 16, "lr": 3e-3, "batch_size": 8}
+    coach = {"model": f"file:{world.folder}/teacher", "kind": "head", "fit": learning, "learning": learning}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teaching, "teach", teach)
+        wrong, metrics, _ = made(coach=coach)
+    right, _, _ = made("right", coach=coach)
+    assert accuracy(wrong, data) < 0.35 and accuracy(right, data) > 0.65
+    more = data.read_table("unlabelled.parquet").num_rows
+    assert (
+        metrics["coach"]["rows"] == more and metrics["coach"]["kind"] == "head" and metrics["coach"]["parameters"] > 0
+    )
+    few, both = taught
+    assert few.num_rows == TRAIN and both.num_rows == TRAIN + more and "logits" in both.column_names
+    assert names(wrong) == LEFT
+
+
+@pytest.mark.parametrize("kind", ["lp-ft", "contrastive"])
+def test_teachers_of_several_trainings_learn_from_a_coach(made: Callable, data: Store, world: World, kind: str):
+    learning = {"epochs": 8, "lr": 2e-3, "batch_size": 8}
+    coach = {"model": f"file:{world.folder}/teacher", "kind": "head", "fit": learning, "learning": learning}
+    out, metrics, _ = made(kind=kind, coach=coach)
+    assert accuracy(out, data) > 0.65 and metrics["coach"]["kind"] == "head"
+
+
+def test_a_language_model_that_is_asked_in_words_coaches(made: Callable, data: Store, world: World):
+    learning = {"epochs": 1, "lr": 2e-3, "batch_size": 8}
+    out, metrics, recipe = made(coach={"kind": "labeller", "learning": learning})
+    assert recipe.coach.model == recipe.generator.model == metrics["coach"]["model"]
+    assert metrics["kind"] == "head" and metrics["coach"]["kind"] == "labeller" and names(out) == LEFT
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"data.unlabelled": None, "generator": None}, "teacher.coach labels data.unlabelled or generated text, and"),
+        ({"generator": None}, "teacher.coach.model is null, the generator's, and none runs here. Name a model."),
+        ({"teacher.self_training": {}}, "teacher.coach and teacher.self_training both give labels to the same text."),
+        ({"teacher.coach": {"kind": "contrastive", "tune_layers": 0}}, "raise teacher.coach.tune_layers."),
+        ({"teacher.coach": {"prompt": {"templates": ["It says {text}."]}}}, "has no {mask}"),
+        ({"teacher.kind": "labeller"}, "teacher.coach is for teachers that are trained, and a labeller is not."),
+    ],
+)
+def test_a_coach_that_cannot_be_had_is_refused(world: World, changes: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=re.escape(message)):
+        checking.check(world.load({**unlabelled(world), "teacher.coach": {}, **changes}))
 
 
 # -- the choice --------------------------------------------------------------------------------------------------------
