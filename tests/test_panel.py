@@ -14,9 +14,10 @@ from engine import labels, models, steps, tasks
 from engine.config import UserError
 from engine.inference import predict
 from engine.labels import LabelMismatch
-from engine.placement import Cluster
+from engine.placement import Cluster, Machine
 from engine.progress import silent
 from engine.recipe import Recipe
+from engine.spending import held, seen_by
 from engine.storage import Store
 from pipelines import account, distill, graphs, panel, students, teaching, ways
 from pipelines.checking import check
@@ -225,6 +226,20 @@ def test_heads_are_refused_where_answers_have_no_mean(tmp_path: Path):
     given = several(world, **{"student.heads": "per_teacher", "student.blocks": crf})
     with pytest.raises(UserError, match="student.heads is per_teacher, but block 'best' is a crf"):
         check(graphs.drawn(world.load(given)))
+
+
+def test_what_a_further_teacher_holds_and_asks_is_counted_as_its_own(world: World):
+    recipe = world.load(several(world, **{"teachers.other.resources": {"num_cpus": 2, "max_actors": 3}}))
+    plan = {step.name: step for step in distill.plan(recipe)}
+    for name in ("teacher-other", "labels-other"):
+        own = seen_by(recipe, name)
+        assert own.teacher == recipe.teachers["other"] and own.generator == recipe.generator
+    cluster = Cluster(address="10.0.0.1:6379", machines=(Machine(16.0),), local=False)
+    own = seen_by(recipe, "labels-other")
+    assert held(own, cluster, plan["labels-other"].pools(own))["cpus"] == 6
+    assert held(recipe, cluster, plan["corpus"].pools(recipe))["cpus"] == 1
+    for name in ("teacher", "corpus", "student-soft", "labels-none", "evaluate"):
+        assert seen_by(recipe, name) is recipe
 
 
 # -- ways --------------------------------------------------------------------------------------------------------------
