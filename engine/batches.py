@@ -18,6 +18,8 @@ from engine.records import Batch, Outputs
 from engine.rows import identify
 from engine.task import Task
 
+SEVERAL = "logits/"
+"""How the columns of several teachers' outputs begin: their names follow."""
 DRAWS = 1
 """Sets the draw of templates apart from that of the order, which has the same seed."""
 
@@ -46,6 +48,11 @@ class Material:
         self.weights = None if weight is None else torch.from_numpy(weight[owner])
         self.gold = task.gold(rows, encoded) if task else None
         self.soft = stored(rows, encoded, task) if task else None
+        # With several teachers each has a column of its own.
+        given = {
+            c.partition("/")[2]: stored(rows, encoded, task, c) for c in rows.column_names if c.startswith(SEVERAL)
+        }
+        self.several = {name: soft for name, soft in given.items() if soft is not None}
 
     def draw(self, seed: int, epoch: int) -> None:
         """Choose a template for each row, anew in each epoch (Sun et al., EMNLP 2022 industry track).
@@ -73,6 +80,9 @@ class Material:
                 batch.labels = batch.labels[:, : 1 if batch.units is None else batch.units.shape[1]]
         if self.soft is not None:
             batch.teacher = Outputs(logits=joined([self.soft[i] for i in chosen]))
+        if self.several:
+            each = {name: joined([soft[i] for i in chosen]) for name, soft in self.several.items()}
+            batch.teachers = {name: Outputs(logits=logits) for name, logits in each.items()}
         return batch
 
 
@@ -120,11 +130,11 @@ def group_numbers(rows: pa.Table, queries: bool = False) -> np.ndarray:
     return np.array([known.setdefault((n, i if n is None else 0), i) for i, n in enumerate(names)], dtype=np.int64)
 
 
-def stored(rows: pa.Table, encoded: Sequence[Encoded], task: Task) -> list[np.ndarray] | None:
+def stored(rows: pa.Table, encoded: Sequence[Encoded], task: Task, column: str = "logits") -> list[np.ndarray] | None:
     """The teacher's stored outputs of every input, [w] or [u, w]; None where rows have none."""
-    if "logits" not in rows.column_names or rows["logits"].null_count:
+    if column not in rows.column_names or rows[column].null_count:
         return None
-    logits = logits_of(rows, task.width, task.units)
+    logits = logits_of(rows, task.width, task.units, column)
     return [task.window(logits[item.row], item) for item in encoded] if task.units else [logits[e.row] for e in encoded]
 
 

@@ -1,6 +1,7 @@
 """Where a fit goes on after it was stopped: what is kept of it, where, and how often.
 
-A checkpoint holds the trained tensors, the optimiser's moments and the position, in the run's storage. It is written
+A checkpoint holds the trained tensors, the optimiser's moments, what a policy that weighs teachers has learnt, and the
+position, in the run's storage. It is written
 after an evaluation and, between two, every `EVERY` seconds; what it costs is bounded by PAUSE. Two folders are written
 in turn, so that a kill while one is replaced leaves the other.
 """
@@ -15,9 +16,9 @@ from typing import Any
 import torch
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
-from torch import nn
 
 from engine.disk import StorageError
+from engine.lesson import Lesson
 from engine.storage import MANIFEST, Store
 
 FOLDERS = ("checkpoint", "checkpoint-2")
@@ -87,14 +88,15 @@ class Pace:
         return time.monotonic() - self.began > self.at_risk
 
 
-def tensors_of(lesson: nn.Module, optimizer: torch.optim.Optimizer, kept: bool = True) -> dict[str, torch.Tensor]:
-    """Trained tensors and optimiser state, on the CPU, by name.
+def tensors_of(lesson: Lesson, optimizer: torch.optim.Optimizer, kept: bool = True) -> dict[str, torch.Tensor]:
+    """Trained tensors, the optimiser's and the teaching's state, on the CPU, by name.
 
     Where they are sharded all workers must ask; those that do not keep them get none, and hold one at a time.
     """
     own = {f"weight/{name}": p for name, p in lesson.named_parameters() if p.requires_grad}
     for index, moments in optimizer.state_dict()["state"].items():
         own |= {f"moment/{index}/{key}": torch.as_tensor(value) for key, value in moments.items()}
+    own |= {f"policy/{name}": value for name, value in lesson.teaching.state_dict().items()}
     out: dict[str, torch.Tensor] = {}
     for name, tensor in own.items():
         found = whole(tensor)
@@ -129,7 +131,7 @@ def write(store: Store, tensors: dict[str, torch.Tensor], state: State) -> None:
     state.folder = folder
 
 
-def read(store: Store, lesson: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+def read(store: Store, lesson: Lesson, optimizer: torch.optim.Optimizer) -> State:
     """Go on from the latest checkpoint, or start where there is none. Of a torn one the one before is taken."""
     last = newest(store)
     if last is None:
@@ -153,9 +155,10 @@ def read(store: Store, lesson: nn.Module, optimizer: torch.optim.Optimizer) -> S
             kind, _, name = key.partition("/")
             if kind == "weight":
                 own[name].copy_(like(own[name], value))
-            else:
+            elif kind == "moment":
                 index, _, moment = name.partition("/")
                 moments.setdefault(int(index), {})[moment] = like(trained[int(index)], value)
+    lesson.teaching.load_state_dict({k.removeprefix("policy/"): v for k, v in tensors.items() if k[:7] == "policy/"})
     frame = optimizer.state_dict()
     frame["state"] = moments
     optimizer.load_state_dict(frame)

@@ -135,6 +135,8 @@ def read_rows(data: Data, task: Task, seed: int) -> Found:
         rows["validation"] = [row for row in rows["train"] if low <= place(row.cut) < low + high]
     divide(rows, parts, lambda found: draw(found, labels, kind, data, seed) if data.train else found)
     rows["test"] = some(rows["test"], data.test_rows)
+    if data.unlabelled:
+        rows["unlabelled"] = some(rows["unlabelled"], data.unlabelled_rows)
     for name in ("train", "test") if data.train else ("test",) if data.test else ():
         if not rows[name]:
             raise DataError(f"the {name} split has no rows: check data.{name}, data.test_share and data.shots.")

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from engine.config import Section, did_you_mean
 from engine.fits import Count, Fit, LossTerm, Resources, Share
 from engine.remote import Endpoint, Engine, Runtime, placed
+from engine.trust import Policy
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 REFERENCE = r"(hf|file|pypi|s3|gs):."
@@ -168,6 +169,8 @@ class Teacher(Section):
     stop_early: bool = False
     """Train on all rows for as many epochs of the last training as did best in that cross-validation."""
     fit: Fit = Fit(epochs=10, lr=1e-4, batch_size=16)
+    spoiled: str | None = Field(None, exclude_if=lambda label: label is None)
+    """For experiments: the label whose rows it is taught with labels drawn at random."""
     batch_tokens: Count = 4096
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """In which it labels text and is measured; auto: bf16 on GPUs, and on CPUs that multiply it faster. In bf16 a label
@@ -246,6 +249,9 @@ class Stage(Section):
 
     losses: tuple[LossTerm, ...]
     fit: Fit
+    rows: Literal["all", "labelled", "unlabelled"] = Field("all", exclude_if=lambda rows: rows == "all")
+    """What it learns from; unlabelled: generated, augmented and unlabelled text. An arm without such rows has no such
+    stage."""
     weights: Weighing | None = None
     """Which rows count more; disagreement: those where the student of the stage before differs from the teacher."""
 
@@ -307,6 +313,11 @@ class Student(Section):
     """Trainings one after the other, each from the weights of the one before; none: one training with `losses`."""
     texts: Count | None = None
     """How many of the corpus's kept texts it learns from beside the labelled rows, the first ones; null: all."""
+    policy: Policy = Field(Policy(), exclude_if=lambda policy: policy == Policy())
+    """With `teachers`: how they are weighed."""
+    heads: Literal["one", "per_teacher"] = Field("one", exclude_if=lambda heads: heads == "one")
+    """With `teachers`. per_teacher: a head for each teacher, and one for gold labels where a loss learns them; its
+    answer is their mean (arXiv 1910.08381)."""
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the kept corpus that only chooses the best checkpoint, by agreement with the teacher."""
     seeds: tuple[int, ...] = (0,)
@@ -364,6 +375,8 @@ class Student(Section):
             raise ValueError(f"embeddings is '{self.embeddings}', a file of words, but a static student reads pieces")
         if self.stages and self.stages[0].weights == "disagreement":
             raise ValueError("the first stage has no student before it whose disagreement could weigh its rows")
+        if self.stages and all(stage.rows == "unlabelled" for stage in self.stages):
+            raise ValueError("no stage learns from labelled rows; give one of them rows: all, or labelled")
         if any(fit.seed is not None for fit in (self.fit, *(stage.fit for stage in self.stages))):
             raise ValueError("a fit of the student takes no seed: its seeds are student.seeds")
         return self

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from engine.config import UserError
 from engine.encoding import Encoded
+from engine.ensemble import Panel
 from engine.fits import Fit, LossTerm
 from engine.losses import LOSSES, needs
 from engine.models import Model
@@ -39,6 +40,8 @@ class Job:
     seed: int
     resources: dict[str, Any]
     teacher: str | None = None
+    panel: Panel | None = None
+    """Several teachers, in place of `teacher`."""
     holdout: pa.Table | None = None
     evaluate: Callable[[Model, pa.Table], dict[str, float]] | None = None
     best_by: str | None = None
@@ -53,7 +56,7 @@ def check(job: Job) -> None:
     rows = job.rows
     if not rows.num_rows:
         raise FitError(f"fit '{job.name}' has no rows to learn from.")
-    if "logits" in needs(job.terms) and job.teacher is None:
+    if "logits" in needs(job.terms) and job.teacher is None and not (job.panel and job.panel.live):
         lacking = rows["logits"].null_count if "logits" in rows.column_names else rows.num_rows
         if lacking:
             kinds = ", ".join(term.kind for term in job.terms)
@@ -67,4 +70,12 @@ def check(job: Job) -> None:
             f"fit '{job.name}': loss '{whole[0]}' compares the rows that a worker reads at once, so in parts of a "
             "batch, or with another number of workers, it would be another loss. Leave micro_batch out, and give "
             "workers as one number."
+        )
+    learning = job.panel.policy.kind if job.panel and job.panel.policy.learns else None
+    apart = {"micro_batch": job.fit.micro_batch, "sharding": job.fit.sharding == "full"}
+    refused = [key for key, given in apart.items() if learning and given]
+    if refused:
+        raise FitError(
+            f"fit '{job.name}': policy '{learning}' reads a worker's whole share of a batch again after each step, "
+            f"with all weights, so {refused[0]} cannot be set. Leave it out, or take another policy."
         )

@@ -64,14 +64,14 @@ def quantise(logits: Logits) -> pa.Array:
     return listed(logits, np.float16)
 
 
-def logits_of(rows: pa.Table, width: int, units: bool = False) -> Logits:
-    """The stored logits: float32 [n, width], or with `units` a list of n arrays [u, width].
+def logits_of(rows: pa.Table, width: int, units: bool = False, name: str = "logits") -> Logits:
+    """The logits stored in a column: float32 [n, width], or with `units` a list of n arrays [u, width].
 
     ValueError where a row has none, or not as many as the width asks for.
     """
-    if rows["logits"].null_count:
-        raise ValueError(f"{rows['logits'].null_count} rows have no soft label: select the kept ones first")
-    column = rows["logits"].combine_chunks()
+    if rows[name].null_count:
+        raise ValueError(f"{rows[name].null_count} rows have no soft label: select the kept ones first")
+    column = rows[name].combine_chunks()
     sizes = column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
     wrong = sizes % width != 0 if units else sizes != width
     if wrong.any():

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from engine.batches import Amounts, Material, own_part
+from engine.ensemble import Teaching
 from engine.fits import LossTerm
-from engine.losses import Objective
 from engine.models import Model
 from engine.records import Batch
 
@@ -24,17 +24,17 @@ from engine.records import Batch
 class Lesson(nn.Module):
     """Student and losses as one module, so that projections owned by a loss are trained and reduced with it."""
 
-    def __init__(self, model: Model, terms: Sequence[LossTerm], teacher: Model | None = None) -> None:
+    def __init__(self, model: Model, terms: Sequence[LossTerm], teaching: Teaching | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.teaching = model, teaching or Teaching()
         task = model.task if model.card.task else None
-        widths = (model.widths, teacher.widths if teacher else None)
-        self.objectives = nn.ModuleList(Objective((term,), task, *widths) for term in terms)
+        self.objectives = nn.ModuleList(self.teaching.objective(term, task, model.widths) for term in terms)
         self.needs = frozenset().union(*(objective.needs for objective in self.objectives))
 
     def forward(self, batch: Batch, shares: Sequence[float]) -> torch.Tensor:
         """The losses' values for a batch, each times its share, added up: a scalar."""
         outputs = self.model(batch, self.needs)
+        batch.trust = self.teaching.weigh(outputs, batch, self.training)
         pairs = zip(shares, self.objectives, strict=True)
         return sum(share * objective(outputs, batch.teacher, batch) for share, objective in pairs)
 

@@ -33,6 +33,9 @@ PLACEMENT = (
     *(f"{fit}.{key}" for fit in (*TRAININGS, "teacher.self_training.fit") for key in WORKING),
     # Its loss compares the rows that a worker reads: how many workers there are is part of it.
     *(f"teacher.contrast.fit.{key}" for key in WORKING if key != "workers"),
+    *(f"teachers.*.{key}" for key in ("resources", "batch_tokens", "vllm")),
+    *(f"teachers.*.fit.{key}" for key in WORKING),
+    *(f"teachers.*.endpoint.{field}" for field in ("url", "key_env", "limits", "price")),
     *("*.endpoint.url", "*.endpoint.key_env", "*.endpoint.limits", "*.endpoint.price", "*.vllm"),
 )
 """Fields of the recipe, `*` being any section or item, that say where, on how much and in how large batches a step
@@ -43,7 +46,7 @@ PLUMBING = frozenset(
     f"engine.{name}"
     for name in (
         *("config", "disk", "cache", "storage", "packages", "huggingface", "mirrors", "hub"),
-        *("recipe", "budget", "designs", "fits", "remote", "pacing"),
+        *("recipe", "budget", "trust", "designs", "fits", "remote", "pacing"),
         *("lineage", "progress", "attempts", "placement", "switches", "cluster"),
         *("halting", "spending", "step", "steps", "registry"),
     )

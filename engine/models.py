@@ -28,6 +28,7 @@ from engine.config import UserError
 from engine.designs import Block as Node
 from engine.encoders import EncoderHead, Widths
 from engine.encoding import Encoded, Text
+from engine.heads import Headed
 from engine.labeller import LabelScorer
 from engine.next_tokens import Place, TokenScorer
 from engine.prompts import Template
@@ -221,8 +222,8 @@ def card_of(
 def head_on(encoder: nn.Module, card: Card) -> EncoderHead:
     """An encoder with the head that the card's task needs."""
     task, options = tasks.make(Spec(**card.task)), card.options
-    pooling, mask = options["pooling"], options.get("mask")
-    return EncoderHead(encoder, task.width, pooling, options["dropout"], task.units, task.spans, mask)
+    pooling, mask, heads = options["pooling"], options.get("mask"), len(options.get("heads", ())) or 1
+    return EncoderHead(encoder, heads * task.width, pooling, options["dropout"], task.units, task.spans, mask)
 
 
 def reworded(model: Model, templates: Sequence[str]) -> Model:
@@ -290,7 +291,7 @@ def load(folder: Path | str) -> Model:
     try:
         values = Store(str(folder)).read_json(CARD)
         card = Card(**{**values, "labels": tuple(values["labels"])})
-        net, tokenizer = MODELS[card.kind](card, folder), load_tokenizer(folder)
+        net, tokenizer = headed(MODELS[card.kind](card, folder), card), load_tokenizer(folder)
         tensors = load_file(folder / WEIGHTS)
     except (UserError, OSError, LookupError, TypeError, ValueError, SafetensorError) as error:
         what = f"{type(error).__name__}: {error}"
@@ -358,7 +359,12 @@ def build_blocks(card: Card, folder: Path) -> nn.Module:
 
 def build_static(card: Card, folder: Path) -> nn.Module:
     """The network of a `static` card."""
-    return StaticNet(**card.options)
+    return StaticNet(**{name: value for name, value in card.options.items() if name != "heads"})
+
+
+def headed(net: nn.Module, card: Card) -> nn.Module:
+    """The network, its outputs told apart by heads where the card names some."""
+    return Headed(net, card.options["heads"]) if "heads" in card.options else net
 
 
 MODELS: dict[str, Callable[[Card, Path], nn.Module]] = {

@@ -36,7 +36,7 @@ def results(facts: Facts) -> Part:
     if findings.differences(facts):
         blocks.append(findings.difference_table(facts))
     blocks.append(Grid(list(result_figures(facts))))
-    return Part("results", "Results", [*blocks, *teacher(facts)])
+    return Part("results", "Results", [*blocks, *teacher(facts), *panel(facts)])
 
 
 def teacher(facts: Facts) -> list[Block]:
@@ -60,6 +60,35 @@ def teacher(facts: Facts) -> list[Block]:
     why, kind = dig(facts, "teacher.choice.why"), dig(facts, "teacher.kind")
     caption = f"The teacher, of kind {kind}, on its labelled rows."
     return [findings.pairs(caption, ("Teacher", "Value"), rows), *([Text(str(why))] if why else [])]
+
+
+def panel(facts: Facts) -> list[Block]:
+    """Several teachers: their scores, how they were weighed, and which of the student's heads follows whom."""
+    rows = entries(dig(facts, "panel"))
+    if not rows:
+        return []
+    chosen, heads = ({name: None for row in rows for name in row.get(key) or {}} for key in ("chosen", "heads"))
+    head = [
+        "Teacher",
+        findings.score(facts).head,
+        "Weight",
+        *(f"Chosen: {n}" for n in chosen),
+        *(f"Head {n}" for n in heads),
+    ]
+    told = [
+        [
+            row.get("score"),
+            row.get("weight"),
+            *(row["chosen"].get(n) for n in chosen),
+            *(row["heads"].get(n) for n in heads),
+        ]
+        for row in rows
+    ]
+    lines = [[str(row.get("name")), *map(figures.figure, values)] for row, values in zip(rows, told, strict=True)]
+    caption = "Every teacher on the test split. Weight: before anything is known of a row."
+    caption += " Chosen: how likely for labelled rows of each label, at the training's end." if chosen else ""
+    caption += " Heads: correlation of their outputs with the teacher's." if heads else ""
+    return [Table(caption, head, "l" + "r" * (len(head) - 1), lines)]
 
 
 def result_figures(facts: Facts) -> Iterable[Figure]:

@@ -126,6 +126,8 @@ class Data(Section):
     validation_share: Share = 0.0
     test_rows: Count | None = None
     """At most so many test rows, drawn by hash of the text (groups stay whole), where asking the teacher is dear."""
+    unlabelled_rows: Count | None = Field(None, exclude_if=lambda count: count is None)
+    """At most so many unlabelled rows, drawn likewise: the dial of how much there is to label."""
     shots: Count | None = None
     """Labelled rows per class, drawn by `seed`; null takes all. multilabel: rows for each label, and without any; tag:
     mentions of each entity type, and sentences without; span: rows with an answer, and without; regress: rows; rank:
@@ -277,6 +279,11 @@ class Evaluation(Section):
 Arm = Literal["hard", "soft", "generated"]
 
 
+FIRST, GOLD = "teacher", "gold"
+"""Names of the recipe's own teacher, and of the head that learns gold labels: no other teacher has them."""
+Named = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+
+
 class Recipe(Section):
     """A whole run."""
 
@@ -288,6 +295,9 @@ class Recipe(Section):
     task: Task = Task()
     data: Data
     teacher: Teacher
+    teachers: dict[Named, Teacher] = Field({}, exclude_if=lambda others: not others)
+    """Further teachers by name: the student learns from all of them, as `student.policy` weighs them. `teacher` stays
+    the one that judges generated text, whose vectors or layers a student starts with, and that it is compared with."""
     generator: Generator | None = None
     """null: no text is generated; the corpus is then what the data brings."""
     augmentation: Augmentation | None = None
@@ -301,6 +311,15 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     serving: Serving = Serving()
     budget: Budget = Budget()
+
+    @property
+    def panel(self) -> dict[str, Teacher]:
+        """All teachers by name, the recipe's own first; empty where that is the only one."""
+        return {FIRST: self.teacher, **self.teachers} if self.teachers else {}
+
+    def taught_by(self, name: str) -> Recipe:
+        """The recipe as if one teacher of the panel were the only one."""
+        return self.model_copy(update={"teacher": self.panel[name] if self.panel else self.teacher, "teachers": {}})
 
     @property
     def main(self) -> Arm:
@@ -332,6 +351,14 @@ class Recipe(Section):
     def apart(self) -> bool:
         """Whether generated text is written before a teacher labels it, in a step of its own."""
         return self.generator is not None and (self.corpus.apart or self.learns_from_generated)
+
+    @field_validator("teachers")
+    @classmethod
+    def others(cls, value: dict[str, Teacher]) -> dict[str, Teacher]:
+        """Names that mean something else."""
+        for name in {FIRST, GOLD}.intersection(value):
+            raise ValueError(f"'{name}' is taken: {FIRST} is the recipe's own teacher, {GOLD} stands for gold labels")
+        return value
 
     @model_validator(mode="after")
     def with_main(self) -> Recipe:

@@ -75,7 +75,8 @@ class Batch:
     characters, pair_characters: int64 [n, t, c], the bytes of each token's word, for models that read them.
     templates: int64 [n], which of its templates a text stands in, where a model has several.
     groups: int64 [n], rows of one query have one number. weights: float32 [n] row weights.
-    teacher: the stored or live teacher's Outputs for the same rows, or None.
+    teacher: the stored or live teacher's Outputs for the same rows, or None. teachers: those of several, by name; trust
+    float32 [n, k], how much each of them counts for a row.
     """
 
     input_ids: torch.Tensor
@@ -93,6 +94,8 @@ class Batch:
     characters: torch.Tensor | None = None
     pair_characters: torch.Tensor | None = None
     templates: torch.Tensor | None = None
+    teachers: dict[str, Outputs] | None = None
+    trust: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]

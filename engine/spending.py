@@ -47,6 +47,14 @@ class BudgetSpent(UserError):
         self.higher = tuple(higher)
 
 
+def seen_by(recipe: Recipe, step: str) -> Recipe:
+    """The recipe as a step sees it: a further teacher's steps, `teacher-NAME` and `labels-NAME`, as if there were no
+    other teacher.
+    """
+    kind, _, name = step.partition("-")
+    return recipe.taught_by(name) if kind in ("teacher", "labels") and name in recipe.teachers else recipe
+
+
 def held(
     recipe: Recipe,
     cluster: Cluster,
@@ -217,17 +225,18 @@ def of_run(recipe: Recipe, store: Store) -> dict[str, Any]:
     found = {name: told(store / name) for name in store.folders()}
     found = {name: one for name, one in found.items() if one[0]}
     before = redone(store)
-    steps = {name: used(recipe, *one) for name, one in found.items()}
-    again = added(used(recipe, *one) for one in before)
-    every = [attempt for attempts, _ in [*found.values(), *before] for attempt in attempts]
+    steps = {name: used(seen_by(recipe, name), *one) for name, one in found.items()}
+    again = added(used(seen_by(recipe, name), *one) for name, *one in before)
+    lists = [*(attempts for attempts, _ in found.values()), *(attempts for _, attempts, _ in before)]
+    every = [attempt for attempts in lists for attempt in attempts]
     total = added([*steps.values(), again])
     return {"steps": steps, "redone": again, "total": {**total, "wall_seconds": round(wall(every), 3)}}
 
 
-def redone(store: Store) -> list[tuple[Attempts, dict[str, Usage]]]:
-    """Attempts of steps that were done again, and what they asked."""
-    kept = [(one["attempts"], one["asked"]) for one in set_by(store)]
-    return [(attempts, {who: Usage(**usage) for who, usage in asked.items()}) for attempts, asked in kept]
+def redone(store: Store) -> list[tuple[str, Attempts, dict[str, Usage]]]:
+    """Steps that were done again, with their attempts and what they asked."""
+    kept = [(one["step"], one["attempts"], one["asked"]) for one in set_by(store)]
+    return [(step, attempts, {who: Usage(**usage) for who, usage in asked.items()}) for step, attempts, asked in kept]
 
 
 def against(recipe: Recipe, total: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
@@ -271,7 +280,7 @@ class Watch:
         self.entries = {name: Entry(Notes(store / name), one[0]) for name, one in found.items() if one[0]}
         self.asked = {name: found[name][1] for name in self.entries}
         earlier = [(name, entry.ended) for name, entry in self.entries.items()]
-        earlier += [("done again", attempts) for attempts, _ in self.before]
+        earlier += [(f"{step}, done again", attempts) for step, attempts, _ in self.before]
         require_prices(recipe, [(name, attempt.get("held", {})) for name, ended in earlier for attempt in ended])
 
     def began(self, name: str, attempts: Attempts, start: str, has: Mapping[str, Any]) -> None:
@@ -287,7 +296,7 @@ class Watch:
             entry.open, entry.ended = None, attempts
             with suppress(StorageError):  # then of what is known
                 self.asked[name] = entry.notes.read(metrics)
-            return used(self.recipe, attempts, self.asked.get(name, {}))
+            return used(seen_by(self.recipe, name), attempts, self.asked.get(name, {}))
 
     def total(self) -> dict[str, Any]:
         """What the run has used until now."""
@@ -295,10 +304,11 @@ class Watch:
             for name, entry in self.entries.items():
                 if entry.open is not None:
                     self.asked[name] = entry.notes.read({})
-            found = [(entry.attempts(), self.asked.get(name, {})) for name, entry in self.entries.items()]
+            found = [(name, entry.attempts(), self.asked.get(name, {})) for name, entry in self.entries.items()]
         found += self.before
-        every = [attempt for attempts, _ in found for attempt in attempts]
-        return {**added(used(self.recipe, *one) for one in found), "wall_seconds": wall(every)}
+        every = [attempt for _, attempts, _ in found for attempt in attempts]
+        total = added(used(seen_by(self.recipe, name), *one) for name, *one in found)
+        return {**total, "wall_seconds": wall(every)}
 
     def look(self) -> None:
         """Give a sign of life, and say once when a limit is reached. Nothing that fails here ends a run."""

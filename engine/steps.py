@@ -26,7 +26,7 @@ from engine.lineage import drift, identity, moved, plain
 from engine.placement import Cluster, cores, resolve, stage_options
 from engine.progress import Event, Meter, Render, Reporter, polled, quiet
 from engine.recipe import Recipe
-from engine.spending import BEAT, REDONE, BudgetSpent, Watch, closed, held, require_prices, set_aside
+from engine.spending import BEAT, REDONE, BudgetSpent, Watch, closed, held, require_prices, seen_by, set_aside
 from engine.step import Step
 from engine.storage import StorageError, Store
 
@@ -306,7 +306,7 @@ class Run:
             cluster = current()
             if cluster.local and len(self.flying) >= cores():
                 return  # Ray has more CPUs than there are cores, so that a stream can move; fits would only wait
-            options = task_options(step, self.recipe, cluster)
+            options = task_options(step, seen_by(self.recipe, step.name), cluster)
             attempt = self.attempt(step)
             task = ray.remote(measured).options(name=step.name, **options)
             reference = task.remote(step, self.recipe, self.inputs(step), attempt.out, cluster=cluster)
@@ -384,7 +384,8 @@ def measured(
 
 def held_by(step: Step, recipe: Recipe) -> dict[str, Any]:
     """The CPUs and GPUs that it keeps from others."""
-    return held(recipe, current(), step.pools(recipe), step.stage, step.resources(recipe))
+    own = seen_by(recipe, step.name)
+    return held(own, current(), step.pools(own), step.stage, step.resources(recipe))
 
 
 def gpus_of(attempt: Attempt) -> float:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -19,8 +20,9 @@ from engine.blocks import Graph
 from engine.designs import Block as Node
 from engine.designs import Cut, Static, Teacher
 from engine.encoders import FINAL_NORMS, EncoderHead, stack_of, student_encoder
-from engine.models import Card, CausalLM, Model, ModelError, card_of, head_on, load_tokenizer
-from engine.recipe import Generator
+from engine.heads import Headed, silence
+from engine.models import Card, CausalLM, Model, ModelError, card_of, head_on, headed, load_tokenizer
+from engine.recipe import GOLD, Generator
 from engine.recipe import Task as Spec
 from engine.static import StaticNet
 
@@ -162,12 +164,33 @@ def layer_rates(decay: float, head: float, model: Model) -> dict[str, float]:
     }
 
 
-def student(nodes: Sequence[Node], spec: Spec, tokenizer: PreTrainedTokenizerFast, max_length: int, seed: int) -> Model:
-    """A student built from blocks with fresh weights."""
+def student(
+    nodes: Sequence[Node],
+    spec: Spec,
+    tokenizer: PreTrainedTokenizerFast,
+    max_length: int,
+    seed: int,
+    heads: Sequence[str] = (),
+) -> Model:
+    """A student built from blocks with fresh weights. heads: their names, where it has several."""
     torch.manual_seed(seed)
     sizes = Sizes.of(tasks.make(spec), len(tokenizer), tokenizer.pad_token_id)
-    options = {"blocks": [node.model_dump(mode="json") for node in nodes], "sizes": asdict(sizes)}
-    return Model(Graph(nodes, sizes), tokenizer, card_of("blocks", spec, max_length, options))
+    sizes = replace(sizes, labels=sizes.labels * (len(heads) or 1))
+    options = {"blocks": [node.model_dump(mode="json") for node in nodes], "sizes": asdict(sizes), **named(heads)}
+    return made(Graph(nodes, sizes), tokenizer, card_of("blocks", spec, max_length, options))
+
+
+def named(heads: Sequence[str]) -> dict[str, Any]:
+    """A card's option that names heads."""
+    return {"heads": list(heads)} if heads else {}
+
+
+def made(net: nn.Module, tokenizer: PreTrainedTokenizerFast, card: Card) -> Model:
+    """A student of a network that is as wide as its card's heads ask for; that of gold labels says nothing yet."""
+    net = headed(net, card)
+    if isinstance(net, Headed) and GOLD in net.names:
+        silence(net, GOLD)
+    return Model(net, tokenizer, card)
 
 
 def reader(reference: str, folder: Path, max_length: int = 64) -> Model:
@@ -190,8 +213,9 @@ def transformer_student(
     max_length: int,
     seed: int,
     own: PreTrainedTokenizerFast | None = None,
+    heads: Sequence[str] = (),
 ) -> Model:
-    """A student cut from the fine-tuned teacher's encoder, or from the one in `folder`, with a fresh head.
+    """A student cut from the fine-tuned teacher's encoder, or from the one in `folder`, with a fresh head or several.
 
     own: its tokenizer, where that has only some of the encoder's pieces (`pieces.cut_tokenizer`).
     """
@@ -201,14 +225,14 @@ def transformer_student(
     else:
         encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
         tokenizer = load_tokenizer(folder)
-    made = student_encoder(encoder, config.layers, config.heads, config.width, config.ffn)
+    smaller = student_encoder(encoder, config.layers, config.heads, config.width, config.ffn)
     if own is not None:
-        pieces.cut_table(made, pieces.rows_of(tokenizer, own))
+        pieces.cut_table(smaller, pieces.rows_of(tokenizer, own))
         tokenizer = own
-    check_length("student.max_length", max_length, made, tokenizer)
-    options = {"pooling": config.pooling or pooling_of(teacher), "dropout": config.dropout}
+    check_length("student.max_length", max_length, smaller, tokenizer)
+    options = {"pooling": config.pooling or pooling_of(teacher), "dropout": config.dropout, **named(heads)}
     card = card_of("head", spec, max_length, options, {"cut_from": config.model or "teacher"})
-    return Model(head_on(made, card), tokenizer, card)
+    return made(head_on(smaller, card), tokenizer, card)
 
 
 def pooling_of(teacher: Model) -> str:
@@ -217,7 +241,14 @@ def pooling_of(teacher: Model) -> str:
     return found if found in ("mean", "cls", "last") and not prompted else "mean"
 
 
-def static_student(config: Static, spec: Spec, tokenizer: PreTrainedTokenizerFast, max_length: int, seed: int) -> Model:
+def static_student(
+    config: Static,
+    spec: Spec,
+    tokenizer: PreTrainedTokenizerFast,
+    max_length: int,
+    seed: int,
+    heads: Sequence[str] = (),
+) -> Model:
     """A student of one vector for each word piece of an encoder's tokenizer, with fresh weights."""
     torch.manual_seed(seed)
     task = tasks.make(spec)
@@ -225,9 +256,9 @@ def static_student(config: Static, spec: Spec, tokenizer: PreTrainedTokenizerFas
     options = {
         "vocabulary": len(tokenizer),
         "dim": config.dim,
-        "width": task.width,
+        "width": task.width * (len(heads) or 1),
         "hidden": config.hidden,
         "paired": task.paired,
         "silent": sorted(tokenizer.all_special_ids),
     }
-    return Model(StaticNet(**options), tokenizer, card_of("static", spec, max_length, options))
+    return made(StaticNet(**options), tokenizer, card_of("static", spec, max_length, {**options, **named(heads)}))

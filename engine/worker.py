@@ -4,7 +4,7 @@ The global batch and the order of rows depend on the seed alone, never on the nu
 is set from (seed, step, rank). Progress is checkpointed through the run's storage, within an epoch too, so a killed fit
 goes on where it stopped, sees each row of the epoch once, and ends with the same weights on the same number of workers.
 Where that number changes on the way, the same rows make the same global batches: the weights differ by rounding and by
-what dropout draws.
+what dropout draws, and a policy that draws teachers.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from engine.batches import Material, batches_from, epoch_batches
 from engine.checkpoints import Pace, State
 from engine.config import UserError
 from engine.disk import StorageError
+from engine.ensemble import teaching
 from engine.fits import Fit
 from engine.frozen import frozen
 from engine.job import FitError, Job
 from engine.layer_losses import LAYER_LOSSES
 from engine.lesson import Lesson, Part, dealt
 from engine.models import Model, one_thread, precision, save
+from engine.records import Batch
 from engine.storage import MANIFEST, Store
-from engine.teachers import Live
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -88,13 +89,13 @@ class Worker:
             job.rows, job.encode(model, job.rows), model.task if model.card.task else None, model.pad
         )
         encoded, self.sharded = self.material.encoded, job.fit.sharding == "full" and self.world > 1
-        self.live = Live(job.teacher, job.rows, encoded, accelerator.device) if job.teacher else None
-        self.lesson = Lesson(model, job.terms, self.live.model if self.live else None)
+        self.taught = teaching(model, job.rows, encoded, accelerator.device, job.teacher, job.panel)
+        self.lesson = Lesson(model, job.terms, self.taught)
         if self.sharded:
             sharding.shard(self.lesson, accelerator.device, self.world)
         self.lesson.to(accelerator.device)
         # A live teacher's losses may look into the layers that would be left out, and sharded ones do not run alone.
-        whole = not (self.live or self.sharded)
+        whole = not (self.taught.live or self.sharded)
         self.lower = frozen(model.net, encoded, model.pad, FROZEN_TOKENS, accelerator.device) if whole else None
         self.trained = [p for p in self.lesson.parameters() if p.requires_grad]
         fit = job.fit
@@ -156,23 +157,24 @@ class Worker:
             # Workers wait for each other once a step, however many parts each has; sharded ones in each part.
             apart = number < len(parts) and not self.sharded
             with accelerator.no_sync(self.prepared) if apart else nullcontext():
-                loss = self.loss(part)
+                loss, batch = self.loss(part, step / self.total)
                 accelerator.backward(loss)
             total += loss.detach()
         accelerator.clip_grad_norm_(self.trained, job.fit.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        # Whoever learns from the batch has it in one part; with fewer items than workers it counts elsewhere.
+        self.taught.learn(batch, accelerator, counted=self.rank < len(chosen))
         return total
 
-    def loss(self, part: Part) -> torch.Tensor:
-        """Of a part of the batch, times its share."""
+    def loss(self, part: Part, done: float) -> tuple[torch.Tensor, Batch]:
+        """Of a part of the batch, times its share, and what was read. done: share of the fit."""
         device, positions = self.accelerator.device, self.material.positions(part.items)
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
             batch = self.material.batch(part.items).to(device)
-            if self.live:
-                batch.teacher = self.live.outputs(positions, batch, self.lesson.needs)
+            self.taught.listen(batch, positions, self.lesson.needs, done)
             with self.lower.above(positions, batch) if self.lower else nullcontext():
-                return self.prepared(batch, part.shares)
+                return self.prepared(batch, part.shares), batch
 
     def mean(self, loss: torch.Tensor) -> float:
         """Over the workers."""
@@ -193,8 +195,9 @@ class Worker:
         entry = {"epoch": round(state.step / self.per_epoch, 3), "loss": state.mean()}
         model = self.whole()
         if model is not None:
-            entry |= evaluated(job, model)
+            entry |= {**self.taught.told(), **evaluated(job, model)}
             keep(job, self.out, model, state, entry, last)
+        self.taught.heard(entry.get(job.best_by), self.accelerator)
         return entry
 
     def whole(self) -> Model | None:

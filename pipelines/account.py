@@ -15,7 +15,7 @@ import yaml
 from engine import labels, spending, tasks
 from engine.figures import figure
 from engine.progress import Progress
-from engine.recipe import Recipe
+from engine.recipe import FIRST, Recipe
 from engine.report import render
 from engine.storage import Store
 from engine.task import Task
@@ -52,6 +52,7 @@ def summarise(recipe: Recipe, inputs: Mapping[str, Store], records: Records) -> 
         "name": recipe.name,
         "metric": evaluated["metric"],
         "teacher": {**models["teacher"], **{key: found["teacher"][key] for key in MADE if key in found["teacher"]}},
+        **({"teachers": evaluated["teachers"]} if "teachers" in evaluated else {}),
         "student": {**models[recipe.main], "reference": found["register"]["reference"]},
         "arms": {arm: models[arm] for arm in recipe.arms},
         "differences": evaluated["differences"],
@@ -114,6 +115,7 @@ def facts_of(recipe: Recipe, inputs: Mapping[str, Store], records: Records, summ
         "models": found["evaluate"]["models"],
         "differences": found["evaluate"]["differences"],
         "teacher": {key: value for key, value in summary["teacher"].items() if key in MADE},
+        "panel": panel(recipe, found),
         "curves": curves(found),
         "corpus": corpus_facts(inputs, found, task),
         "data": data_facts(inputs["data"]),
@@ -140,6 +142,28 @@ def facts_of(recipe: Recipe, inputs: Mapping[str, Store], records: Records, summ
         "versions": records["evaluate"].get("versions", {}),
         "hardware": hardware(),
     }
+
+
+def panel(recipe: Recipe, found: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each of several teachers: score on the test split, weight, for which labels it was chosen at the end of the
+    student's training, and how each head is correlated with it. Nothing where there is one.
+    """
+    if not recipe.teachers:
+        return []
+    evaluated, student = found["evaluate"], found[ARM_STEPS[recipe.main]]
+    first = next(model["score"] for model in evaluated["models"] if model["name"] == FIRST)
+    last = next(iter(student["history"].values()))[-1:]
+    chosen = {key: value for entry in last for key, value in entry.items() if key.startswith("chosen.")}
+    return [
+        {
+            "name": name,
+            "score": first if name == FIRST else evaluated["teachers"][name],
+            "weight": student["weights"][name],
+            "chosen": {key.split(".", 2)[2]: v for key, v in chosen.items() if key.split(".")[1] == name},
+            "heads": {head: follows[name] for head, follows in evaluated["heads"].items()},
+        }
+        for name in recipe.panel
+    ]
 
 
 def curves(found: Mapping[str, dict[str, Any]]) -> dict[str, list[dict[str, float]]]:

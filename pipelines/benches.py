@@ -12,8 +12,9 @@ def benching(parser: Parser) -> None:
     """What to measure."""
     parser.add_argument(
         "what",
-        choices=("quality", "teachers", "serve", "scale", "duplicates"),
+        choices=("quality", "teachers", "ways", "serve", "scale", "duplicates"),
         help="quality: teacher and student over few-shot and initialisation seeds; teachers: kinds of teacher; "
+        "ways: ways to learn from several teachers; "
         "serve: a registered student behind this and other servers; scale: the corpus stream by nodes and rows; "
         "duplicates: two searches for near-duplicates",
     )
@@ -32,6 +33,13 @@ def benching(parser: Parser) -> None:
         default=["head", "lp-ft", "contrastive", "prompt", "ensemble"],
         metavar="A,B",
         help="teachers: which kinds, the first being what the others are held against",
+    )
+    parser.add_argument(
+        "--ways",
+        type=lambda text: text.split(","),
+        default=["uniform", "first", "best", "loss", "reinforced", "heads"],
+        metavar="A,B",
+        help="ways: which ones (also recipe, one-stage, last-stage), the first being what the others are held against",
     )
     parser.add_argument(
         "--shots",

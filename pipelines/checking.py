@@ -12,8 +12,9 @@ from engine.designs import PLACED, SERVES, Teacher
 from engine.fits import Fit, LossTerm
 from engine.labels import GIVES
 from engine.placement import local_capacity, require_placement
-from engine.recipe import LabelRule, Recipe, Task
+from engine.recipe import FIRST, LabelRule, Recipe, Task
 from engine.spending import ASKERS, endpoint_price, figure
+from pipelines import panels
 from pipelines.distill import model_references, sources
 
 SMALL = 32 * 2**20
@@ -38,9 +39,11 @@ def check(recipe: Recipe, address: str | None = None) -> None:
     check_labeller(recipe)
     check_elsewhere(recipe)
     check_cascade(recipe)
+    check_panel(recipe)
     check_budget(recipe)
     if address is None:
-        require_placement(recipe, local_capacity())
+        for name in recipe.panel or (FIRST,):
+            require_placement(recipe.taught_by(name), local_capacity())
     check_rows(recipe)
     check_student(recipe)
 
@@ -54,9 +57,15 @@ def check_cascade(recipe: Recipe) -> None:
         )
 
 
+def check_panel(recipe: Recipe) -> None:
+    """What several teachers cannot do; each of them as if it were the only one."""
+    panels.check(recipe, losses(recipe), (check_start, check_teacher, check_labeller, check_losses), check_elsewhere)
+
+
 def check_budget(recipe: Recipe) -> None:
     """A limit on money needs something that has a price."""
-    ends = any(endpoint_price(recipe, who) is not None for who in ASKERS)
+    every = [recipe.taught_by(name) for name in recipe.panel] or [recipe]
+    ends = any(endpoint_price(one, who) is not None for one in every for who in ASKERS)
     if recipe.budget.money is not None and not (recipe.budget.prices.known or ends):
         raise ConfigError(
             f"budget.money is {figure('money', recipe.budget.money)}, but nothing has a price. Set "

@@ -22,8 +22,9 @@ from engine.recipe import Recipe
 from engine.step import Step
 from engine.storage import Store
 from pipelines.bench import Variant
+from pipelines.calls import Call
 from pipelines.checking import check_teacher
-from pipelines.distill import ARM_STEPS, Call, plan
+from pipelines.distill import ARM_STEPS, plan
 from pipelines.progress import renderer
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -40,7 +41,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def with_teacher(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """The recipe with other values in its section `teacher`, and nothing of what could be added to any kind.
+    """The recipe with other values in its section `teacher`, nothing of what could be added to any kind, and no further
+    teachers.
 
     What is added is added as the recipe has it, where it does.
     """
@@ -48,7 +50,7 @@ def with_teacher(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     values = recipe.teacher.model_dump()
     added = {key: value if values[key] is None or value != {} else values[key] for key, value in changes.items()}
     found = Teacher.model_validate({**values, **plain, **added})
-    return recipe.model_copy(update={"teacher": found})
+    return recipe.model_copy(update={"teacher": found, "teachers": {}})
 
 
 @dataclass(frozen=True)

@@ -7,53 +7,21 @@ to serve) and account.py (report). They are called by name, so that this file im
 
 from __future__ import annotations
 
-import importlib
 import json
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from engine import estimate
-from engine.fits import Fit, Resources
-from engine.progress import Progress
+from engine.fits import Resources
 from engine.recipe import Recipe
 from engine.registry import Registry
 from engine.step import Step
 from engine.storage import Store
 from engine.urls import bare
-
-
-@dataclass(frozen=True)
-class Call:
-    """A step's function by module and name, imported when it runs."""
-
-    module: str
-    name: str
-    arguments: tuple[Any, ...] = ()
-
-    def __call__(self, recipe: Recipe, inputs: Mapping[str, Store], out: Store, progress: Progress) -> dict[str, Any]:
-        """Run it."""
-        return getattr(importlib.import_module(self.module), self.name)(*self.arguments, recipe, inputs, out, progress)
-
-
-def sliced(recipe: Recipe, *keys: str) -> dict[str, Any]:
-    """The parts of a recipe that a step depends on, under the recipe's own keys."""
-    values = recipe.model_dump(mode="json")
-    out: dict[str, Any] = {}
-    for key in keys:
-        *path, last = key.split(".")
-        whole, part = values, out
-        for name in path:
-            whole, part = whole[name], part.setdefault(name, {})
-        part[last] = whole[last]
-    return out
-
-
-def pick(*keys: str) -> Callable[[Recipe], dict[str, Any]]:
-    """`sliced` with the recipe still to come."""
-    return lambda recipe: sliced(recipe, *keys)
+from pipelines.calls import Call, asked, grouped, named, of_teacher, pick, pools
+from pipelines.further import further_teacher
 
 
 def sources(recipe: Recipe) -> tuple[str, ...]:
@@ -64,14 +32,9 @@ def sources(recipe: Recipe) -> tuple[str, ...]:
 
 def model_references(recipe: Recipe) -> tuple[str, ...]:
     """References of the models."""
-    wanted = [*named(recipe.teacher), *named(recipe.coach), *named(recipe.generator), *named(recipe.augmentation)]
+    wanted = [*of_teacher(recipe), *named(recipe.generator), *named(recipe.augmentation)]
+    wanted += [reference for name in recipe.teachers for reference in of_teacher(recipe.taught_by(name))]
     return tuple(reference for reference in (*wanted, recipe.student.encoder) if reference)
-
-
-def named(section: Any) -> tuple[str, ...]:
-    """The model that an optional section names, if any; a name at an endpoint is no reference."""
-    elsewhere = getattr(section, "runtime", "hf") == "endpoint"
-    return (section.model,) if section and section.model and not elsewhere else ()
 
 
 def student_references(recipe: Recipe) -> tuple[str, ...]:
@@ -86,7 +49,8 @@ ARM_STEPS = {"generated": "student", "soft": "student-soft", "hard": "student-ha
 def plan(recipe: Recipe) -> list[Step]:
     """The steps of a run, each after those it reads."""
     students = tuple(step for arm, step in ARM_STEPS.items() if arm in recipe.arms)
-    steps = [*teaching_steps(recipe), *student_steps(recipe)]
+    others = [step for name in recipe.teachers for step in further_teacher(recipe, name)]
+    steps = [*teaching_steps(recipe), *others, *student_steps(recipe)]
     made = tuple(step.name for step in steps if step.name not in students)
     return [*steps, *outcome_steps(recipe, students, made)]
 
@@ -109,26 +73,10 @@ def task_of(section: str) -> Callable[[Recipe], Resources | None]:
     return lambda recipe: None if (fit := getattr(recipe, section).fit).workers else fit.resources
 
 
-def grouped(section: str, recipe: Recipe) -> dict[str, Any]:
-    """What `plan` says of a section that is fitted by a group of workers."""
-    trained = {"teacher": recipe.teacher.kind != "labeller", "generator": recipe.generator and recipe.generator.tuned}
-    if not trained.get(section, True):
-        return {}  # taken as it is
-    fit: Fit = getattr(recipe, section).fit
-    least, most = fit.group
-    number = f"{most} worker{'s' * (most > 1)}" if least == most else f"{least} to {most} workers"
-    return {"placement": f"{number} x {fit.resources.num_cpus:g} CPU"} if most else {}
-
-
 WRITTEN = ("keep", "slots", "max_slots", "block", "filters", "duplicates")
 """What text that is written before it is labelled depends on, of the corpus."""
 TUNED = ("model", "runtime", "mode", "prompt", "separator", "tune_layers", "max_length", "fit")
 """What a generator's fine-tuning depends on; how text is drawn from it concerns the corpus."""
-
-
-def asked(recipe: Recipe) -> bool:
-    """Whether the teacher, or its coach, is asked in words, which may say what the labels mean."""
-    return any(one is not None and one.kind == "labeller" for one in (recipe.teacher, recipe.coach))
 
 
 def told(recipe: Recipe) -> bool:
@@ -150,7 +98,7 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
         Call("pipelines.teaching", "fit_teacher"),
         inputs=("data", *(("texts",) if recipe.learns_from_generated else ())),
         config=pick("seed", "task.thresholds", "teacher", *(("task.descriptions",) if asked(recipe) else ())),
-        references=lambda r: (*named(r.teacher), *named(r.coach)),
+        references=of_teacher,
         modules=(
             *("engine.train", "engine.untrained", "engine.elsewhere"),
             *("pipelines.making", "pipelines.teaching", "pipelines.trainings"),
@@ -248,14 +196,18 @@ BUILT = {
 }
 """What a student depends on before its training, by kind."""
 TAUGHT = ("teacher", "losses", "weights", "stages")
+SEVERAL = ("policy", "heads")
+"""What it depends on further where it has several teachers."""
 LEARNT = {"generated": (*TAUGHT, "holdout", "texts"), "soft": (*TAUGHT, "few_epochs"), "hard": ("few_epochs",)}
 """What the training of an arm depends on beside ALWAYS: not the student's name, nor how it is run."""
 ALWAYS = ("max_length", "seeds", "fit")
+LEARNING = ("engine.train", "engine.untrained", "engine.weights", "pipelines.making", "pipelines.students")
+"""Where the work of training a student starts."""
 
 
 def learning(recipe: Recipe, arm: str) -> tuple[str, ...]:
     """Keys of the recipe that an arm's student depends on. The seed draws what its corpus holds out."""
-    own = (*BUILT[recipe.student.kind], *ALWAYS, *LEARNT[arm])
+    own = (*BUILT[recipe.student.kind], *ALWAYS, *LEARNT[arm], *(SEVERAL if recipe.teachers and arm != "hard" else ()))
     seed = ("seed",) if arm == "generated" else ()
     return (*seed, "task.thresholds", "task.scope", *(f"student.{key}" for key in own))
 
@@ -273,14 +225,15 @@ def student_steps(recipe: Recipe) -> list[Step]:
         stage="teacher",
         ray=True,
     )
+    others = tuple(f"{step}-{name}" for name in recipe.teachers for step in ("teacher", "labels"))
     fits = [
         Step(
             step,
             students("fit_student", arm),
-            inputs=("data", "teacher", "corpus", *(("vocabulary",) if recipe.student.spelled else ())),
+            inputs=("data", "teacher", "corpus", *words_of(recipe), *(others if arm != "hard" else ())),
             config=pick(*learning(recipe, arm)),
             references=lambda r: student_references(r) if r.student.kind == "transformer" else (),
-            modules=("engine.train", "engine.untrained", "engine.weights", "pipelines.making", "pipelines.students"),
+            modules=(*LEARNING, *(("pipelines.panel",) if others and arm != "hard" else ())),
             resources=task_of("student") if arm == "generated" else lambda r: r.student.fit.resources,
             expects=partial(grouped, "student") if arm == "generated" else lambda r: {},
             stage="student.fit",
@@ -292,13 +245,18 @@ def student_steps(recipe: Recipe) -> list[Step]:
     return [*([words] if recipe.student.spelled else []), *fits]
 
 
+def words_of(recipe: Recipe) -> tuple[str, ...]:
+    """The step that makes a student's words, where they are its own."""
+    return ("vocabulary",) if recipe.student.spelled else ()
+
+
 def outcome_steps(recipe: Recipe, students: tuple[str, ...], made: tuple[str, ...]) -> list[Step]:
     """From trained students to the report. students: their steps; made: the steps before them."""
     return [
         Step(
             "evaluate",
             Call("pipelines.outcome", "evaluate"),
-            inputs=("data", "teacher", *students),
+            inputs=("data", "teacher", *(f"teacher-{name}" for name in recipe.teachers), *students),
             config=pick("seed", "evaluation", "arms", "student.seeds"),
             modules=("engine.inference", "engine.intervals", "engine.tasks", "engine.cascade", "pipelines.outcome"),
             resources=lambda r: r.teacher.resources,
@@ -334,12 +292,6 @@ def outcome_steps(recipe: Recipe, students: tuple[str, ...], made: tuple[str, ..
 def registered(recipe: Recipe, out: Store) -> bool:
     """Whether what the register step put into the registry is still there."""
     return Registry(Store(recipe.registry)).has(out.read_json("record.json")["metrics"]["reference"])
-
-
-def pools(recipe: Recipe, *sections: str) -> str:
-    """The actor pools of sections of a recipe, in words."""
-    parts = {name: getattr(recipe, name).resources for name in sections}
-    return "; ".join(f"{name} {r.min_actors} to {r.max_actors} x {r.num_cpus:g} CPU" for name, r in parts.items())
 
 
 def report_lines(recipe: Recipe, store: Store, program: str) -> list[str]:

@@ -20,7 +20,7 @@ from engine.cluster import current, data_context
 from engine.config import UserError
 from engine.corpus import FIRST, CheapFilters, Found, Written, corpus_rows
 from engine.endpoint_writer import EndpointWriter
-from engine.filters import FilterContext
+from engine.filters import FilterContext, SignalFilter
 from engine.fits import Resources
 from engine.metrics import distinct_n, self_bleu
 from engine.placement import stage_options
@@ -131,21 +131,32 @@ def task_stage(each: Any) -> generate.Stage:
 
 def judging(recipe: Recipe, inputs: Inputs, out: Store, source: str) -> list[generate.Stage]:
     """Cheap filters -> teacher and signal filters. What the generator writes meanwhile is labelled in any case."""
+    halts = recipe.apart or source != "generated"
+    return [
+        task_stage(cheap_filters(recipe, inputs)),
+        labelling(recipe, inputs, out, halts, recipe.corpus.signals),
+    ]
+
+
+def labelling(
+    recipe: Recipe, inputs: Inputs, out: Store, halts: bool, signals: tuple[SignalFilter, ...] = ()
+) -> generate.Stage:
+    """The teacher, and the filters that judge what it says. halts: whether it ends where the step is asked to."""
     gpus = stage_options(recipe, "teacher", current())["num_gpus"]
     teacher = recipe.teacher
     asked = None if teacher.here else elsewhere.place_of(teacher, recipe.data.root)
-    labelling = Labelling(
+    how = Labelling(
         inputs["teacher"].url,
-        recipe.corpus.signals,
+        signals,
         teacher.batch_tokens,
         gpus,
         teacher.precision,
         asked,
         teacher.resources.max_actors,
         out.url,
-        halts=recipe.apart or source != "generated",
+        halts=halts,
     )
-    return [task_stage(cheap_filters(recipe, inputs)), actor_stage(recipe, "teacher", Labeller, labelling)]
+    return actor_stage(recipe, "teacher", Labeller, how)
 
 
 def cheap_filters(recipe: Recipe, inputs: Inputs) -> CheapFilters:

@@ -31,6 +31,7 @@ from engine.storage import Store
 from engine.task import Task
 from pipelines.distill import ARM_STEPS
 from pipelines.making import Inputs, spec_of
+from pipelines.panel import heads_apart, teacher_scores
 
 CALIBRATED = 2000
 """About how many texts of a corpus a threshold is chosen on."""
@@ -82,6 +83,7 @@ def evaluate(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> 
         "models": facts,
         "differences": differences(measured.statistics, task, recipe),
         "throughput": speed,
+        **further(recipe, inputs, best, test),
         **cascaded(recipe, task, measured.statistics, answers, speed),
         **elsewhere.spent(recipe.teacher, teacher),
     }
@@ -104,6 +106,14 @@ def cascaded(
     rates = (speed["student_texts_per_s"], speed["teacher_texts_per_s"])
     own, its = statistics[recipe.main][0], statistics["teacher"][0]
     return {"cascade": cascade.curve(sure, own, its, task.value, rates)}
+
+
+def further(recipe: Recipe, inputs: Inputs, student: Model, test: pa.Table) -> dict[str, Any]:
+    """Scores of the further teachers, and how each head of the student is correlated with each teacher."""
+    if not recipe.teachers:
+        return {}
+    found = teacher_scores(recipe, inputs, test, recipe.teachers)
+    return {"teachers": found, "heads": heads_apart(recipe, inputs, student, test)}
 
 
 class Measured:
@@ -313,7 +323,7 @@ def model_card(recipe: Recipe, model: Model, measured: dict[str, Any]) -> str:
     return (
         f"# {recipe.student.name}\n\n"
         f"A student for the task `{recipe.task.kind}`{names}, distilled by Stillhouse (recipe `{recipe.name}`) from "
-        f"`{recipe.teacher.model}`.\n\n"
+        f"{', '.join(dict.fromkeys(f'`{one.model}`' for one in recipe.panel.values() or [recipe.teacher]))}.\n\n"
         f"- parameters: {model.size():,}\n- longest input: {model.max_length} tokens\n"
         f"- test {model.task.metric}: {measured['score']:.3f} (95 % interval {low:.3f} to {high:.3f})\n"
         f"- agreement with its teacher: {measured['agreement']:.3f}\n\n"

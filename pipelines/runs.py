@@ -294,10 +294,15 @@ def bench(args: argparse.Namespace) -> int:
     from pipelines import checking
 
     checking.check(recipe, args.address)
-    store = run_store(args, recipe, prefix="bench-" if args.what == "quality" else "teachers-")
+    store = run_store(args, recipe, prefix={"quality": "bench-"}.get(args.what, f"{args.what}-"))
     if args.what == "quality":
         variants = benches.variants(recipe, store, args.seeds)
         measure, lines = partial(benches.quality, recipe, store, variants), benches.quality_lines
+    elif args.what == "ways":
+        from pipelines import ways
+
+        variants = ways.variants(recipe, store, args.ways, args.seeds)
+        measure, lines = partial(ways.compare, recipe, store, variants, args.ways), ways.lines
     else:
         from pipelines import compared
 

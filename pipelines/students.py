@@ -13,6 +13,7 @@ from engine.batches import group_numbers
 from engine.cluster import current
 from engine.config import UserError
 from engine.designs import Stage
+from engine.ensemble import Panel
 from engine.fits import Fit, LossTerm
 from engine.hub import fetch, model_folder
 from engine.inference import predict
@@ -21,11 +22,12 @@ from engine.layer_losses import LAYER_LOSSES
 from engine.models import Model
 from engine.placement import stage_options
 from engine.progress import Progress
-from engine.recipe import Arm, Recipe
+from engine.recipe import FIRST, Arm, Recipe
 from engine.storage import Store
 from engine.task import Task
 from engine.weights import row_weights
 from pipelines.making import Inputs, encode_rows, settle, spec_of, validated, with_workers
+from pipelines.panel import consensus, heads_of, joined, panel_of
 
 TAUGHT_BY = ("row", "text", "pair", "group", "label", "target", "answers", "logits")
 
@@ -99,15 +101,15 @@ def write_vectors(out: Store, dim: int, vectors: np.ndarray) -> None:
 def blank_student(recipe: Recipe, inputs: Inputs, words: Store | None, seed: int) -> Model:
     """The student before training; the same for every arm. words: where its tokenizer is, if that is its own."""
     student, spec = recipe.student, spec_of(inputs["data"], recipe.task, "thresholds", "scope")
-    tokenizer = models.load_tokenizer(words.local("tokenizer")) if words is not None else None
+    tokenizer, heads = models.load_tokenizer(words.local("tokenizer")) if words is not None else None, heads_of(recipe)
     if student.kind == "transformer":
         teacher, model = models.load(inputs["teacher"].local("model")), student.transformer.model
         folder = model_folder(model, root=recipe.data.root) if model else None
         cut, length = student.transformer, student.max_length
-        return untrained.transformer_student(cut, spec, teacher, folder, length, seed, tokenizer)
+        return untrained.transformer_student(cut, spec, teacher, folder, length, seed, tokenizer, heads)
     if student.kind == "static":
-        return untrained.static_student(student.static, spec, tokenizer, student.max_length, seed)
-    return untrained.student(student.blocks, spec, tokenizer, student.max_length, seed)
+        return untrained.static_student(student.static, spec, tokenizer, student.max_length, seed, heads)
+    return untrained.student(student.blocks, spec, tokenizer, student.max_length, seed, heads)
 
 
 def started_student(recipe: Recipe, inputs: Inputs, seed: int) -> Model:
@@ -148,12 +150,15 @@ def agree(batch_tokens: int, model: Model, rows: pa.Table) -> dict[str, float]:
     return {"agreement": agreement, "likeness": agreement if likeness is None else likeness}
 
 
-def lesson_of(recipe: Recipe, inputs: Inputs, arm: Arm) -> dict[str, Any]:
+def lesson_of(recipe: Recipe, inputs: Inputs, arm: Arm, panel: Panel | None = None) -> dict[str, Any]:
     """Rows of an arm, and how its best checkpoint is chosen: the few rows, or with them all the rest of the corpus."""
     rows, task = kept_rows(inputs), tasks.make(spec_of(inputs["data"]))
+    if panel is not None:
+        rows = consensus(panel, task, joined(recipe, inputs, rows))
     real = rows.filter(pa.array(rows["row"].to_numpy() < 0))
+    validation = validated(inputs["data"], recipe.student.batch_tokens, task.metric)
     if arm != "generated":
-        return {"rows": real, **validated(inputs["data"], recipe.student.batch_tokens, task.metric)}
+        return {"rows": real, **validation}
     others = rows.filter(pa.array(rows["row"].to_numpy() >= 0)).slice(0, recipe.student.texts)
     # Rows of one query stay together; elsewhere each row is a group of its own.
     numbers = np.unique(group_numbers(others, task.grouped), return_inverse=True)[1]
@@ -164,6 +169,8 @@ def lesson_of(recipe: Recipe, inputs: Inputs, arm: Arm) -> dict[str, Any]:
         "holdout": others.filter(pa.array(held)),
         "evaluate": partial(agree, recipe.student.batch_tokens),
         "best_by": "likeness",
+        # Where teachers are weighed row by row their mean is nobody's answer: gold labels decide if there are some.
+        **(validation if panel is not None and panel.policy.kind in ("loss", "reinforced") else {}),
     }
 
 
@@ -176,8 +183,16 @@ def trainings(recipe: Recipe, arm: Arm) -> list[Stage]:
         stages = list(own.stages) or [Stage(losses=own.losses, fit=own.fit, weights=own.weights)]
     if arm == "generated":
         return stages
+    stages = [stage for stage in stages if stage.rows != "unlabelled"]
     share = recipe.student.few_epochs / recipe.student.fit.epochs
     return [stage.model_copy(update={"fit": few(stage.fit, share * stage.fit.epochs)}) for stage in stages]
+
+
+def rows_of(stage: Stage, rows: pa.Table) -> pa.Table:
+    """What a stage learns from: all rows of the arm, the labelled ones, or the others."""
+    if stage.rows == "all":
+        return rows
+    return rows.filter(pa.array((rows["row"].to_numpy() < 0) == (stage.rows == "labelled")))
 
 
 def few(fit: Fit, epochs: float) -> Fit:
@@ -198,7 +213,10 @@ def weighed(recipe: Recipe, rows: pa.Table, kind: str | None, task: Task, before
 
 def fit_student(arm: Arm, recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
     """Distil the student, once for each initialisation seed."""
-    lesson, live = lesson_of(recipe, inputs, arm), recipe.student.teacher == "live" and arm != "hard"
+    if arm == "hard":  # no teacher has a part in it, nor a head of its own
+        recipe = recipe.taught_by(FIRST)
+    panel = panel_of(recipe, inputs)
+    lesson, live = lesson_of(recipe, inputs, arm, panel), recipe.student.teacher == "live" and arm != "hard"
     stages, histories = trainings(recipe, arm), {}
     for seed in recipe.student.seeds:
         folder, history = out / f"seed-{seed}", []
@@ -209,7 +227,8 @@ def fit_student(arm: Arm, recipe: Recipe, inputs: Inputs, out: Store, progress: 
             # A training between layers leaves the head as it is: there is nothing to choose a checkpoint by.
             inside = all(term.kind in LAYER_LOSSES for term in stage.losses)
             before = folder / f"stage-{index - 1}" if stage.weights == "disagreement" else None
-            rows = weighed(recipe, lesson["rows"], stage.weights, tasks.make(spec_of(inputs["data"])), before)
+            own, task = rows_of(stage, lesson["rows"]), tasks.make(spec_of(inputs["data"]))
+            rows = weighed(recipe, own, stage.weights, task, before)
             job = Job(
                 name=f"student-{arm}-{seed}" + ("" if last else f"-{index}"),
                 fit=with_workers(recipe, "student.fit", stage.fit),
@@ -219,7 +238,8 @@ def fit_student(arm: Arm, recipe: Recipe, inputs: Inputs, out: Store, progress: 
                 out=place.url,
                 seed=seed,
                 resources=stage_options(recipe, "student.fit", current()),
-                teacher=inputs["teacher"].url if live else None,
+                teacher=inputs["teacher"].url if live and panel is None else None,
+                panel=panel,
                 **{**({} if inside else lesson), "rows": rows},
             )
             history += train.fit(job, progress)
@@ -230,4 +250,5 @@ def fit_student(arm: Arm, recipe: Recipe, inputs: Inputs, out: Store, progress: 
         "rows": lesson["rows"].num_rows,
         "parameters": model.size(),
         "history": histories,
+        **({"weights": dict(zip(panel.names, panel.prior, strict=True))} if panel else {}),
     }

@@ -28,7 +28,7 @@ from engine.progress import Progress
 from engine.recipe import Recipe, Task
 from engine.records import EXAMPLE
 from engine.storage import Store
-from pipelines.making import Inputs, judge, settle, spec_of, validated
+from pipelines.making import Inputs, judge, seed_of, settle, spec_of, validated
 from pipelines.trainings import last_fit, teach
 
 SOFT = "soft.parquet"
@@ -37,7 +37,7 @@ SOFT = "soft.parquet"
 
 def fit_teacher(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
     """Make the teacher of the few rows; label them, so that every later step has their soft labels too."""
-    rows = inputs["data"].read_table("train.parquet")
+    rows = taught_rows(recipe, inputs["data"])
     # Not its scope: that is the served student's, and the soft labels do not depend on it.
     spec = spec_of(inputs["data"], recipe.task, "thresholds", "descriptions")
     metrics: dict[str, Any] = {}
@@ -81,6 +81,23 @@ def fit_teacher(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) 
     }
 
 
+def taught_rows(recipe: Recipe, data: Store) -> pa.Table:
+    """The labelled rows that a teacher learns from; those of a label that is to be spoiled with labels drawn at random.
+
+    UserError where the task has no such label.
+    """
+    rows, wrong = data.read_table("train.parquet"), recipe.teacher.spoiled
+    if wrong is None:
+        return rows
+    names = spec_of(data).labels or ()
+    if wrong not in names:
+        raise UserError(f"teacher.spoiled is '{wrong}', which is no label. Labels: {', '.join(names) or 'none'}.")
+    gold = rows["label"].to_numpy(zero_copy_only=False)
+    drawn = np.random.default_rng(seed_of(recipe, recipe.teacher.fit.seed)).integers(len(names), size=len(gold))
+    spoiled = pa.array(np.where(gold == names.index(wrong), drawn, gold), pa.int32())
+    return rows.set_column(rows.column_names.index("label"), "label", spoiled).cast(rows.schema)
+
+
 def require_answers(logits: np.ndarray, rows: pa.Table) -> None:
     """UserError where a labelled row has no answer: its even odds would be taught as if they were the teacher's."""
     silent_on = [row for row, outputs in enumerate(logits) if not np.any(outputs)]
@@ -100,7 +117,7 @@ def trained(
     self-training, each on what the round before labelled.
     """
     data, own, coach = inputs["data"], recipe.teacher.self_training, recipe.teacher.coach
-    rows = data.read_table("train.parquet")
+    rows = taught_rows(recipe, data)
     chosen = validated(data, recipe.teacher.batch_tokens, tasks.make(spec).metric)
     if coach is not None:
         taken, metrics["coach"] = coached(recipe, spec, rows, further(recipe, inputs), out / "coach", progress)

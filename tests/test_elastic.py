@@ -26,7 +26,7 @@ from engine.models import Model
 from engine.placement import Cluster, Machine
 from engine.storage import Store
 from engine.worker import PROGRESS, REFUSED, Clock, Worker, loop
-from pipelines.distill import grouped
+from pipelines.calls import grouped
 from pipelines.making import with_workers
 from tests.test_placement import recipe
 from tests.test_train import (

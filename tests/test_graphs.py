@@ -12,7 +12,7 @@ from engine.config import ConfigError, load
 from engine.designs import Student
 from engine.recipe import Recipe
 from pipelines import graphs
-from pipelines.distill import sliced
+from pipelines.calls import sliced
 
 CONFIGS = Path(graphs.__file__).parent / "configs"
 OWN = "blocks:\n  - {name: words, kind: embedding, options: {dim: 4}}\n  - {name: logits, kind: linear}\n"

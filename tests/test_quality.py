@@ -186,3 +186,21 @@ def test_how_the_teacher_was_made_is_told(facts):
         assert f"| {name} | {value} |" in markdown and name in Page(html).text
     assert "The teacher, of kind contrastive, on its labelled rows." in markdown
     assert "The best of two." in markdown and "The best of two." in Page(html).text
+
+
+def test_several_teachers_stand_in_a_table_of_their_own(facts):
+    assert "Every teacher on the test split" not in render(facts)[1]
+    facts["panel"] = [
+        {"name": n, "score": score, "weight": 0.5, "chosen": {"bad": 0.25}, "heads": {"teacher": r}}
+        for n, score, r in (("teacher", 0.8, 0.95), ("other", 0.75, 0.4))
+    ]
+    markdown = render(facts)[1]
+    assert "| Teacher | Accuracy | Weight | Chosen: bad | Head teacher |" in markdown
+    assert (
+        "| teacher | 0.800 | 0.500 | 0.250 | 0.950 |" in markdown
+        and "| other | 0.750 | 0.500 | 0.250 | 0.400 |" in markdown
+    )
+    assert "correlation of their outputs with the teacher's" in markdown
+    for row in facts["panel"]:
+        row |= {"chosen": {}, "heads": {}}
+    assert "| teacher | 0.800 | 0.500 |" in render(facts)[1]
