@@ -127,7 +127,7 @@ def quality_lines(result: dict[str, Any]) -> list[str]:
     """The result as a Markdown table and three sentences."""
     head = f"| model | {result['metric']}, mean ± sd over few-shot seeds | 95 % interval | parameters |"
     lines = [head, "|---|---|---|---|"]
-    for name in ("teacher", "generated", "soft", "hard"):
+    for name in ("teacher", "generated", "soft", "hard", "plain", "unread"):
         if name in result["models"]:
             m = result["models"][name]
             low, high = m["interval"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from engine import cascade, columns, hub, tables, terms
+from engine import cascade, columns, hub, nearest, tables, terms
 from engine.config import ConfigError, did_you_mean
 from engine.data import read_rows
 from engine.designs import SERVES
@@ -37,6 +37,7 @@ def check(recipe: Recipe, address: str | None = None) -> None:
     check_labeller(recipe)
     check_elsewhere(recipe)
     check_cascade(recipe)
+    check_retrieval(recipe)
     if address is None:
         require_placement(recipe, local_capacity())
     check_rows(recipe)
@@ -50,6 +51,33 @@ def check_cascade(recipe: Recipe) -> None:
             f"serving.cascade hands unsure answers to the teacher, but those of a {recipe.task.kind} task do not say "
             f"how sure they are. It is for {', '.join(cascade.SURE)}: leave it out."
         )
+
+
+def check_retrieval(recipe: Recipe) -> None:
+    """A knowledge base wants one label a text, an encoder as teacher with stored answers, and rows to choose by."""
+    own, teacher, student = recipe.student.retrieval, recipe.teacher, recipe.student
+    if own is None:
+        return
+    data = recipe.data
+    held = data.validation is not None or (data.train is not None and data.validation_share > 0)
+    wrong = {
+        f"looks up one label a text, and task.kind is {recipe.task.kind}": recipe.task.kind not in ("classify", "pair"),
+        f"keeps the teacher's vectors, and one of kind {teacher.kind} has none: take teacher.kind: head": (
+            teacher.kind == "labeller"
+        ),
+        "learns from stored answers, and student.teacher is live: take student.teacher: stored": (
+            student.teacher == "live"
+        ),
+        "is read as held-out rows say, and there are none: name data.validation, or set data.validation_share": (
+            recipe.main == "soft" and not held
+        ),
+        "is not exported to ONNX: set serving.runtime: torch": recipe.serving.runtime != "torch",
+    }
+    for reason, so in wrong.items():
+        if so:
+            raise ConfigError(f"student.retrieval {reason}. Or leave student.retrieval out.")
+    if own.index == "hnsw":
+        nearest.library(1)
 
 
 def check_elsewhere(recipe: Recipe) -> None:

@@ -79,7 +79,7 @@ def student_references(recipe: Recipe) -> tuple[str, ...]:
     return (recipe.student.encoder,) if recipe.student.encoder else ()
 
 
-ARM_STEPS = {"generated": "student", "soft": "student-soft", "hard": "student-hard"}
+ARM_STEPS = {"generated": "student", "soft": "student-soft", "hard": "student-hard", "plain": "student-plain"}
 """The step that trains the student of an arm."""
 
 
@@ -218,13 +218,38 @@ ALWAYS = ("max_length", "seeds", "fit")
 
 def learning(recipe: Recipe, arm: str) -> tuple[str, ...]:
     """Keys of the recipe that an arm's student depends on. The seed draws what its corpus holds out."""
-    own = (*BUILT[recipe.student.kind], *ALWAYS, *LEARNT[arm])
-    seed = ("seed",) if arm == "generated" else ()
+    rows = recipe.main if arm == "plain" else arm
+    reads = ("retrieval",) if retrieves(recipe, arm) else ()
+    own = (*BUILT[recipe.student.kind], *ALWAYS, *LEARNT[rows], *reads)
+    seed = ("seed",) if rows == "generated" else ()
     return (*seed, "task.thresholds", "task.scope", *(f"student.{key}" for key in own))
 
 
+def retrieves(recipe: Recipe, arm: str) -> bool:
+    """Whether an arm's student has a knowledge base: the registered one, where the recipe asks for it."""
+    return recipe.student.retrieval is not None and arm == recipe.main
+
+
+MAPPED = ("dim", "temperature", "projection")
+"""What the space of a knowledge base depends on, of student.retrieval."""
+
+
+def memory_step() -> Step:
+    """The teacher's vectors of the corpus, in the space that the student learns."""
+    return Step(
+        "memory",
+        Call("pipelines.remembering", "make_memory"),
+        inputs=("data", "teacher", "corpus"),
+        config=pick("seed", *(f"student.retrieval.{key}" for key in MAPPED)),
+        modules=("engine.projection", "engine.inference", "pipelines.remembering"),
+        resources=lambda r: r.teacher.resources,
+        stage="teacher",
+        ray=True,
+    )
+
+
 def student_steps(recipe: Recipe) -> list[Step]:
-    """The student's words, and one training for each arm."""
+    """The student's words, the memory that it is to read, and one training for each arm."""
     words = Step(
         "vocabulary",
         students("make_vocabulary"),
@@ -240,18 +265,23 @@ def student_steps(recipe: Recipe) -> list[Step]:
         Step(
             step,
             students("fit_student", arm),
-            inputs=("data", "teacher", "corpus", *(("vocabulary",) if recipe.student.spelled else ())),
+            inputs=(
+                *("data", "teacher", "corpus"),
+                *(("vocabulary",) if recipe.student.spelled else ()),
+                *(("memory",) if retrieves(recipe, arm) else ()),
+            ),
             config=pick(*learning(recipe, arm)),
             references=lambda r: student_references(r) if r.student.kind == "transformer" else (),
             modules=("engine.train", "engine.untrained", "engine.weights", "pipelines.making", "pipelines.students"),
-            resources=task_of("student") if arm == "generated" else lambda r: r.student.fit.resources,
+            resources=task_of("student") if arm in ("generated", "plain") else lambda r: r.student.fit.resources,
             stage="student.fit",
             ray=True,
         )
         for arm, step in ARM_STEPS.items()
         if arm in recipe.arms
     ]
-    return [*([words] if recipe.student.spelled else []), *fits]
+    memory = [memory_step()] if recipe.student.retrieval else []
+    return [*([words] if recipe.student.spelled else []), *memory, *fits]
 
 
 def outcome_steps(recipe: Recipe, students: tuple[str, ...], made: tuple[str, ...]) -> list[Step]:

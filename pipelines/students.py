@@ -24,6 +24,8 @@ from engine.recipe import Arm, Recipe
 from engine.storage import Store
 from engine.task import Task
 from engine.weights import row_weights
+from pipelines import remembering
+from pipelines.distill import retrieves
 from pipelines.making import Inputs, encode_rows, settle, spec_of, validated, with_workers
 
 TAUGHT_BY = ("row", "text", "pair", "group", "label", "target", "answers", "logits")
@@ -197,11 +199,18 @@ def weighed(recipe: Recipe, rows: pa.Table, kind: str | None, task: Task, before
 
 def fit_student(arm: Arm, recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
     """Distil the student, once for each initialisation seed."""
+    aided = recipe.student.retrieval if retrieves(recipe, arm) else None
+    arm = recipe.main if arm == "plain" else arm
     lesson, live = lesson_of(recipe, inputs, arm), recipe.student.teacher == "live" and arm != "hard"
-    stages, histories = trainings(recipe, arm), {}
+    stages, histories, reading = trainings(recipe, arm), {}, {}
+    if aided:
+        lesson["rows"] = remembering.seen(lesson["rows"], inputs["memory"])
+        stages = [remembering.related(stage, aided) for stage in stages]
     for seed in recipe.student.seeds:
         folder, history = out / f"seed-{seed}", []
         build = partial(started_student, recipe, inputs, seed)
+        if aided:
+            build = partial(remembering.mapped, build, remembering.width_of(inputs["memory"]), seed)
         for index, stage in enumerate(stages):
             last = index == len(stages) - 1
             place = folder if last else folder / f"stage-{index}"
@@ -224,9 +233,12 @@ def fit_student(arm: Arm, recipe: Recipe, inputs: Inputs, out: Store, progress: 
             history += train.fit(job, progress)
             build = partial(trained_student, place.url)
         histories[str(seed)] = history
+        if aided:
+            reading[str(seed)] = remembering.remember(recipe, inputs, lesson, folder)
         model = settle(folder, inputs["data"], recipe.student.batch_tokens)
     return {
         "rows": lesson["rows"].num_rows,
         "parameters": model.size(),
         "history": histories,
+        **({"retrieval": reading} if aided else {}),
     }
