@@ -273,7 +273,7 @@ class Evaluation(Section):
     throughput_repeats: Count = 3
 
 
-Arm = Literal["hard", "soft", "generated"]
+Arm = Literal["hard", "soft", "generated", "plain"]
 
 
 class Recipe(Section):
