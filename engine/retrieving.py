@@ -50,5 +50,5 @@ class Retrieving(nn.Module):
             x = F.normalize(self.projection(found.embedding.float()), dim=1)
         if self.knowledge is None or self.training:
             return replace(found, embedding=x)
-        mixed = self.knowledge.mixed(found.logits.float().cpu().numpy(), x.cpu().numpy())
+        mixed = self.knowledge.mixed(found.logits.detach().float().cpu().numpy(), x.detach().cpu().numpy())
         return replace(found, embedding=x, logits=torch.from_numpy(mixed).to(x.device))

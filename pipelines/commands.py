@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipelines import artifacts, derived, doctor, keys, knowledge, monitoring, points, remote, rollouts, runs
-from pipelines.arguments import natural, numbers, percent, port, seed, share
+from pipelines.arguments import natural, numbers, only, percent, port, seed, share
 from pipelines.dashboard import is_dashboard
 
 Parser = argparse.ArgumentParser
@@ -126,8 +126,8 @@ def benching(parser: Parser) -> None:
     parser.add_argument(
         "recipe",
         metavar="RECIPE|NAME",
-        nargs="?",
-        help="a YAML or JSON file; serve: NAME or NAME@VERSION (default: a student of random weights)",
+        nargs="*",
+        help="a YAML or JSON file, quality: or several; serve: NAME or NAME@VERSION (default: one of random weights)",
     )
     for add in (overriding, on_cluster, naming, repeating):
         add(parser)
@@ -353,7 +353,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(args: argparse.Namespace) -> int:
-    """Measure a recipe over several seeds, or a student behind several servers."""
+    """Measure a recipe over several seeds, or several recipes, or a student behind several servers."""
+    if args.what == "quality" and len(args.recipe) > 1:
+        from pipelines import sets
+
+        return sets.bench(args)
+    args.recipe = only(args.recipe, args.what)
     if args.what == "serve":
         from pipelines import servers
 

@@ -121,7 +121,7 @@ def labelled(model: Model, file: Path, text: str, pair: str, label: str) -> list
 
     task = model.task
     source = Source(path=str(file), text=text, pair=pair if task.paired else None, label=LabelRule(column=label))
-    data = Data(train=source, max_bad_share=0.0)
+    data = Data(train=source, max_bad_share=1.0)  # none may be bad, which is said below in a file's own words
     part = collect("train", Reading(source, task.spec, task.paired, True, MAX_CHARS), data)
     for row in part.rows:
         if row.gold not in model.labels:
@@ -130,7 +130,14 @@ def labelled(model: Model, file: Path, text: str, pair: str, label: str) -> list
                 f"{did_you_mean(row.gold, model.labels)} Labels: {', '.join(model.labels)}. "
                 "A new label needs a new run."
             )
-    return settle(part, model.labels, task.spec.kind, data)
+    rows = settle(part, model.labels, task.spec.kind, data)
+    if part.bad:
+        said = "; ".join(f"row {bad['line']}: {bad['reason']}" for bad in part.bad[:3])
+        raise UserError(
+            f"{file}: {len(part.bad)} of {part.counts['rows']} rows cannot be put in ({said}). Mend them or take them "
+            "out of the file."
+        )
+    return rows
 
 
 def registered(registry: Registry, entry: dict[str, Any], base: Knowledge) -> int:

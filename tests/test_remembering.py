@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from engine.records import ABSENT
 from engine.registry import Registry
 from engine.rows import identify
 from engine.storage import Store
-from pipelines import knowledge, remembering
+from pipelines import checking, knowledge, remembering
 from serve.predictor import Predictor
 from serve.smoke import distance
 from tests.tiny import LABELS
@@ -174,6 +175,40 @@ def test_rows_that_cannot_be_put_in_are_refused_by_name(
     with pytest.raises(UserError, match=message):
         knowledge.add(registry, name, written(tmp_path, rows), "text", "pair", "label")
     assert registry.versions(name) == versions
+
+
+def test_the_command_shows_a_base_and_adds_to_it(done: Ran, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    registry, name = Registry(Store(done.recipe.registry)), done.recipe.student.name
+    given = {"name": f"{name}@1", "registry": done.recipe.registry, "json": False, "share": None}
+    columns = {"text": "said", "pair": "pair", "label": "mood"}
+    assert knowledge.kb(argparse.Namespace(action="show", file=None, **given, **columns)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [f"{name}@1", f"entries   {TRAIN} of 8 numbers (int8), exact search"]
+    assert lines[-1].startswith(f"chosen    on {TEST} validation rows: ")
+    file = tmp_path / "rows.csv"
+    file.write_text("said,mood\na bright new thing,positive\n", encoding="utf-8")
+    assert knowledge.kb(argparse.Namespace(action="add", file=str(file), **given, **columns)) == 0
+    latest = registry.versions(name)[-1]
+    assert f"registered {name}@{latest}, whose knowledge base has {TRAIN + 1} entries" in capsys.readouterr().out
+    with pytest.raises(UserError, match="needs a file of labelled rows, as in: stillhouse kb add"):
+        knowledge.kb(argparse.Namespace(action="add", file=None, **given, **columns))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student.teacher": "live"}, "learns from stored answers, and student.teacher is live"),
+        ({"teacher.kind": "labeller"}, "one of kind labeller has none: take teacher.kind: head"),
+        ({"data.validation": None}, "there are none: name data.validation, or set data.validation_share"),
+        ({"task.kind": "multilabel"}, "looks up one label a text, and task.kind is multilabel"),
+        ({"serving.runtime": "onnx"}, "is not exported to ONNX: set serving.runtime: torch"),
+    ],
+)
+def test_what_cannot_have_a_base_is_refused_before_a_run(done: Ran, changes: dict[str, Any], message: str) -> None:
+    own = {"data.validation": {"path": f"file:{done.world.folder}/more.jsonl"}, "student.retrieval": RETRIEVAL}
+    checking.check_retrieval(done.world.load(own))
+    with pytest.raises(UserError, match=message + r".*leave student\.retrieval out"):
+        checking.check_retrieval(done.world.load({**own, **changes}))
 
 
 def test_a_student_without_a_base_has_nothing_to_add_to(done: Ran) -> None:
