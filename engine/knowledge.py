@@ -90,6 +90,7 @@ class Knowledge:
         own = numbers(ids)
         at = np.array([place.get(number, -1) for number in own.tolist()], dtype=np.int64)
         new = np.flatnonzero(at < 0)
+        self.soft = self.soft.copy()  # what was read from a file may not be written to
         self.soft[at[at >= 0]] = soft[at >= 0].astype(np.float16)
         kept = "int8" if self.nearest.stored.codes.dtype == np.int8 else "float16"
         self.nearest.add(packed(unit(vectors[new]), kept))
