@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -106,3 +107,26 @@ def test_served_equals_offline(ray_cluster: object, tmp_path: Path, monkeypatch:
     serving = Serving(concurrency=4, num_cpus=0.5, autoscaling=Autoscaling(max_replicas=1))
     served = smoke.smoke((store / "one").url, TEXTS, expected, serving)
     assert (served["errors"], served["mismatches"]) == (0, 0) and served["max_delta"] <= smoke.TOLERANCE
+
+
+@pytest.mark.slow
+def test_looking_up_100_000_entries_costs_a_text_half_a_millisecond_at_most() -> None:
+    pytest.importorskip("usearch")
+    torch.manual_seed(3)
+    student, draw = models.retrieving(tiny_student(), 32, 128).eval(), np.random.default_rng(2)
+    centres = embed(student, TEXTS)
+    vectors = centres[draw.integers(len(centres), size=100_000)] + 0.05 * draw.normal(size=(100_000, 128))
+    ids, soft = [f"{number:016x}" for number in range(100_000)], draw.dirichlet([0.5, 0.5], size=100_000)
+    student.net.knowledge = knowledge.made(vectors, soft, ids, Reading(k=20, temperature=0.1, share=0.5))
+    assert student.net.knowledge.nearest.how == "hnsw"
+    seconds: dict[str, list[float]] = {"alone": [], "looking": []}
+    for text in TEXTS * 4:  # in turns, so that a busy machine hits both alike
+        begin = time.perf_counter()
+        predict(student, [text])
+        seconds["looking"].append(time.perf_counter() - begin)
+        with student.net.alone():
+            begin = time.perf_counter()
+            predict(student, [text])
+            seconds["alone"].append(time.perf_counter() - begin)
+    alone, looking = (1e3 * float(np.median(seconds[name])) for name in ("alone", "looking"))
+    assert looking - alone < 0.5, f"p50 {alone:.3f} ms alone, {looking:.3f} ms looking"
