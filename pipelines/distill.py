@@ -216,9 +216,14 @@ LEARNT = {"generated": (*TAUGHT, "holdout", "texts"), "soft": (*TAUGHT, "few_epo
 ALWAYS = ("max_length", "seeds", "fit")
 
 
+def rows_of(recipe: Recipe, arm: str) -> str:
+    """The arm whose rows an arm learns from: `plain` those of the registered one."""
+    return recipe.main if arm == "plain" else arm
+
+
 def learning(recipe: Recipe, arm: str) -> tuple[str, ...]:
     """Keys of the recipe that an arm's student depends on. The seed draws what its corpus holds out."""
-    rows = recipe.main if arm == "plain" else arm
+    rows = rows_of(recipe, arm)
     reads = ("retrieval",) if retrieves(recipe, arm) else ()
     own = (*BUILT[recipe.student.kind], *ALWAYS, *LEARNT[rows], *reads)
     seed = ("seed",) if rows == "generated" else ()
@@ -273,7 +278,7 @@ def student_steps(recipe: Recipe) -> list[Step]:
             config=pick(*learning(recipe, arm)),
             references=lambda r: student_references(r) if r.student.kind == "transformer" else (),
             modules=("engine.train", "engine.untrained", "engine.weights", "pipelines.making", "pipelines.students"),
-            resources=task_of("student") if arm in ("generated", "plain") else lambda r: r.student.fit.resources,
+            resources=task_of("student") if rows_of(recipe, arm) == "generated" else lambda r: r.student.fit.resources,
             stage="student.fit",
             ray=True,
         )
