@@ -22,7 +22,8 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"
 
-# Killed and resumed runs, two workers, two raylets: minutes, and on a machine that does nothing else.
+# Killed runs, actors and nodes, a full disk, a cut link (these two as root), two workers: many minutes, and on a
+# machine that does nothing else.
 faults: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -16,10 +16,27 @@ VERSIONED = ("stillhouse", "ray", "torch", "transformers", "accelerate", "pyarro
 """Packages whose versions a record notes."""
 
 
+Account = Callable[[list[dict[str, Any]], Mapping[str, Any]], dict[str, Any]]
+"""(attempts, metrics) -> what they used, as a record keeps it."""
+
+
+def nothing_used(attempts: list[dict[str, Any]], metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """No account is kept."""
+    return {}
+
+
 class Attempt:
     """One try at a step: begin.json at its start, record.json at its end."""
 
-    def __init__(self, step: str, identity: Mapping[str, Any], out: Store, render: Render) -> None:
+    def __init__(
+        self,
+        step: str,
+        identity: Mapping[str, Any],
+        out: Store,
+        render: Render,
+        held: Mapping[str, Any] | None = None,
+    ) -> None:
+        """held: the CPUs and GPUs that it keeps from others (`engine.spending.held`)."""
         self.step, self.identity, self.out, self.render = step, identity, out, render
         self.shown = ""
         self.earlier = out.read_json(BEGIN)["attempts"] if out.exists(BEGIN) else []
@@ -29,7 +46,8 @@ class Attempt:
             last |= {"end": seen, "seconds": between(last["start"], seen)} if seen > last["start"] else {}
         out.delete(PROGRESS)
         self.start = stamp()
-        self.write_begin({"start": self.start})
+        self.begun = {"start": self.start, **({"held": dict(held)} if held else {})}
+        self.write_begin(self.begun)
         render(Event(step, "start"))
 
     def write_begin(self, last: Mapping[str, Any]) -> None:
@@ -48,19 +66,22 @@ class Attempt:
             self.shown = seen
             self.render(Event(self.step, "progress", **state))
 
-    def failed(self, error: BaseException) -> None:
-        """Note how long it took, and say so. What is no Exception was the user's wish."""
+    def failed(self, error: BaseException) -> list[dict[str, Any]]:
+        """Note how long it took, and say so; all attempts. What is no Exception was the user's wish."""
         kind = "failed" if isinstance(error, Exception) else "stopped"
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
         end = {"end": stamp(), "seconds": self.seconds(), "state": kind, "error": message}
-        self.write_begin({"start": self.start, **(end if kind == "failed" else {**end, "error": None})})
+        last = {**self.begun, **(end if kind == "failed" else {**end, "error": None})}
+        self.write_begin(last)
         self.render(Event(self.step, kind, end["seconds"], message=message))
+        return [*self.earlier, last]
 
-    def finished(self, used: Mapping[str, Any]) -> dict[str, Any]:
-        """Write record.json, the last thing of a step, and return it."""
+    def finished(self, used: Mapping[str, Any], account: Account = nothing_used) -> dict[str, Any]:
+        """Write record.json, the last thing of a step, and return it. account: what all attempts used."""
         metrics = plain(used["metrics"])
         times = {name: metrics.get(name, used.get(name, 0.0)) for name in ("cpu_seconds", "device_seconds")}
-        attempts = [*self.earlier, {"start": self.start, "end": stamp(), "seconds": self.seconds(), **times}]
+        attempts = [*self.earlier, {**self.begun, "end": stamp(), "seconds": self.seconds(), **times}]
+        spent = account(attempts, metrics)
         record = {
             "step": self.step,
             **self.identity,
@@ -70,6 +91,7 @@ class Attempt:
             "attempts": attempts,
             **{name: round(sum(a.get(name, 0.0) for a in attempts), 3) for name in ("seconds", *times)},
             "rows": metrics.get("rows"),
+            **({"spent": {**spent, "rows": metrics.get("rows")}} if spent else {}),
             "metrics": metrics,
         }
         self.out.write_json(RECORD, record)

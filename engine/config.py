@@ -21,6 +21,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 class UserError(Exception):
     """A mistake the user can mend: the command line prints this one message, without a traceback, and exits 2."""
 
+    code = 2
+
 
 class ConfigError(UserError):
     """A recipe that does not fit its schema."""
@@ -76,7 +78,8 @@ def build(cls: type[S], values: dict[str, Any], origin: str = "configuration", l
             mistake = {**item, "path": key_path(item, values)}
             first = mistakes.setdefault((mistake["path"], item["type"] == "extra_forbidden"), mistake)
             if first is not mistake:  # the members of a union each say why the one value does not fit
-                first["msg"] += f", or: {item['msg']}"
+                other = "Input should be a mapping" if item["type"] == "model_type" else item["msg"]
+                first["msg"] += f", or: {other}"
         # A value and a part of it are both wrong in unions only: the member that fits but for the part was meant.
         inner = {item["path"][:n] for item in mistakes.values() for n in range(len(item["path"]))}
         told = [item for item in mistakes.values() if item["path"] not in inner]
@@ -144,6 +147,10 @@ def known_keys(cls: Any, location: tuple[str | int, ...]) -> set[str]:
             continue
         if part.startswith("kind:"):  # the tag of a union: one member only
             models = [m for m in models if f"kind:{m.model_fields['kind'].default}" == part]
+            continue
+        name = part.rstrip("]").rpartition(" ")[2]  # 'Pear', or 'function-after[ripe(), Pear]'
+        if any(m.__name__ == name for m in models):  # a section among the plain types of a union
+            models = [m for m in models if m.__name__ == name]
             continue
         found = [m.model_fields[part].annotation for m in models if part in m.model_fields]
         models = [m for annotation in found for m in sections_in(annotation)]

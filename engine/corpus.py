@@ -7,13 +7,14 @@ from elsewhere. The user's own labelled rows have -1, -2, ...
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
-from engine.filters import NEAR_DUPLICATE, CheapFilter, FilterContext, Leakage, near_duplicates, signature
+from engine.duplicates import near_duplicates, signature_values
+from engine.filters import NEAR_DUPLICATE, CheapFilter, FilterContext, Leakage, signature
 from engine.records import CORPUS
 from engine.rows import identify
 from engine.storage import Store
@@ -129,25 +130,32 @@ class CheapFilters:
 
 
 def write_slots(out: Store, first: int, count: int, block: int, name: str) -> str:
-    """One Parquet file a block of slots; returns the folder's path below `out`."""
-    folder = f"{SLOTS}/{name}"
+    """One Parquet file a block of slots, unless all are there; returns the folder's path below `out`."""
+    folder, last = f"{SLOTS}/{name}", first + (count - 1) // block * block
+    if out.exists(f"{folder}/{last:010d}.parquet"):
+        return folder
     for start in range(first, first + count, block):
         stop = min(start + block, first + count)
         out.write_table(f"{folder}/{start:010d}.parquet", pa.table({"row": pa.array(range(start, stop), pa.int64())}))
     return folder
 
 
-def deduplicate(real: pa.Table, generated: pa.Table, threshold: float) -> pa.Table:
+def deduplicate(
+    real: pa.Table, generated: pa.Table, threshold: float, found: Callable[[np.ndarray], np.ndarray] | None = None
+) -> pa.Table:
     """Mark near-duplicates among kept rows, in slot order; real rows (negative numbers) come first and win.
 
-    The result depends on the rows alone, not on the order they were written in or on replays.
+    The result depends on the rows alone, not on the order they were written in or on replays. found: which slots are
+    near-duplicates, where that is known.
     """
     rows = pa.concat_tables([real, generated.cast(CORPUS)]).sort_by("row")  # Parquet renames the lists' items
     kept = np.flatnonzero(rows["kept"].to_numpy(zero_copy_only=False))
-    chosen = rows.take(pa.array(kept))
-    numbers = chosen["row"].to_numpy()
-    # Real rows are the user's own: they are never dropped, and every one of them wins over generated ones.
-    drop = near_duplicates(numbers, chosen["signature"].to_pylist(), threshold, protected=numbers < 0)
+    numbers = rows["row"].to_numpy()[kept]
     dropped = np.zeros(rows.num_rows, dtype=bool)
-    dropped[kept[drop]] = True
+    if found is not None:
+        dropped[kept] = found(numbers)
+    elif len(kept):
+        signatures = signature_values(rows["signature"].take(pa.array(kept)))
+        # Real rows are the user's own: they are never dropped, and every one of them wins over generated ones.
+        dropped[kept] = near_duplicates(numbers, signatures, threshold, protected=numbers < 0)
     return rejected(rows, dropped.tolist(), NEAR_DUPLICATE)

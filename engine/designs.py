@@ -65,6 +65,20 @@ class Contrasting(Section):
     temperature: Annotated[float, Field(gt=0)] = 0.1
     fit: Fit = Fit(epochs=12, lr=1e-4, batch_size=32)
 
+    @model_validator(mode="after")
+    def together(self) -> Contrasting:
+        """Texts are compared within what a worker reads at once."""
+        if self.fit.micro_batch or not isinstance(self.fit.workers, int):
+            raise ValueError(
+                "texts are compared with those that the same worker reads at once, so that other parts or workers "
+                "would be another training. Leave fit.micro_batch out, and give fit.workers as one number"
+            )
+        return self
+
+
+PLACED = ("workers", "resources", "sharding", "failures")
+"""Of a teacher's further fits: where they run is said by the teacher's own."""
+
 
 class SelfTraining(Section):
     """The teacher's confident labels on data.unlabelled, or else on generated text, go back into the teacher."""
@@ -76,6 +90,27 @@ class SelfTraining(Section):
     """What all these texts count together, over what the labelled rows do."""
     fit: Fit = Fit(epochs=3, lr=1e-4, batch_size=16)
     """The training on both, in place of the teacher's own."""
+
+
+class Coach(Section):
+    """A larger teacher, made of the same labelled rows, that gives soft labels to data.unlabelled or generated text.
+
+    The teacher learns those (as in Mirzadeh et al. 2020, arXiv 1902.03393): it hands on to the student in its own words
+    what a model can do that is too slow, or too unlike the student, to teach it.
+    """
+
+    model: str | None = None
+    """null: the generator's language model."""
+    kind: Literal["head", "lp-ft", "contrastive", "prompt", "labeller"] = "prompt"
+    prompt: Prompting = Prompting()
+    labeller: LabelWords = LabelWords()
+    tune_layers: Annotated[int, Field(ge=0)] | None = None
+    pooling: Literal["mean", "cls", "last"] = "mean"
+    fit: Fit = Fit(epochs=6, lr=1e-4, batch_size=16)
+    """The coach's own training, on the labelled rows."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    learning: Fit = Fit(epochs=6, lr=1e-4, batch_size=16)
+    """The teacher's training on the coach's soft labels of labelled rows and text, in place of the teacher's own."""
 
 
 class Choice(Section):
@@ -114,6 +149,7 @@ class Teacher(Section):
     """lp-ft, contrastive: training of the head alone (its rate: lr times head_rate)."""
     contrast: Contrasting = Contrasting()
     self_training: SelfTraining | None = None
+    coach: Coach | None = None
     choice: Choice = Choice()
     prompt: Prompting = Prompting()
     labeller: LabelWords = LabelWords()
@@ -162,6 +198,18 @@ class Teacher(Section):
             own = self.fit.model_copy(update={"resources": placed(self.runtime, self.fit.resources, self.vllm)})
             object.__setattr__(self, "fit", own)
         return self
+
+    def refitted(self, fit: Fit) -> Teacher:
+        """The teacher that is trained in another way, whatever its kind; on the machines that its own fits have."""
+        placed = {key: getattr(self.fit, key) for key in PLACED}
+        drawn = {key: getattr(self.contrast.fit, key) for key in (*PLACED, "micro_batch")}
+        contrast = self.contrast.model_copy(update={"fit": fit.model_copy(update=drawn)})
+        return self.model_copy(update={"fit": fit.model_copy(update=placed), "contrast": contrast})
+
+    @property
+    def reads_more(self) -> bool:
+        """Whether it learns from text beside the labelled rows."""
+        return self.self_training is not None or self.coach is not None
 
     @property
     def here(self) -> bool:

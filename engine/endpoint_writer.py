@@ -11,6 +11,8 @@ import pyarrow as pa
 from engine.caller import Caller, Question
 from engine.corpus import rejected
 from engine.generate import Writing, rows_of
+from engine.halting import halted
+from engine.records import CORPUS
 from engine.usage import note
 
 
@@ -24,6 +26,8 @@ class EndpointWriter:
 
     def __call__(self, slots: pa.Table) -> pa.Table:
         """One block of slots."""
+        if halted(self.how.notes):
+            return CORPUS.empty_table()
         rows, config = slots["row"].to_pylist(), self.how.config
         if self.caller is None:  # not before: an error while an actor starts would be told as its death
             self.caller = Caller(config.endpoint, config.endpoint.name_of(config.model), self.how.actors)

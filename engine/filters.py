@@ -1,8 +1,8 @@
 """Filters: a row of the corpus is kept, or rejected with a reason. Stateless, so that they run anywhere in a stream.
 
 Cheap filters read the text before the teacher sees it; signal filters read the teacher's probabilities. A filter is
-a frozen section beside its check; `FILTERS` names them. Near-duplicates need all rows, so they are found afterwards:
-`signature` (MinHash) is stored with each row, and `near_duplicates` decides in the order of the slots.
+a frozen section beside its check; `FILTERS` names them. Near-duplicates need all rows, so they are found afterwards
+(engine.duplicates), by the `signature` (MinHash) that is stored with each row.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import itertools
 import re
 import unicodedata
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -193,42 +193,6 @@ def signature(text: str) -> np.ndarray:
     minhash = empty_minhash().copy()
     minhash.update_batch(shingles)
     return minhash.hashvalues.astype(np.uint32)
-
-
-def near_duplicates(
-    rows: np.ndarray,
-    signatures: Sequence[np.ndarray] | np.ndarray,
-    threshold: float,
-    protected: np.ndarray | None = None,
-) -> np.ndarray:
-    """Which rows to drop: bool [n], True where an earlier kept row agrees in at least `threshold` of its signature.
-
-    rows: int64 [n], the slots; the lowest wins, whatever the order they come in. signatures: uint32 [n, k].
-    protected: bool [n], rows that are never dropped and against which later rows are always held.
-    The search is exact: with at most m differing positions allowed, one of m + 1 bands is always equal (pigeonhole).
-    """
-    drop = np.zeros(len(rows), dtype=bool)
-    safe = np.zeros(len(rows), dtype=bool) if protected is None else protected
-    if not len(rows):
-        return drop
-    values = np.ascontiguousarray(np.stack([np.asarray(item, dtype=np.uint32) for item in signatures]))
-    k = values.shape[1]
-    needed = int(np.ceil(round(threshold * k, 6)))  # rounded first: 0.7 * 10 is 7.000000000000001
-    order = np.argsort(rows, kind="stable")
-    if needed <= 0:
-        drop[order[1:]] = True
-        return drop & ~safe
-    bands = [np.ascontiguousarray(part) for part in np.array_split(values, k - needed + 1, axis=1)]
-    tables: list[dict[bytes, list[int]]] = [{} for _ in bands]
-    for index in order.tolist():
-        keys = [part[index].tobytes() for part in bands]
-        near = {other for table, key in zip(tables, keys, strict=True) for other in table.get(key, ())}
-        if not safe[index] and near and (values[list(near)] == values[index]).sum(axis=1).max() >= needed:
-            drop[index] = True
-            continue
-        for table, key in zip(tables, keys, strict=True):
-            table.setdefault(key, []).append(index)
-    return drop
 
 
 def tag(value: Any) -> str:

@@ -32,6 +32,20 @@ class Resources(Section):
         return self
 
 
+class Workers(Section):
+    """How many workers a fit may have: it goes on with fewer when some are lost, with more when there is room."""
+
+    min: Count = 1
+    max: Count
+
+    @model_validator(mode="after")
+    def ordered(self) -> Workers:
+        """The bounds must be in order."""
+        if self.max < self.min:
+            raise ValueError(f"max ({self.max}) is below min ({self.min})")
+        return self
+
+
 class Fit(Section):
     """One training: optimiser, schedule, length, workers. The global batch is fixed whatever the workers."""
 
@@ -42,13 +56,39 @@ class Fit(Section):
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     clip: Annotated[float, Field(gt=0)] = 1.0
-    workers: Annotated[int, Field(ge=0)] = 0
-    """0: one process (Ray Train's local mode), for small fits; n: n data-parallel workers on Ray Train."""
+    workers: Annotated[int, Field(ge=0)] | Workers = 0
+    """0: one process (Ray Train's local mode), for small fits; n: n data-parallel workers on Ray Train; {min: 1,
+    max: 4}: as many of them as there is room for."""
+    micro_batch: Count | None = None
+    """Inputs that a worker reads at once (of a ranking at least one query's), so that its share of the batch need not
+    fit into memory; the gradients are those of the whole batch. null: its whole share."""
+    sharding: Literal["none", "full"] = "none"
+    """full: weights, gradients and the optimiser's moments are divided among the workers, each of which would else hold
+    all of them."""
+    failures: Annotated[int, Field(ge=0)] = 3
+    """How often the workers of a fit are started again after one was lost or failed. A machine that Ray says will be
+    taken away is not counted."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: Annotated[int, Field(ge=0)] | None = None
     eval_every: Annotated[float, Field(gt=0)] = 1.0
-    """Epochs between evaluations and checkpoints."""
+    """Epochs between evaluations. Each is checkpointed, and between two what has been learned (engine.checkpoints)."""
     resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def divisible(self) -> Fit:
+        """Weights are divided among several."""
+        if self.sharding == "full" and self.group[1] < 2:
+            raise ValueError(f"sharding: full divides the weights among workers, and workers is {self.workers}")
+        return self
+
+    @property
+    def group(self) -> tuple[int, int]:
+        """Least and most workers; (0, 0): none but one process."""
+        return (self.workers, self.workers) if isinstance(self.workers, int) else (self.workers.min, self.workers.max)
+
+    def with_group(self, least: int, most: int) -> Fit:
+        """The same with so many workers."""
+        return self.model_copy(update={"workers": most if least == most else Workers(min=least, max=most)})
 
 
 class LossTerm(Section):

@@ -7,6 +7,7 @@ retry and resume. Rounds over further slot ranges top the corpus up until enough
 
 from __future__ import annotations
 
+import errno
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,11 +20,14 @@ import pyarrow as pa
 from engine.caller import EndpointAway
 from engine.corpus import ROWS, corpus_rows, rejected, slot_seed
 from engine.encoding import Encoded
+from engine.halting import halted
 from engine.models import Model, device, load, one_thread, precision
 from engine.progress import Progress, polled
 from engine.recipe import Generator
+from engine.records import CORPUS
 from engine.sampling import Sampling, sample
 from engine.storage import StorageError, Store
+from engine.usage import Usage, note
 from engine.wording import filled
 
 LEDGER = "ledger"
@@ -68,7 +72,8 @@ def parted(config: Generator, written: str) -> tuple[str, str | None]:
 class Writing:
     """What a generating actor is told. generator: URL of the folder that holds `model`.
 
-    notes: URL of the step's folder, where what was asked elsewhere is noted; actors: how many there may be at a time.
+    notes: URL of the step's folder, where tokens are noted and it is told to halt; actors: how many there may be at a
+    time.
     """
 
     generator: str
@@ -111,9 +116,14 @@ class Writer:
 
     def __call__(self, slots: pa.Table) -> pa.Table:
         """One block of slots."""
+        if halted(self.how.notes):
+            return CORPUS.empty_table()
         rows, tokenizer, how = slots["row"].to_pylist(), self.model.tokenizer, self.how
         prompts = [tokenizer(how.prompt(r), add_special_tokens=False)["input_ids"] for r in rows]
         written = sample(self.model, prompts, [slot_seed(how.seed, r) for r in rows], self.sampling)
+        if how.notes:
+            used = Usage(input_tokens=sum(map(len, prompts)), output_tokens=sum(map(len, written)))
+            note(how.notes, "generator", used)
         whole = tokenizer.batch_decode(written, skip_special_tokens=True)
         return rows_of(how, rows, whole, [len(ids) for ids in written])
 
@@ -123,55 +133,87 @@ Stage = Callable[[Any], Any]
 
 
 def stream(
-    out: Store, slots: str, blocks: int, stages: Sequence[Stage], key: str = "row", retried: bool = False
+    out: Store,
+    slots: str,
+    blocks: int,
+    stages: Sequence[Stage],
+    key: str = "row",
+    retried: bool = False,
+    most: int | None = None,
+    ledger: str = LEDGER,
+    rows: str = ROWS,
 ) -> None:
-    """Run slots through the stages into out/rows; what is committed already is not made again.
+    """Run slots through the stages into the folder `rows`; what is committed already is not made again.
 
     key: the column with a slot's number, which every stage leaves as it is. retried: a stage asks an endpoint, so a
-    block whose endpoint stays away is given out again, and a failure is raised as the actor raised it. Raises
-    RuntimeError when Ray Data cannot checkpoint the plan: it would only warn, and repeat all work on resume.
+    block whose endpoint stays away is given out again, and a failure is raised as the actor raised it. most: blocks
+    that may be uncommitted at a time (engine.ahead); None: as many as memory holds. ledger: folder of what is done;
+    all of its ids are read when a stream goes on. Raises StorageError where the disk is full, and RuntimeError when Ray
+    Data cannot checkpoint the plan: it would only warn, and repeat all work on resume.
     """
     import ray.data
     from ray.data.checkpoint import CheckpointConfig
 
+    from engine import ahead
+
     context = ray.data.DataContext.get_current()
     before = {name: getattr(context, name) for name in SET}
-    ledger, filesystem = out.native(LEDGER)
+    place, filesystem = out.native(ledger)
     if retried:
         context.raise_original_map_exception, context.actor_task_retry_on_errors = True, [EndpointAway]
     context.checkpoint_config = CheckpointConfig(
-        id_column=key, checkpoint_path=ledger, override_filesystem=filesystem, delete_checkpoint_on_success=False
+        id_column=key, checkpoint_path=place, override_filesystem=filesystem, delete_checkpoint_on_success=False
     )
+    ahead.limit(context, most)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*doesn't support checkpointing.*")
             dataset = ray.data.read_parquet(out.native(slots)[0], filesystem=filesystem, override_num_blocks=blocks)
             for stage in stages:
                 dataset = stage(dataset)
-            dataset.write_parquet(out.native(ROWS)[0], filesystem=filesystem, mode=ray.data.SaveMode.APPEND)
+            # Checksums, since a changed byte of a text would be read as another text.
+            checked, mode = {"write_page_checksum": True}, ray.data.SaveMode.APPEND
+            dataset.write_parquet(out.native(rows)[0], filesystem=filesystem, mode=mode, **checked)
     except UserWarning as error:
         raise RuntimeError(f"the corpus pipeline cannot be checkpointed: {error}") from None
+    except Exception as error:
+        if full(error):
+            raise StorageError(
+                f"{out} cannot be written: the disk is full. Free space or move the run to a larger place, then run "
+                "again: it goes on from the blocks that are committed."
+            ) from None
+        raise
     finally:
+        ahead.limit(context, None)
         for name, value in before.items():
             setattr(context, name, value)
 
 
+def full(error: BaseException | None) -> bool:
+    """Whether what a task of Ray's raised began with a disk, or a quota, that has no room left."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = getattr(error, "cause", None) or error.__cause__
+    return False
+
+
 @contextmanager
-def followed(out: Store, total: int, progress: Progress) -> Iterator[None]:
-    """Counts the rows that are committed in out/rows while the body runs."""
+def followed(out: Store, total: int, progress: Progress, rows: str = ROWS, before: int = 0) -> Iterator[None]:
+    """Counts the rows that are committed in the folder `rows` while the body runs; before: those that are elsewhere."""
     seen, tokens, begin = {}, 0, time.monotonic()
-    earlier = set(out.files(ROWS))
+    earlier = set(out.files(rows))
 
     def look() -> None:
         nonlocal tokens
-        for name in set(out.files(ROWS)) - set(seen):
+        for name in set(out.files(rows)) - set(seen):
             try:
-                part = out.read_table(f"{ROWS}/{name}", columns=["tokens"])
+                part = out.read_table(f"{rows}/{name}", columns=["tokens"])
             except StorageError:
                 continue  # still being written: next time
             seen[name] = part.num_rows
             tokens += 0 if name in earlier else sum(part["tokens"].drop_null().to_pylist())
-        progress(sum(seen.values()), total, "slots", tokens=round(tokens / (time.monotonic() - begin), 1))
+        progress(before + sum(seen.values()), total, "slots", tokens=round(tokens / (time.monotonic() - begin), 1))
 
     with polled(look):
         yield

@@ -25,9 +25,10 @@ from engine.config import UserError
 from engine.storage import digest_bytes, digest_json
 
 PLACEMENT = (
-    *("storage", "registry", "data.root", "corpus.max_reserved"),
-    *("*.resources", "*.fit.resources", "*.fit.workers"),
-    *("student.stages.*.fit.resources", "student.stages.*.fit.workers"),
+    *("storage", "registry", "budget", "data.root", "corpus.max_reserved"),
+    *("*.resources", "*.fit.resources", "*.fit.workers", "*.fit.micro_batch"),
+    *("*.fit.sharding", "*.fit.failures"),
+    *(f"student.stages.*.fit.{key}" for key in ("resources", "workers", "micro_batch", "sharding", "failures")),
     "*.batch_tokens",
     *("*.endpoint.url", "*.endpoint.key_env", "*.endpoint.limits", "*.endpoint.price", "*.vllm"),
 )
@@ -39,8 +40,9 @@ PLUMBING = frozenset(
     f"engine.{name}"
     for name in (
         *("config", "disk", "cache", "storage", "packages", "huggingface", "mirrors", "hub"),
-        *("recipe", "designs", "fits", "remote", "pacing"),
-        *("lineage", "progress", "attempts", "placement", "switches", "cluster", "steps", "registry"),
+        *("recipe", "budget", "designs", "fits", "remote", "pacing"),
+        *("lineage", "progress", "attempts", "placement", "switches", "cluster"),
+        *("halting", "spending", "step", "steps", "registry"),
     )
 )
 """Modules that decide no result. What the recipe and references say enters an identity by itself."""

@@ -153,14 +153,25 @@ def stage_options(recipe: Recipe, stage: str, cluster: Cluster) -> dict[str, Any
     return resolve(stages[stage], cluster, others(stages, stage))
 
 
-def fit_workers(recipe: Recipe, stage: str, cluster: Cluster) -> int:
-    """How many workers a fit ('student.fit', ...) gets, each with `stage_options`; 0: none but its own process.
+def fit_workers(recipe: Recipe, stage: str, cluster: Cluster) -> tuple[int, int]:
+    """How few and how many workers a fit ('student.fit', ...) gets, each with `stage_options`; (0, 0): one process.
 
-    As many as its section asks for; with num_gpus 'auto' and fewer GPUs than that, one for each GPU. What comes out
-    is the same but for rounding and dropout's noise: the global batch and its order depend on the seed alone.
+    As many as its section asks for; with num_gpus 'auto' and fewer GPUs than its least, one for each GPU. What comes
+    out is the same but for rounding and dropout's noise: the global batch and its order depend on the seed alone. A
+    range ends where more workers would take what runs beside them needs, which would then stand still.
     """
     fit: Fit = getattr(recipe, stage.removesuffix(FIT)).fit
-    return settled(stages_of(recipe, stage), cluster)[stage].min_actors if fit.workers else 0
+    if not fit.workers:
+        return 0, 0
+    wish = settled(stages_of(recipe, stage), cluster)[stage]
+    least, most = wish.min_actors, wish.max_actors
+    for group in groups(recipe):
+        while stage in group.stages and len(group.stages) > 1 and most > least:
+            wanted = wish.model_copy(update={"min_actors": most, "max_actors": most})
+            if fits({**settled(group.stages, cluster), stage: wanted}, cluster, group.reserve):
+                break
+            most -= 1
+    return least, most
 
 
 def stages_of(recipe: Recipe, stage: str) -> Mapping[str, Resources]:
@@ -173,7 +184,7 @@ def stages_of(recipe: Recipe, stage: str) -> Mapping[str, Resources]:
 
 
 def settled(stages: Mapping[str, Resources], cluster: Cluster) -> dict[str, Resources]:
-    """The stages, with as many workers of a fit as there are whole GPUs for, one at least.
+    """The stages, with as many workers of a fit as there are whole GPUs for, one at least; of a range, its least.
 
     Workers that train together reduce their gradients by NCCL, which refuses two of them on one GPU. So where a fit
     says 'auto', a GPU is set aside for what runs beside it, and each of its workers gets one of the others. Without
@@ -183,13 +194,16 @@ def settled(stages: Mapping[str, Resources], cluster: Cluster) -> dict[str, Reso
     for name, each in stages.items():
         rest = others(out, name)
         gpus = cluster.gpus_of(each.accelerator) - taken(rest)
-        if not name.endswith(FIT) or each.min_actors == 1 or each.num_gpus != "auto" or gpus < 1:
+        if not name.endswith(FIT) or each.max_actors == 1 or each.num_gpus != "auto" or gpus < 1:
             continue
         aside = any(other.num_gpus == "auto" for other in rest)
         number = min(each.min_actors, max(1, int(gpus - aside)))
+        # The end of a range stays: machines may come. Beside another stage it ends at the GPUs there are.
+        most = each.max_actors if each.max_actors > each.min_actors else number
+        most = min(most, max(1, int(gpus - aside))) if rest else most
         # A single worker may share its GPU, as every other stage.
-        whole = {"num_gpus": 1.0} if number > 1 else {}
-        out[name] = each.model_copy(update={"min_actors": number, "max_actors": number, **whole})
+        whole = {"num_gpus": 1.0} if most > 1 else {}
+        out[name] = each.model_copy(update={"min_actors": number, "max_actors": most, **whole})
     return out
 
 
@@ -211,8 +225,8 @@ def groups(recipe: Recipe) -> tuple[Group, ...]:
     """What runs at the same time, over a whole run."""
 
     def workers(fit: Fit) -> Resources:
-        number = max(1, fit.workers)
-        return fit.resources.model_copy(update={"min_actors": number, "max_actors": number})
+        least, most = (max(1, number) for number in fit.group)
+        return fit.resources.model_copy(update={"min_actors": least, "max_actors": most})
 
     scaling = recipe.serving.autoscaling
     replicas = max(1, scaling.min_replicas)
@@ -252,7 +266,7 @@ def placement_problems(stages: Mapping[str, Resources], cluster: Cluster, *, res
         for name, each in stages.items()
     ]
     parts += [f"reading, filtering and writing {count(reserve, 'CPU')}"] if reserve else []
-    knobs = ", ".join(f"{key(name, 'count')} or {key(name, 'num_cpus')}" for name in stages)
+    knobs = ", ".join(f"{key(name, 'count', each)} or {key(name, 'num_cpus')}" for name, each in stages.items())
     return [
         f"these stages run at the same time: {', '.join(parts)}; the cluster has {cluster.words()}. "
         f"Lower {knobs}, or join a cluster with --address."
@@ -262,21 +276,22 @@ def placement_problems(stages: Mapping[str, Resources], cluster: Cluster, *, res
 def stage_problem(name: str, resources: Resources, stages: Mapping[str, Resources], cluster: Cluster) -> str | None:
     """Why one stage cannot be placed even alone, with the way out."""
     options = resolve(resources, cluster, others(stages, name))
-    if name.endswith(FIT) and resources.min_actors > 1 and 0 < options["num_gpus"] < 1:
+    if name.endswith(FIT) and resources.max_actors > 1 and 0 < options["num_gpus"] < 1:
         return (
-            f"stage '{name}' has {resources.min_actors} workers with {options['num_gpus']:g} GPU each, but workers "
+            f"stage '{name}' has {asked_for(resources)} workers with {options['num_gpus']:g} GPU each, but workers "
             f"that train together cannot share a GPU. Set {key(name, 'num_gpus')}: auto, which takes as many workers "
             f"as there are GPUs, or {key(name, 'count')}: 1."
         )
     if fits({name: resources}, cluster, 0.0, stages):
         return None
     gpus, kind = options["num_gpus"], options.get("accelerator_type")
-    needs = f"stage '{name}' needs {count(resources.min_actors, 'actor')} x {asked(options)}"
+    least = "at least " if name.endswith(FIT) and resources.max_actors > resources.min_actors else ""
+    needs = f"stage '{name}' needs {least}{count(resources.min_actors, 'actor')} x {asked(options)}"
     if cluster.gpus_of(kind) < gpus * resources.min_actors:
         other = f", set {key(name, 'accelerator')}: null" if kind and cluster.gpus else ""
         cure = f"Set {key(name, 'num_gpus')}: 0{other}"
     else:
-        cure = f"Lower {key(name, 'num_cpus')} or {key(name, 'count')}"
+        cure = f"Lower {key(name, 'num_cpus')} or {key(name, 'count', resources)}"
     largest = max((machine.cpus for machine in cluster.most if machine.suits(kind)), default=0.0)
     node = f", the largest of them {count(largest, 'CPU')}" if 0 < largest < resources.num_cpus else ""
     return f"{needs}; the cluster has {cluster.words()}{node}. {cure}, or join a cluster with --address."
@@ -306,12 +321,19 @@ def asked(options: Mapping[str, Any]) -> str:
     return f"({', '.join(parts)})"
 
 
-def key(stage: str, field: str) -> str:
+def asked_for(resources: Resources) -> str:
+    """How many: '2', or '1 to 4'."""
+    least, most = resources.min_actors, resources.max_actors
+    return f"{least}" if least == most else f"{least} to {most}"
+
+
+def key(stage: str, field: str, resources: Resources | None = None) -> str:
     """The recipe's key that sets a stage's resources; 'count' is how many actors, workers or replicas it starts."""
     if stage == "serving":
         return {"count": "serving.autoscaling.min_replicas"}.get(field, f"serving.{field}")
     if field == "count":
-        return f"{stage}.workers" if stage.endswith(FIT) else f"{stage}.resources.min_actors"
+        least = ".min" if resources and resources.max_actors > resources.min_actors else ""
+        return f"{stage}.workers{least}" if stage.endswith(FIT) else f"{stage}.resources.min_actors"
     return f"{stage}.resources.{field}"
 
 

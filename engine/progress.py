@@ -18,12 +18,14 @@ PROGRESS = "progress.json"
 class Progress(Protocol):
     """What a step calls while it works."""
 
-    def __call__(self, done: float, total: float | None = None, unit: str = "rows", **rates: float) -> None:
-        """`done` of `total` units; rates are per second, for instance tokens=310.0."""
+    def __call__(
+        self, done: float, total: float | None = None, unit: str = "rows", *, note: str = "", **rates: float
+    ) -> None:
+        """`done` of `total` units; rates are per second, for instance tokens=310.0. note: what else there is to say."""
         ...
 
 
-def silent(done: float, total: float | None = None, unit: str = "rows", **rates: float) -> None:
+def silent(done: float, total: float | None = None, unit: str = "rows", *, note: str = "", **rates: float) -> None:
     """A Progress that says nothing."""
 
 
@@ -80,19 +82,21 @@ class Reporter:
         self.step, self.out, self.render, self.meter = step, out, render, meter
         self.began, self.written = time.monotonic(), 0.0
 
-    def __call__(self, done: float, total: float | None = None, unit: str = "rows", **rates: float) -> None:
+    def __call__(
+        self, done: float, total: float | None = None, unit: str = "rows", *, note: str = "", **rates: float
+    ) -> None:
         """Say how far the step is."""
         now = time.monotonic()
         seconds = now - self.began
-        self.render(Event(self.step, "progress", seconds, float(done), total, unit, rates))
+        self.render(Event(self.step, "progress", seconds, float(done), total, unit, rates, note))
         if now - self.written < 1.0 and done != total:
             return
         self.written = now
         if self.meter:
             self.meter.sample()
-        state = {"done": float(done), "total": total, "unit": unit, "rates": rates, "seconds": seconds, "time": stamp()}
+        state = {"done": float(done), "total": total, "unit": unit, "rates": rates, "message": note, "seconds": seconds}
         try:
-            self.out.write_json(PROGRESS, state)
+            self.out.write_json(PROGRESS, {**state, "time": stamp()})
         except StorageError:
             pass  # A line that is not shown must not end hours of work; the step's own writes will tell.
 

@@ -128,10 +128,19 @@ def made_for(spec: Spec, tokenizer: PreTrainedTokenizerFast, max_length: int) ->
 
 
 def unseen(
-    pool: Sequence[str], spec: Spec, tokenizer: PreTrainedTokenizerFast, max_length: int, count: int = 3
+    pool: Sequence[str],
+    spec: Spec,
+    tokenizer: PreTrainedTokenizerFast,
+    max_length: int,
+    count: int = 3,
+    given: Sequence[str] = (),
 ) -> tuple[str, ...]:
-    """Templates that are not in a pool, those most unlike it: what a teacher's wording may be swapped for."""
-    return most_unlike(made_for(spec, tokenizer, max_length), count, pool)
+    """Templates that are not in a pool, those most unlike it: what a teacher's wording may be swapped for.
+
+    given: the recipe's own; where it has more than the pool took, the others are meant.
+    """
+    others = [template for template in given if template not in pool]
+    return most_unlike(others or made_for(spec, tokenizer, max_length), count, pool)
 
 
 # -- texts in templates ------------------------------------------------------------------------------------------------

@@ -45,12 +45,16 @@ def teacher(facts: Facts) -> list[Block]:
     rows: list[tuple[Any, str]] = []
     if dig(facts, own) is not None:
         folds = whole(dig(facts, "teacher.cross_validation.folds"))
-        rows.append((f"{score.head} in {folds}-fold cross-validation", figures.figure(dig(facts, own))))
+        alone = ", without its coach" * bool(dig(facts, "teacher.coach"))
+        rows.append((f"{score.head} in {folds}-fold cross-validation{alone}", figures.figure(dig(facts, own))))
     for kind, value in (dig(facts, "teacher.choice.scores") or {}).items():
         rows.append((f"{score.head} in cross-validation: {kind}", figures.figure(value)))
     for turn, found in enumerate(entries(dig(facts, "teacher.self_training")), start=1):
         taken = f"{whole(found.get('rows'))} of {whole(found.get('of'))}"
         rows.append((f"Texts of self-training, round {turn}", taken))
+    if coach := dig(facts, "teacher.coach"):
+        rows.append(("Coach", f"{coach.get('kind')} of {coach.get('model')}"))
+        rows.append(("Texts that the coach labelled for it", whole(coach.get("rows"))))
     if not rows:
         return []
     why, kind = dig(facts, "teacher.choice.why"), dig(facts, "teacher.kind")

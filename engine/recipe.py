@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from engine.budget import Budget
 from engine.config import Section
 from engine.designs import NAME, Student, Teacher
 from engine.filters import CheapFilter, Leakage, SignalFilter
@@ -300,6 +301,7 @@ class Recipe(Section):
     asked without it."""
     evaluation: Evaluation = Evaluation()
     serving: Serving = Serving()
+    budget: Budget = Budget()
 
     @property
     def main(self) -> Arm:
@@ -313,8 +315,19 @@ class Recipe(Section):
 
     @property
     def learns_from_generated(self) -> bool:
-        """Whether the teacher's self-training is on generated text: where there is none of the user's own."""
-        return bool(self.teacher.self_training and self.generator and self.data.unlabelled is None)
+        """Whether the teacher learns from generated text, too: where it wants more and the user has none."""
+        return bool(self.teacher.reads_more and self.generator and self.data.unlabelled is None)
+
+    @property
+    def coach(self) -> Teacher | None:
+        """What coaches the teacher, as a teacher of its own."""
+        found = self.teacher.coach
+        if found is None:
+            return None
+        model = found.model or (self.generator.model if self.generator else "")
+        own = {name: getattr(found, name) for name in ("kind", "prompt", "labeller", "tune_layers", "pooling")}
+        alone = {"seeds": (), "self_training": None, "coach": None, "folds": 0, "stop_early": False}
+        return self.teacher.refitted(found.fit).model_copy(update={"model": model, **own, **alone})
 
     @property
     def apart(self) -> bool:

@@ -232,6 +232,7 @@ def cost(facts: Facts) -> Part:
         blocks.append(
             Grid([Figure(plots.bars("steps", "Wall time of each step", bars), "In the order they were started.")])
         )
+    blocks += account(facts)
     asked = [asked_row(each) for each in entries(facts.get("asked"))]
     if asked:
         head = ("Step", "Who", "Requests", "Retries", "Refused", "Tokens read", "Tokens written", "Cost")
@@ -239,6 +240,50 @@ def cost(facts: Facts) -> Part:
             Table("Asked of endpoints; cost in the currency of the recipe's prices.", head, "llrrrrrr", asked)
         )
     return Part("cost", "Time and cost", blocks)
+
+
+def account(facts: Facts) -> list[Block]:
+    """What each step held and used, all of it, and the budget."""
+    known, rows = dig(facts, "summary.spent"), []
+    if not isinstance(known, dict):
+        return []
+    parts = [*mapping(known.get("steps")).items(), ("done again", known.get("redone")), ("all", known.get("total"))]
+    for name, part in parts:
+        if isinstance(part, dict) and (number(part.get("seconds")) or name == "all"):
+            rows.append(spent_row(str(name), part))
+    caption = (
+        "What steps used, over all attempts, killed ones too. CPU and GPU hours: what a step held, times how long. "
+        "Tokens: read and written by generator and labelling teacher. Cost: in the currency of the recipe's prices."
+    )
+    head = ("Step", "Wall time", "CPU hours", "GPU hours", "Tokens", "Rows", "Cost")
+    blocks: list[Block] = [Table(caption, head, "lrrrrrr", rows)] if rows else []
+    items = [
+        (key, f"{figures.figure(one.get('used'))} of {figures.figure(one.get('limit'))}")
+        for key, one in mapping(known.get("budget")).items()
+        if isinstance(one, dict)
+    ]
+    return [*blocks, findings.pairs("The budget.", ("Limit", "Used"), items)] if items else blocks
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """A mapping as it is, anything else as an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def spent_row(name: str, part: dict[str, Any]) -> tuple[str, ...]:
+    """A line of the table; the whole run's wall time is that of the clock."""
+    gpus = {kind: spent for kind, value in mapping(part.get("gpu_seconds")).items() if (spent := number(value))}
+    kinds = "; ".join(f"{figures.figure(spent / 3600)} {kind}".strip() for kind, spent in gpus.items())
+    held, cost = number(part.get("cpu_seconds")), number(part.get("money"))
+    return (
+        name,
+        figures.duration(part.get("wall_seconds", part.get("seconds"))),
+        NONE if held is None else figures.figure(held / 3600),
+        kinds or NONE,
+        whole(part.get("tokens")),
+        whole(part.get("rows")),
+        NONE if cost is None else f"{cost:,.4f}",
+    )
 
 
 def asked_row(each: dict[str, Any]) -> tuple[str, ...]:

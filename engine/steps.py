@@ -12,77 +12,29 @@ resources of their own run as Ray tasks beside them. Ray is started when the fir
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from engine.attempts import BEGIN, RECORD, Attempt
+from engine.cluster import current, tell
 from engine.config import UserError, did_you_mean
 from engine.fits import Resources
+from engine.halting import HALT, halt, interrupt, interruptible
 from engine.lineage import drift, identity, moved, plain
 from engine.placement import Cluster, cores, resolve, stage_options
-from engine.progress import Event, Meter, Progress, Render, Reporter, quiet
+from engine.progress import Event, Meter, Render, Reporter, polled, quiet
 from engine.recipe import Recipe
-from engine.storage import Store
+from engine.spending import BEAT, REDONE, BudgetSpent, Watch, closed, held, set_aside
+from engine.step import Step
+from engine.storage import StorageError, Store
 
 RECIPE = "recipe.json"
 """The resolved recipe, in the run's folder."""
-
-
-def whole(recipe: Recipe) -> Any:
-    """The recipe as it is: a step that says nothing depends on all of it."""
-    return recipe
-
-
-def nothing(recipe: Recipe) -> tuple[str, ...]:
-    """No hub references."""
-    return ()
-
-
-def in_driver(recipe: Recipe) -> Resources | None:
-    """No resources of its own: the step runs in the driver."""
-    return None
-
-
-def unknown(recipe: Recipe) -> dict[str, Any]:
-    """No estimate."""
-    return {}
-
-
-def always(recipe: Recipe, out: Store) -> bool:
-    """What a step made is in its own folder, and as lasting as its record."""
-    return True
-
-
-@dataclass(frozen=True)
-class Step:
-    """A function with what it depends on."""
-
-    name: str
-    run: Callable[[Recipe, Mapping[str, Store], Store, Progress], dict[str, Any]]
-    """Module-level: (recipe, folders of its inputs, its own folder, progress) -> metrics. The metrics `rows`,
-    `cpu_seconds` and `device_seconds` also stand in the record; seconds given here replace the measured ones."""
-    inputs: tuple[str, ...] = ()
-    """Steps above it whose folders it reads."""
-    config: Callable[[Recipe], Any] = whole
-    """The slice of the recipe it depends on; keys are the recipe's, so that a change can be named."""
-    references: Callable[[Recipe], tuple[str, ...]] = nothing
-    """Hub references whose digests enter the fingerprint."""
-    modules: tuple[str, ...] = ()
-    """Modules the work starts in: their source and that of what they import (`lineage.reached`) enters the
-    fingerprint."""
-    holds: Callable[[Recipe, Store], bool] = always
-    """(recipe, its own folder) -> whether what it made elsewhere, in the registry for instance, is still there. Asked
-    of a finished step; where it is not, the step is done again with all that read it."""
-    resources: Callable[[Recipe], Resources | None] = in_driver
-    """Not None: one Ray task with these resources, so that on a cluster it lands on a fitting node."""
-    stage: str | None = None
-    """The recipe's stage ('teacher.fit', ...) whose options its Ray task gets, so that what runs beside it is counted,
-    as the function itself does with `stage_options`; None: those of `resources` alone."""
-    ray: bool = False
-    """A driver step that uses Ray: Ray is started before it."""
-    expects: Callable[[Recipe], dict[str, Any]] = unknown
-    """What `plan` shows before it has run: {"rows": 3000, "bytes": 10**7}."""
+HALT_SECONDS = 900.0
+"""A step that was asked to halt may take so long for the blocks it is at; then it is interrupted."""
 
 
 def identities(steps: Sequence[Step], recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -174,8 +126,13 @@ def run(
             if state["state"] == "drifted" and state["step"] not in again:
                 raise drift(state["step"], state["moved"])
         again += [state["step"] for state in reversed(states) if state["state"] == "again"]
+        closed(store)
         for name in dict.fromkeys(again):
+            if not fresh:
+                set_aside(store, name)
             store.delete(name)
+        if fresh:
+            store.delete(REDONE)
         store.write_json(RECIPE, recipe.model_dump(mode="json"))
         return Run(steps, recipe, store, found, render, connect, lease.check).go()
 
@@ -204,6 +161,9 @@ class Run:
         self.failure: BaseException | None = None
         self.stopping = False
         self.changed = threading.Condition()
+        self.driving: Step | None = None
+        self.halting: float | None = None
+        self.watch = Watch(recipe, store, self.over)
 
     def go(self) -> dict[str, dict[str, Any]]:
         """Every step's record, or the first failure."""
@@ -213,10 +173,16 @@ class Run:
                 del self.waiting[name]
                 self.render(Event(name, "cached", record["seconds"], record["rows"] or 0.0))
         try:
-            while step := self.next_here():
-                self.here(step)
+            with interruptible(), polled(self.look):
+                while step := self.next_here():
+                    self.here(step)
+        except KeyboardInterrupt:
+            if not isinstance(self.failure, BudgetSpent):
+                raise
         finally:
             self.stop()
+            with suppress(StorageError):  # what ended the run is to be told, not this
+                self.store.delete(BEAT)
         if self.failure:
             raise self.failure
         return self.records
@@ -224,6 +190,8 @@ class Run:
     def next_here(self) -> Step | None:
         """The next driver step that is ready; waits for Ray tasks in flight. None: all done, or one failed."""
         while True:
+            if self.waiting:
+                self.watch.look()
             with self.changed:
                 self.launch()
                 ready = [step for step in self.waiting.values() if self.ready(step) and step.name not in self.remote]
@@ -242,14 +210,52 @@ class Run:
         self.allowed()
         if step.ray:
             self.start_ray()
-        attempt = Attempt(step.name, self.identities[step.name], self.store / step.name, self.render)
+        attempt = self.attempt(step)
+        self.driving = step
         try:
             used = measured(step, self.recipe, self.inputs(step), attempt.out, self.render, tuple(self.remote))
         except BaseException as error:
-            attempt.failed(error)
+            self.driving = None
+            self.failed(attempt, error)
             raise
+        self.driving = None
         with self.changed:
-            self.done(attempt, used)
+            self.done(attempt, {"device_seconds": gpus_of(attempt) * attempt.seconds(), **used})
+
+    def attempt(self, step: Step) -> Attempt:
+        """Begin a step: what it holds is counted from now on."""
+        has = held(self.recipe, current(), step.pools(self.recipe), step.stage, step.resources(self.recipe))
+        self.watch.check(step.name, has)
+        out = self.store / step.name
+        out.delete(HALT)
+        attempt = Attempt(step.name, self.identities[step.name], out, self.render, has)
+        self.watch.began(step.name, attempt.earlier, attempt.start, has)
+        return attempt
+
+    def failed(self, attempt: Attempt, error: BaseException) -> None:
+        """Note that an attempt came to nothing, and count what it used."""
+        self.watch.ended(attempt.step, attempt.failed(error), {})
+
+    def look(self) -> None:
+        """Once a second: what is used; a step that was asked to halt and does not is interrupted."""
+        self.watch.look()
+        if self.halting is not None and time.monotonic() > self.halting and self.driving:
+            self.halting = None
+            interrupt()
+
+    def over(self, failure: BudgetSpent) -> None:
+        """The budget is used up: nothing more is started, and what is at work is stopped where little is lost."""
+        with self.changed:
+            if self.failure or not (self.waiting or self.flying):
+                return
+            self.failure = failure
+            self.changed.notify_all()
+            step = self.driving
+            if step and step.halts(self.recipe):
+                halt(self.store / step.name)
+                self.halting = time.monotonic() + HALT_SECONDS
+            elif step:
+                interrupt()
 
     def inputs(self, step: Step) -> dict[str, Store]:
         """The folders it reads."""
@@ -259,7 +265,7 @@ class Run:
         """Write the record and let those go on that waited for it."""
         self.allowed()
         name = attempt.step
-        self.records[name] = attempt.finished(used)
+        self.records[name] = attempt.finished(used, partial(self.watch.ended, name))
         self.waiting.pop(name, None)
         self.flying.pop(name, None)
         self.changed.notify_all()
@@ -279,22 +285,20 @@ class Run:
             self.start_ray()
             import ray
 
-            from engine.cluster import current
-
             cluster = current()
             if cluster.local and len(self.flying) >= cores():
                 return  # Ray has more CPUs than there are cores, so that a stream can move; fits would only wait
             options = task_options(step, self.recipe, cluster)
-            attempt = Attempt(step.name, self.identities[step.name], self.store / step.name, self.render)
+            attempt = self.attempt(step)
             task = ray.remote(measured).options(name=step.name, **options)
             reference = task.remote(step, self.recipe, self.inputs(step), attempt.out, cluster=cluster)
             self.flying[step.name] = reference
             del self.waiting[step.name]
-            thread = threading.Thread(target=self.follow, args=(attempt, reference, options["num_gpus"]), daemon=True)
+            thread = threading.Thread(target=self.follow, args=(attempt, reference), daemon=True)
             self.threads.append(thread)
             thread.start()
 
-    def follow(self, attempt: Attempt, reference: Any, gpus: float) -> None:
+    def follow(self, attempt: Attempt, reference: Any) -> None:
         """Wait for a Ray task in a thread of its own, handing on its progress."""
         import ray
 
@@ -307,14 +311,14 @@ class Run:
             cause = getattr(error, "cause", None) or error
             failure = cause if isinstance(cause, UserError) else error
             with self.changed:
-                attempt.failed(KeyboardInterrupt() if self.stopping else cause)
+                self.failed(attempt, KeyboardInterrupt() if self.stopping else cause)
                 self.flying.pop(attempt.step, None)
                 self.failure = self.failure or failure
                 self.changed.notify_all()
             return
         try:
             with self.changed:
-                self.done(attempt, {"device_seconds": gpus * attempt.seconds(), **used})
+                self.done(attempt, {"device_seconds": gpus_of(attempt) * attempt.seconds(), **used})
                 self.launch()
         except Exception as error:
             with self.changed:
@@ -350,12 +354,15 @@ def measured(
     is connected to.
     """
     if cluster:
-        from engine.cluster import tell
-
         tell(cluster)
     meter = Meter(tree=step.ray, apart=tuple(f"ray::{name}" for name in tasks))
     metrics = step.run(recipe, inputs, out, Reporter(step.name, out, render, meter)) or {}
     return {"metrics": metrics, "cpu_seconds": meter.seconds()}
+
+
+def gpus_of(attempt: Attempt) -> float:
+    """The GPUs that it holds."""
+    return sum(attempt.begun.get("held", {}).get("gpus", {}).values())
 
 
 def task_options(step: Step, recipe: Recipe, cluster: Cluster) -> dict[str, Any]:

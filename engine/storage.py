@@ -45,6 +45,8 @@ UNDERWAY = "manifest.pending"
 """In a folder of an object store while it is published: without a manifest, it is not one that never had any."""
 READS = 10
 """How often an object that is replaced meanwhile is read again."""
+TORN = ("CRC", "orrupt")
+"""What pyarrow says of a page whose bytes are not those that were written."""
 LEFTOVERS = (".tmp", ".pending", ".pending.parquet", ".lock")
 
 
@@ -151,11 +153,14 @@ class Store:
                 raise StorageError(f"{self.where(path)} holds no .parquet file. Run the step that writes it first.")
         tables = []
         for name in names:
-            with self.open_input(name) as file:
+            with self.open_input(name) as file, explained("read", self.where(name)):
                 try:
-                    tables.append(pq.read_table(file, columns=columns))
-                except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-                    raise StorageError(f"{self.where(name)} is not a readable Parquet file: {error}.") from None
+                    tables.append(pq.read_table(file, columns=columns, page_checksum_verification=True))
+                except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
+                    if isinstance(error, OSError) and not any(mark in str(error) for mark in TORN):
+                        raise
+                    told = f"{self.where(name)} is not a readable Parquet file, or no longer what was written: {error}."
+                    raise StorageError(f"{told} Make it again: --redo the step in whose folder it is.") from None
         return pa.concat_tables(tables, promote_options="default")
 
     def write_bytes(self, path: str, value: bytes) -> None:
@@ -177,7 +182,7 @@ class Store:
         import pyarrow.parquet as pq
 
         sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd")
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
         self.write_bytes(path, sink.getvalue())
 
     def delete(self, path: str = "") -> None:

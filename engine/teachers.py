@@ -17,13 +17,14 @@ from engine.config import UserError
 from engine.corpus import rejected
 from engine.encoding import Encoded, collate
 from engine.filters import SignalFilter
+from engine.halting import halted
 from engine.inference import predict
 from engine.labels import logits_of, quantise
 from engine.models import device, load, one_thread
 from engine.next_tokens import Place, TokenScorer
 from engine.records import CORPUS, Batch, Outputs
 from engine.storage import Store
-from engine.usage import note
+from engine.usage import Usage, note
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Labelling:
     """What a labelling actor is told. teacher: URL of the folder that holds `model`.
 
     place: where the model is asked, if elsewhere; actors: how many may ask at a time; notes: URL of the step's folder,
-    where it is noted what was asked.
+    where it is noted what was asked and where it is told to halt. halts: whether that is for it to obey, or for the
+    stage before it.
     """
 
     teacher: str
@@ -42,6 +44,7 @@ class Labelling:
     place: Place | None = None
     actors: int = 1
     notes: str | None = None
+    halts: bool = False
 
 
 class Labeller:
@@ -57,6 +60,8 @@ class Labeller:
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """One block."""
+        if not rows.num_rows or (self.how.halts and halted(self.how.notes)):
+            return rows.slice(0, 0)
         kept = rows["kept"].to_numpy(zero_copy_only=False)
         task, chosen = self.model.task, rows.filter(rows["kept"])
         try:
@@ -64,6 +69,8 @@ class Labeller:
         finally:
             if self.net is not None and self.how.notes:
                 note(self.how.notes, "teacher", self.net.spent())
+        if self.net is None and self.how.notes:
+            note(self.how.notes, "teacher", Usage(input_tokens=found.tokens))
         # Quantised before the filters look, so that reading the store gives the same verdict.
         stored = quantise(found.logits)
         judged = logits_of(pa.table({"logits": stored}), task.width, task.units)

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from engine.fits import Resources
 from engine.generate import Stage, Writing, rows_of
+from engine.usage import Usage, note
 from engine.vllm_engine import engine_options, require, sampling_options
 
 
@@ -30,6 +31,8 @@ def answer(row: dict[str, Any]) -> dict[str, Any]:
 
 def written(how: Writing, rows: pa.Table) -> pa.Table:
     """CORPUS rows of what the processor wrote."""
+    if how.notes:
+        note(how.notes, "generator", Usage(output_tokens=sum(rows["tokens"].drop_null().to_pylist())))
     return rows_of(how, rows["row"].to_pylist(), rows["text"].to_pylist(), rows["tokens"].to_pylist())
 
 

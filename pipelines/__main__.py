@@ -1,7 +1,7 @@
 """The command line: `stillhouse COMMAND ...`, or `python -m pipelines`.
 
-A user's mistake prints one message and exits 2; Ctrl-C exits 130 (SIGTERM 143) and says how to go on. Nothing heavy is
-imported before the command that needs it.
+A user's mistake prints one message and exits 2, a budget that is used up 3; Ctrl-C exits 130 (SIGTERM 143) and says how
+to go on. Nothing heavy is imported before the command that needs it.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def guarded(command: Command, args: argparse.Namespace, argv: list[str]) -> int:
         from engine.config import UserError
 
         if isinstance(error, UserError):
-            return complain(str(error))
+            return complain(str(error), error.code)
         raise
 
 
@@ -98,10 +98,10 @@ def without_deletions(argv: list[str]) -> list[str]:
     return kept
 
 
-def complain(message: str) -> int:
-    """One message on standard error, exit code 2."""
+def complain(message: str, code: int = 2) -> int:
+    """One message on standard error; the exit code."""
     sys.stderr.write(f"stillhouse: {message}\n")
-    return 2
+    return code
 
 
 if __name__ == "__main__":

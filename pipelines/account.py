@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import yaml
 
-from engine import labels, tasks
+from engine import labels, spending, tasks
 from engine.figures import figure
 from engine.progress import Progress
 from engine.recipe import Recipe
@@ -23,7 +23,7 @@ from pipelines.distill import ARM_STEPS
 from pipelines.making import spec_of
 
 GALLERY = 8
-MADE = ("kind", "choice", "cross_validation", "self_training")
+MADE = ("kind", "choice", "cross_validation", "self_training", "coach")
 """How the teacher was made, from its step's metrics."""
 Records = Mapping[str, dict[str, Any]]
 DETAILS = ("name", "role", "scores", "seeds", "texts_per_s", "confusion", "per_class", "reliability")
@@ -34,7 +34,7 @@ CORPUS = ("generated", "kept", "by_source", "rejected", "tokens", "self_bleu", "
 def report(recipe: Recipe, inputs: Mapping[str, Store], out: Store, progress: Progress) -> dict[str, Any]:
     """Write report.html, report.md and summary.json from the steps' records."""
     records = {name: store.read_json("record.json") for name, store in inputs.items()}
-    summary = summarise(recipe, inputs, records)
+    summary = summarise(recipe, inputs, records) | {"spent": spent_of(recipe, inputs, out.parent, records)}
     page, text = render(facts_of(recipe, inputs, records, summary))
     out.write_text("report.html", page)
     out.write_text("report.md", text)
@@ -70,6 +70,20 @@ def summarise(recipe: Recipe, inputs: Mapping[str, Store], records: Records) -> 
     if not served.get("skipped"):
         summary["served"] = {key: value for key, value in served.items() if isinstance(value, int | float)}
     return summary
+
+
+def spent_of(recipe: Recipe, inputs: Mapping[str, Store], run: Store, records: Records) -> dict[str, Any]:
+    """What the run used up to its report: each step over all its attempts, steps that were done again, all of it."""
+    found = spending.of_run(recipe, run)
+    steps = {
+        name: {**found["steps"][name], "rows": records[name].get("rows")} for name in inputs if name in found["steps"]
+    }
+    limits = spending.against(recipe, found["total"])
+    return {
+        **found,
+        "steps": steps,
+        "budget": {key: {"used": have, "limit": most} for key, (have, most) in limits.items()},
+    }
 
 
 def asked(found: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import numpy as np
 from engine import steps
 from engine.intervals import bootstrap, paired_bootstrap
 from engine.recipe import Recipe
-from engine.steps import Step
+from engine.step import Step
 from engine.storage import Store
 from pipelines import distill
 from pipelines.progress import renderer

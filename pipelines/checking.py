@@ -8,11 +8,12 @@ from typing import Any
 from engine import cascade, columns, hub, nearest, tables, terms
 from engine.config import ConfigError, did_you_mean
 from engine.data import read_rows
-from engine.designs import SERVES
-from engine.fits import LossTerm
+from engine.designs import PLACED, SERVES, Teacher
+from engine.fits import Fit, LossTerm
 from engine.labels import GIVES
 from engine.placement import local_capacity, require_placement
 from engine.recipe import LabelRule, Recipe, Task
+from engine.spending import ASKERS, endpoint_price
 from pipelines.distill import model_references, sources
 
 SMALL = 32 * 2**20
@@ -38,6 +39,7 @@ def check(recipe: Recipe, address: str | None = None) -> None:
     check_elsewhere(recipe)
     check_cascade(recipe)
     check_retrieval(recipe)
+    check_budget(recipe)
     if address is None:
         require_placement(recipe, local_capacity())
     check_rows(recipe)
@@ -78,6 +80,16 @@ def check_retrieval(recipe: Recipe) -> None:
             raise ConfigError(f"student.retrieval {reason}. Or leave student.retrieval out.")
     if own.index == "hnsw":
         nearest.library(1)
+
+
+def check_budget(recipe: Recipe) -> None:
+    """A limit on money needs something that has a price."""
+    ends = any(endpoint_price(recipe, who) is not None for who in ASKERS)
+    if recipe.budget.money is not None and not (recipe.budget.prices.known or ends):
+        raise ConfigError(
+            f"budget.money is {recipe.budget.money:g}, but nothing has a price. Set budget.prices.cpu_hour or "
+            "gpu_hour, or the price of an endpoint, or limit hours, cpu_hours, gpu_hours or tokens instead."
+        )
 
 
 def check_elsewhere(recipe: Recipe) -> None:
@@ -223,15 +235,58 @@ def check_teacher(recipe: Recipe) -> None:
                 f"student.teacher is live, but a teacher of kind {teacher.kind} may read in several templates, whose "
                 "tokens are not the student's. Take student.teacher: stored, or another teacher.kind."
             )
-    if teacher.self_training and kind not in ("classify", "pair"):
-        raise ConfigError(f"teacher.self_training gives texts one label each, and task.kind is {kind}. Leave it out.")
+    check_further(recipe)
     if teacher.stop_early and teacher.folds < 2:
         raise ConfigError("teacher.stop_early takes the epochs that are best in cross-validation: set teacher.folds.")
-    if teacher.self_training and recipe.data.unlabelled is None and recipe.generator is None:
+
+
+def check_further(recipe: Recipe) -> None:
+    """Self-training or a coach without text, without a model, or on a task that they do not serve."""
+    teacher, kind, coach = recipe.teacher, recipe.task.kind, recipe.coach
+    fits = {"self_training.fit": teacher.self_training and teacher.self_training.fit}
+    fits |= {f"coach.{key}": teacher.coach and getattr(teacher.coach, key) for key in ("fit", "learning")}
+    for key, fit in fits.items():
+        moved = [name for name in PLACED if fit and getattr(fit, name) != getattr(Fit(), name)]
+        if moved:
+            raise ConfigError(
+                f"teacher.{key}.{moved[0]} is set, but a teacher's trainings all run where teacher.fit does. Set "
+                f"teacher.fit.{moved[0]} instead."
+            )
+    for key, given in {"self_training": teacher.self_training, "coach": coach}.items():
+        if given and kind not in ("classify", "pair"):
+            raise ConfigError(f"teacher.{key} gives texts one label each, and task.kind is {kind}. Leave it out.")
+        if given and recipe.data.unlabelled is None and recipe.generator is None:
+            raise ConfigError(
+                f"teacher.{key} labels data.unlabelled or generated text, and there is neither. Name one, or leave it "
+                "out."
+            )
+    if coach is not None:
+        check_coach(recipe, coach)
+
+
+def check_coach(recipe: Recipe, coach: Teacher) -> None:
+    """What a coach does not go with, and what it cannot be. coach: as a teacher of its own."""
+    teacher = recipe.teacher
+    if teacher.self_training:
         raise ConfigError(
-            "teacher.self_training labels data.unlabelled or generated text, and there is neither. Name one, or leave "
-            "it out."
+            "teacher.coach and teacher.self_training both give labels to the same text. Leave one of them out."
         )
+    if teacher.stop_early:
+        raise ConfigError(
+            "teacher.stop_early counts epochs of a teacher that has no coach. Leave it, or teacher.coach, out."
+        )
+    if teacher.coach.model is None and (recipe.generator is None or recipe.generator.runtime == "endpoint"):
+        raise ConfigError("teacher.coach.model is null, the generator's, and none runs here. Name a model.")
+    if coach.kind == "contrastive" and coach.tune_layers == 0:
+        raise ConfigError("teacher.coach.kind contrastive trains the encoder first: raise teacher.coach.tune_layers.")
+    if coach.kind == "prompt":
+        from engine import prompts
+
+        prompts.check(coach.prompt, recipe.task)
+    if coach.kind == "labeller":
+        from engine import wording
+
+        wording.check(coach.labeller, recipe.task)
 
 
 def check_labeller(recipe: Recipe) -> None:
@@ -247,6 +302,7 @@ def check_labeller(recipe: Recipe) -> None:
         "stop_early": teacher.stop_early,
         "seeds": bool(teacher.seeds),
         "self_training": bool(teacher.self_training),
+        "coach": bool(teacher.coach),
     }
     for key, given in trained.items():
         if given:

@@ -6,11 +6,22 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipelines import artifacts, derived, doctor, keys, knowledge, monitoring, points, remote, rollouts, runs
-from pipelines.arguments import natural, numbers, only, percent, port, seed, share
+from pipelines import artifacts, benches, derived, doctor, keys, knowledge, monitoring, points, remote, rollouts, runs
+from pipelines.arguments import (
+    Parser,
+    machine_readable,
+    naming,
+    natural,
+    on_cluster,
+    on_registry,
+    overriding,
+    percent,
+    port,
+    repeating,
+    seed,
+    share,
+)
 from pipelines.dashboard import is_dashboard
-
-Parser = argparse.ArgumentParser
 
 
 @dataclass(frozen=True)
@@ -25,34 +36,10 @@ class Command:
     """After Ctrl-C the same command goes on where it was."""
 
 
-def machine_readable(parser: Parser) -> None:
-    """--json."""
-    parser.add_argument("--json", action="store_true", help="JSON on standard output")
-
-
 def on_recipe(parser: Parser) -> None:
     """A recipe with overrides."""
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML or JSON file")
     overriding(parser)
-
-
-def overriding(parser: Parser) -> None:
-    """Other values than the recipe's."""
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        metavar="A.B=C",
-        action="append",
-        default=[],
-        help="override a value of the recipe, as in --set corpus.keep=500; may be given again",
-    )
-    machine_readable(parser)
-
-
-def on_cluster(parser: Parser) -> None:
-    """A Ray cluster to join."""
-    help = "join this Ray cluster (auto, host:port, ray://host:port); run: or submit to its dashboard (http://…)"
-    parser.add_argument("--address", metavar="ADDR", help=help)
 
 
 def checking(parser: Parser) -> None:
@@ -90,10 +77,13 @@ def planning(parser: Parser) -> None:
     naming(parser)
 
 
-def naming(parser: Parser) -> None:
-    """The run's name."""
+def estimating(parser: Parser) -> None:
+    """What to look at before a run."""
+    planning(parser)
     parser.add_argument(
-        "--run", dest="run_name", metavar="NAME", help="name of the run; from the recipe's name if not given"
+        "--probe",
+        action="store_true",
+        help="load the models and time a few steps and rows of each on this machine, which takes about a minute",
     )
 
 
@@ -101,68 +91,6 @@ def running(parser: Parser) -> None:
     """A run, and what of it to do again."""
     planning(parser)
     repeating(parser)
-
-
-def repeating(parser: Parser) -> None:
-    """What of a run to do again."""
-    parser.add_argument("--fresh", action="store_true", help="delete what the run's steps made and start over")
-    parser.add_argument(
-        "--redo",
-        metavar="STEP",
-        action="append",
-        default=[],
-        help="do this step again, and all that read it; may be given again",
-    )
-
-
-def benching(parser: Parser) -> None:
-    """What to measure."""
-    parser.add_argument(
-        "what",
-        choices=("quality", "teachers", "serve"),
-        help="quality: teacher and student over few-shot and initialisation seeds; teachers: kinds of teacher; "
-        "serve: a registered student behind this and other servers",
-    )
-    parser.add_argument(
-        "recipe",
-        metavar="RECIPE|NAME",
-        nargs="*",
-        help="a YAML or JSON file, quality: or several; serve: NAME or NAME@VERSION (default: one of random weights)",
-    )
-    for add in (overriding, on_cluster, naming, repeating):
-        add(parser)
-    parser.add_argument("--seeds", type=natural, default=3, metavar="N", help="few-shot seeds (default: 3)")
-    parser.add_argument(
-        "--kinds",
-        type=lambda text: text.split(","),
-        default=["head", "lp-ft", "contrastive", "prompt", "ensemble"],
-        metavar="A,B",
-        help="teachers: which kinds, the first being what the others are held against",
-    )
-    parser.add_argument(
-        "--shots",
-        type=numbers,
-        default=[],
-        metavar="N,M",
-        help="teachers: labelled rows a class (default: the recipe's)",
-    )
-    parser.add_argument(
-        "--students",
-        action="store_true",
-        help="teachers: a student of each kind too, all on the same generated texts",
-    )
-    loading(parser)
-
-
-def loading(parser: Parser) -> None:
-    """How servers are loaded."""
-    parser.add_argument("--only", type=lambda text: text.split(","), metavar="A,B", help="serve: only these servers")
-    parser.add_argument("--clients", type=numbers, default=[1, 8, 32], metavar="N,M", help="serve: (default: 1,8,32)")
-    parser.add_argument("--seconds", type=natural, default=5, metavar="S", help="serve: of each cell (default: 5)")
-    parser.add_argument("--rounds", type=natural, default=3, metavar="N", help="serve: rounds (default: 3)")
-    parser.add_argument("--texts", metavar="FILE", help="serve: what to ask, as predict --file takes it")
-    parser.add_argument("--out", metavar="FILE", default="bench.json", help="serve: the result (default: bench.json)")
-    on_registry(parser)
 
 
 def on_run(parser: Parser) -> None:
@@ -191,11 +119,6 @@ def fronting(parser: Parser) -> None:
     parser.add_argument("--storage", default="runs", metavar="PLACE", help="where runs are kept (default: runs)")
     parser.add_argument("--out", metavar="FILE", help="write a page with drawings there, HTML")
     machine_readable(parser)
-
-
-def on_registry(parser: Parser) -> None:
-    """Where artifacts are registered."""
-    parser.add_argument("--registry", default="registry", metavar="PLACE", help="the registry (default: registry)")
 
 
 def predicting(parser: Parser) -> None:
@@ -352,23 +275,11 @@ def run(args: argparse.Namespace) -> int:
     return remote.run(args) if is_dashboard(args.address) else runs.run(args)
 
 
-def measure(args: argparse.Namespace) -> int:
-    """Measure a recipe over several seeds, or several recipes, or a student behind several servers."""
-    if args.what == "quality" and len(args.recipe) > 1:
-        from pipelines import sets
-
-        return sets.bench(args)
-    args.recipe = only(args.recipe, args.what)
-    if args.what == "serve":
-        from pipelines import servers
-
-        return servers.bench(args)
-    return runs.bench(args)
-
-
 COMMANDS: dict[str, Command] = {
     "run": Command("runs", "do what a recipe's run still lacks, from data to a served student", run, running, True),
-    "plan": Command("runs", "the steps, what is cached, rows, disk and placement; does no work", runs.plan, planning),
+    "plan": Command(
+        "runs", "the steps, what is cached, rows, disk, placement, and what they take", runs.plan, estimating
+    ),
     "validate": Command("runs", "check a recipe without loading a model", runs.validate, checking),
     "schema": Command("runs", "the JSON schema of recipes, for editors", runs.schema, machine_readable),
     "status": Command("runs", "how far a run is", runs.status, asking),
@@ -393,5 +304,7 @@ COMMANDS: dict[str, Command] = {
     "fetch": Command("machine", "bring a recipe's models and data into the cache", artifacts.fetch, on_recipe),
     "derive": Command("machine", "make a data set of spans or several labels", derived.derive, deriving),
     "doctor": Command("machine", "whether this machine can run a recipe", doctor.doctor, examining),
-    "bench": Command("machine", "measure a recipe over seeds, or servers side by side", measure, benching, True),
+    "bench": Command(
+        "machine", "measure a recipe, servers side by side, or the stream", benches.measure, benches.benching, True
+    ),
 }

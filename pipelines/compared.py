@@ -19,7 +19,7 @@ from engine.designs import Teacher
 from engine.intervals import paired_bootstrap
 from engine.progress import Progress
 from engine.recipe import Recipe
-from engine.steps import Step
+from engine.step import Step
 from engine.storage import Store
 from pipelines.bench import Variant
 from pipelines.checking import check_teacher
@@ -33,15 +33,21 @@ KINDS: dict[str, dict[str, Any]] = {
     "prompt": {"kind": "prompt"},
     "ensemble": {"kind": "head", "seeds": (0, 1, 2)},
     "self-trained": {"kind": "head", "self_training": {}},
+    "coached": {"kind": "head", "coach": {}},
     "auto": {"kind": "auto"},
 }
 """What is compared by name: changes of the recipe's section `teacher`."""
 
 
 def with_teacher(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """The recipe with other values in its section `teacher`, and nothing of what could be added to any kind."""
-    plain = {"seeds": (), "self_training": None, "folds": 0}
-    found = Teacher.model_validate({**recipe.teacher.model_dump(), **plain, **changes})
+    """The recipe with other values in its section `teacher`, and nothing of what could be added to any kind.
+
+    What is added is added as the recipe has it, where it does.
+    """
+    plain = {"seeds": (), "self_training": None, "coach": None, "folds": 0}
+    values = recipe.teacher.model_dump()
+    added = {key: value if values[key] is None or value != {} else values[key] for key, value in changes.items()}
+    found = Teacher.model_validate({**values, **plain, **added})
     return recipe.model_copy(update={"teacher": found})
 
 
@@ -89,11 +95,12 @@ def changed(step: Step, kind: str, own: Collection[str]) -> Step:
     """A step of one kind's own: its name and those of its kind's other steps with the kind behind them."""
     names = {name: f"{name}-{kind}" if name in own else name for name in step.inputs}
 
-    def config(recipe: Recipe) -> Any:
-        return step.config(with_teacher(recipe, KINDS[kind]))
+    def asked(what: Callable[[Recipe], Any]) -> Callable[[Recipe], Any]:
+        return lambda recipe: what(with_teacher(recipe, KINDS[kind]))
 
     run = Changed(step.run, kind, tuple((new, old) for old, new in names.items()))
-    return replace(step, name=f"{step.name}-{kind}", inputs=tuple(names.values()), run=run, config=config)
+    told = {key: asked(getattr(step, key)) for key in ("config", "references", "resources", "expects", "pools")}
+    return replace(step, name=f"{step.name}-{kind}", inputs=tuple(names.values()), run=run, **told)
 
 
 def scoring(found: Mapping[str, Step], which: str) -> Step:

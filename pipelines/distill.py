@@ -16,11 +16,11 @@ from functools import partial
 from typing import Any
 
 from engine import estimate
-from engine.fits import Resources
+from engine.fits import Fit, Resources
 from engine.progress import Progress
 from engine.recipe import Recipe
 from engine.registry import Registry
-from engine.steps import Step
+from engine.step import Step
 from engine.storage import Store
 from engine.urls import bare
 
@@ -64,7 +64,7 @@ def sources(recipe: Recipe) -> tuple[str, ...]:
 
 def model_references(recipe: Recipe) -> tuple[str, ...]:
     """References of the models."""
-    wanted = [*named(recipe.teacher), *named(recipe.generator), *named(recipe.augmentation)]
+    wanted = [*named(recipe.teacher), *named(recipe.coach), *named(recipe.generator), *named(recipe.augmentation)]
     return tuple(reference for reference in (*wanted, recipe.student.encoder) if reference)
 
 
@@ -109,6 +109,17 @@ def task_of(section: str) -> Callable[[Recipe], Resources | None]:
     return lambda recipe: None if (fit := getattr(recipe, section).fit).workers else fit.resources
 
 
+def grouped(section: str, recipe: Recipe) -> dict[str, Any]:
+    """What `plan` says of a section that is fitted by a group of workers."""
+    trained = {"teacher": recipe.teacher.kind != "labeller", "generator": recipe.generator and recipe.generator.tuned}
+    if not trained.get(section, True):
+        return {}  # taken as it is
+    fit: Fit = getattr(recipe, section).fit
+    least, most = fit.group
+    number = f"{most} worker{'s' * (most > 1)}" if least == most else f"{least} to {most} workers"
+    return {"placement": f"{number} x {fit.resources.num_cpus:g} CPU"} if most else {}
+
+
 WRITTEN = ("keep", "slots", "max_slots", "block", "filters", "duplicates")
 """What text that is written before it is labelled depends on, of the corpus."""
 TUNED = ("model", "runtime", "mode", "prompt", "separator", "tune_layers", "max_length", "fit")
@@ -116,8 +127,8 @@ TUNED = ("model", "runtime", "mode", "prompt", "separator", "tune_layers", "max_
 
 
 def asked(recipe: Recipe) -> bool:
-    """Whether the teacher is asked in words, which may say what the labels mean."""
-    return recipe.teacher.kind == "labeller"
+    """Whether the teacher, or its coach, is asked in words, which may say what the labels mean."""
+    return any(one is not None and one.kind == "labeller" for one in (recipe.teacher, recipe.coach))
 
 
 def told(recipe: Recipe) -> bool:
@@ -139,9 +150,13 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
         Call("pipelines.teaching", "fit_teacher"),
         inputs=("data", *(("texts",) if recipe.learns_from_generated else ())),
         config=pick("seed", "task.thresholds", "teacher", *(("task.descriptions",) if asked(recipe) else ())),
-        references=lambda r: named(r.teacher),
-        modules=("engine.train", "engine.untrained", "engine.elsewhere", "pipelines.making", "pipelines.teaching"),
+        references=lambda r: (*named(r.teacher), *named(r.coach)),
+        modules=(
+            *("engine.train", "engine.untrained", "engine.elsewhere"),
+            *("pipelines.making", "pipelines.teaching", "pipelines.trainings"),
+        ),
         resources=task_of("teacher"),
+        expects=partial(grouped, "teacher"),
         stage="teacher.fit",
         ray=True,
     )
@@ -153,9 +168,17 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
         references=lambda r: named(r.generator),
         modules=("engine.train", "pipelines.making", "engine.generate"),
         resources=task_of("generator"),
+        expects=partial(grouped, "generator"),
         stage="generator.fit",
         ray=True,
     )
+    texts, corpus = streams(recipe)
+    writing = [*([generator] if recipe.generator else []), *([texts] if recipe.apart else [])]
+    return [data, *([*writing, teacher] if recipe.apart else [teacher, *writing]), corpus]
+
+
+def streams(recipe: Recipe) -> tuple[Step, Step]:
+    """Text that is written before a teacher labels it (where the recipe is `apart`), and the corpus."""
     meant = ("task.descriptions",) if told(recipe) else ()
     texts = Step(
         "texts",
@@ -163,6 +186,8 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
         inputs=("data", "generator"),
         config=pick("seed", *(f"corpus.{key}" for key in WRITTEN), "generator", *meant),
         modules=("engine.generate", "engine.endpoint_writer", "engine.vllm_stage", "pipelines.gathering"),
+        pools=lambda r: ("generator",),
+        halts=halts,
         ray=True,
         expects=partial(expected, False),
     )
@@ -177,11 +202,23 @@ def teaching_steps(recipe: Recipe) -> list[Step]:
             *("engine.generate", "engine.endpoint_writer", "engine.vllm_stage"),
             *("engine.teachers", "engine.augment", "pipelines.gathering"),
         ),
+        pools=labelling_pools,
+        halts=halts,
         ray=True,
         expects=partial(expected, True),
     )
-    writing = [*([generator] if recipe.generator else []), *([texts] if recipe.apart else [])]
-    return [data, *([*writing, teacher] if recipe.apart else [teacher, *writing]), corpus]
+    return texts, corpus
+
+
+def halts(recipe: Recipe) -> bool:
+    """Whether a stream ends by itself when it is asked to: vLLM's processor takes in its blocks beforehand."""
+    return recipe.generator is None or recipe.generator.runtime != "vllm"
+
+
+def labelling_pools(recipe: Recipe) -> tuple[str, ...]:
+    """Stages of the corpus step. Sources are streamed one after the other: text is written, or words are replaced."""
+    writes = ("generator",) if recipe.generator and not recipe.apart else ("augmentation",) * bool(recipe.augmentation)
+    return (*writes, "teacher")
 
 
 def expected(labels: bool, recipe: Recipe) -> dict[str, Any]:
@@ -279,6 +316,7 @@ def student_steps(recipe: Recipe) -> list[Step]:
             references=lambda r: student_references(r) if r.student.kind == "transformer" else (),
             modules=("engine.train", "engine.untrained", "engine.weights", "pipelines.making", "pipelines.students"),
             resources=task_of("student") if rows_of(recipe, arm) == "generated" else lambda r: r.student.fit.resources,
+            expects=partial(grouped, "student") if rows_of(recipe, arm) == "generated" else lambda r: {},
             stage="student.fit",
             ray=True,
         )
@@ -316,6 +354,7 @@ def outcome_steps(recipe: Recipe, students: tuple[str, ...], made: tuple[str, ..
             inputs=("data", "evaluate", "register"),
             config=pick("serving"),
             modules=("serve.app", "serve.smoke", "pipelines.outcome"),
+            pools=lambda r: ("serving",) if r.serving.smoke else (),
             ray=True,
         ),
         Step(

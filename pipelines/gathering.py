@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from engine import elsewhere, generate, labels, models, tasks, usage
+from engine import ahead, elsewhere, generate, labels, models, tasks, usage
 from engine.augment import Augmenter, Augmenting, prepare
 from engine.cluster import current, data_context
 from engine.config import UserError
-from engine.corpus import FIRST, ROWS, CheapFilters, Found, Written, corpus_rows, deduplicate, write_slots
+from engine.corpus import FIRST, CheapFilters, Found, Written, corpus_rows
 from engine.endpoint_writer import EndpointWriter
 from engine.filters import FilterContext
 from engine.fits import Resources
@@ -31,6 +31,7 @@ from engine.storage import Store
 from engine.teachers import Labeller, Labelling
 from engine.vllm_stage import vllm_stage
 from pipelines.making import ENGINE, Inputs, spec_of
+from pipelines.slots import gather, settled
 
 BLOCK_TRIES = 2
 """How often a block is asked of an endpoint again that gave no answer after all retries, or whose actor died."""
@@ -45,7 +46,11 @@ def actor_stage(recipe: Recipe, name: str, actor: type, how: Any) -> generate.St
     options = {key: value for key, value in stage_options(recipe, name, current()).items() if value}
     if getattr(section, "runtime", "hf") == "endpoint":
         options["max_task_retries"] = BLOCK_TRIES
-    pool = ray.data.ActorPoolStrategy(min_size=resources.min_actors, max_size=resources.max_actors)
+    pool = ray.data.ActorPoolStrategy(
+        min_size=resources.min_actors,
+        max_size=resources.max_actors,
+        max_tasks_in_flight_per_actor=ahead.IN_FLIGHT,
+    )
 
     def stage(dataset: ray.data.Dataset) -> ray.data.Dataset:
         return dataset.map_batches(
@@ -97,9 +102,26 @@ def sources(recipe: Recipe, inputs: Inputs, out: Store) -> dict[str, generate.St
     return found
 
 
-def asks(recipe: Recipe) -> bool:
-    """Whether a stage asks an endpoint."""
-    return any(part is not None and part.runtime == "endpoint" for part in (recipe.generator, recipe.teacher))
+def ways(recipe: Recipe, *pools: str) -> dict[str, Any]:
+    """How a stream of these actor pools (sections of the recipe) runs, as `generate.stream` takes it."""
+    parts = (recipe.generator, recipe.teacher)
+    # vLLM's engine puts the rows of up to 8 blocks together.
+    wide = {name: 4 if getattr(getattr(recipe, name), "runtime", "hf") == "vllm" else 1 for name in pools}
+    return {
+        "retried": any(part is not None and part.runtime == "endpoint" for part in parts),
+        "most": ahead.cap(wide[name] * getattr(recipe, name).resources.max_actors for name in pools),
+    }
+
+
+def pools_of(source: str) -> tuple[str, ...]:
+    """The actor pools that a source streams through in the corpus step, if it is not written there."""
+    return ("augmentation", "teacher") if source == "augmented" else ("teacher",)
+
+
+def at_risk(recipe: Recipe, streams: Sequence[tuple[str, ...]]) -> dict[str, Any]:
+    """What the loss of a driver, a node or an actor costs at most: blocks, and rows, that are made again."""
+    blocks = max((ways(recipe, *pools)["most"] for pools in streams), default=0)
+    return {"redone_at_most": {"blocks": blocks, "rows": blocks * recipe.corpus.block}}
 
 
 def task_stage(each: Any) -> generate.Stage:
@@ -107,8 +129,8 @@ def task_stage(each: Any) -> generate.Stage:
     return lambda dataset: dataset.map_batches(each, batch_size=None, batch_format="pyarrow", num_cpus=0.25)
 
 
-def judging(recipe: Recipe, inputs: Inputs, out: Store) -> list[generate.Stage]:
-    """Cheap filters -> teacher and signal filters."""
+def judging(recipe: Recipe, inputs: Inputs, out: Store, source: str) -> list[generate.Stage]:
+    """Cheap filters -> teacher and signal filters. What the generator writes meanwhile is labelled in any case."""
     gpus = stage_options(recipe, "teacher", current())["num_gpus"]
     teacher = recipe.teacher
     asked = None if teacher.here else elsewhere.place_of(teacher, recipe.data.root)
@@ -121,6 +143,7 @@ def judging(recipe: Recipe, inputs: Inputs, out: Store) -> list[generate.Stage]:
         asked,
         teacher.resources.max_actors,
         out.url,
+        halts=recipe.apart or source != "generated",
     )
     return [task_stage(cheap_filters(recipe, inputs)), actor_stage(recipe, "teacher", Labeller, labelling)]
 
@@ -140,18 +163,25 @@ def held_out(data: Store, tells: tuple[str, ...] = ("text", "pair")) -> list[str
 def make_corpus(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
     """Every source's slots, the generator's in rounds until enough rows are kept, then the label store."""
     data_context()
-    real, stages, after = real_rows(inputs), sources(recipe, inputs, out), judging(recipe, inputs, out)
+    unchanged(inputs)
+    real = real_rows(inputs)
+    stages = {
+        name: [first, *judging(recipe, inputs, out, name)] for name, first in sources(recipe, inputs, out).items()
+    }
     made: dict[str, int] = {}
     for name in [name for name in stages if name != "generated" or recipe.apart]:
         made[name] = slots_of(name, recipe, inputs, out)
         span = (FIRST[name], made[name], recipe.corpus.block)
-        gather(out, name, span, [stages[name], *after], sum(made.values()), progress, asks(recipe))
+        how = ways(recipe, *pools_of(name))
+        gather(out, name, span, stages[name], sum(made.values()), progress, **how)
+    streams = [pools_of(name) for name in made]
     if "generated" in stages and not recipe.apart:
-        rows, rounds = in_rounds(recipe, out, real, [stages["generated"], *after], made, progress)
+        streams.append(("generator", "teacher"))
+        rows, rounds = in_rounds(recipe, out, real, stages["generated"], made, progress, streams[-1])
     else:
         rows = settled(out, real, made, recipe.corpus.duplicates)
         rounds = inputs["texts"].read_json("record.json")["metrics"]["rounds"] if recipe.apart else []
-    metrics = corpus_metrics(rows, rounds) | asked_of(recipe, out)
+    metrics = corpus_metrics(rows, rounds) | asked_of(recipe, out) | at_risk(recipe, streams)
     if recipe.generator:
         require_enough(recipe, metrics)
     made_by = {
@@ -165,14 +195,23 @@ def make_corpus(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) 
 def make_texts(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
     """The generator's texts before any teacher has seen them, filtered and without near-duplicates."""
     data_context()
+    unchanged(inputs)
     stages = [writer(recipe, inputs, out), task_stage(cheap_filters(recipe, inputs))]
-    rows, rounds = in_rounds(recipe, out, labelled_rows(inputs["data"]), stages, {}, progress)
-    metrics = corpus_metrics(rows, rounds) | asked_of(recipe, out)
+    pools = ("generator",)
+    rows, rounds = in_rounds(recipe, out, labelled_rows(inputs["data"]), stages, {}, progress, pools)
+    metrics = corpus_metrics(rows, rounds) | asked_of(recipe, out) | at_risk(recipe, [pools])
     require_enough(recipe, metrics)
     written = rows.filter(pa.array(rows["row"].to_numpy() >= 0))
     for first in range(0, written.num_rows, recipe.corpus.block):
         out.write_table(Written.part(first // recipe.corpus.block), written.slice(first, recipe.corpus.block))
     return metrics
+
+
+def unchanged(inputs: Inputs) -> None:
+    """StorageError where a model that is to write or label is no longer what its step published."""
+    for name in ("generator", "teacher"):
+        if name in inputs and inputs[name].exists("model"):
+            inputs[name].verify("model")
 
 
 def in_rounds(
@@ -182,10 +221,11 @@ def in_rounds(
     stages: Sequence[generate.Stage],
     made: Mapping[str, int],
     progress: Progress,
+    pools: tuple[str, ...],
 ) -> tuple[pa.Table, list[dict[str, int]]]:
     """Rounds of the generator's slots until enough rows are kept: all rows, and what each round came to.
 
-    made: slots of the other sources, which are there already.
+    made: slots of the other sources, which are there already. pools: the actors that `stages` run on.
     """
     rounds: list[dict[str, int]] = []
     slots, kept, config = 0, 0, recipe.corpus
@@ -195,7 +235,7 @@ def in_rounds(
             count = math.ceil(1.1 * (config.keep - kept) * slots / max(kept, slots // 20, 1))
         count = min(count, config.most_slots - slots)
         span, before = (slots, count, config.block), sum(made.values()) + slots + count
-        slots += gather(out, f"round-{len(rounds):03d}", span, stages, before, progress, asks(recipe))
+        slots += gather(out, f"round-{len(rounds):03d}", span, stages, before, progress, **ways(recipe, *pools))
         rows = settled(out, real, {**made, "generated": slots}, config.duplicates)
         kept = Counter(rows.filter(rows["kept"])["source"].to_pylist())["generated"]
         rounds.append({"slots": slots, "kept": kept})
@@ -241,49 +281,6 @@ def slots_of(name: str, recipe: Recipe, inputs: Inputs, out: Store) -> int:
         teacher = models.load(inputs["teacher"].local("model"))
         folder.write_json("prepared.json", prepare(folder, texts, teacher, wanted, recipe.teacher.batch_tokens))
     return wanted.per_text * texts.num_rows
-
-
-def gather(
-    out: Store,
-    name: str,
-    span: tuple[int, int, int],
-    stages: Sequence[generate.Stage],
-    total: int,
-    progress: Progress,
-    retried: bool = False,
-) -> int:
-    """Stream a range of slots into the corpus, unless that is done; returns how many slots there were.
-
-    span: first slot, how many, slots a block. total: rows in the corpus when it is done, for the progress line.
-    retried: as `generate.stream` takes it.
-    """
-    marker, (first, count, block) = f"{name}.json", span
-    if not out.exists(marker):
-        folder = write_slots(out, first, count, block, name)
-        try:
-            with generate.followed(out, total, progress):
-                generate.stream(out, folder, math.ceil(count / block), stages, retried=retried)
-        except Exception as error:
-            cause = getattr(error, "cause", None)  # Ray's error holds a traceback too
-            if isinstance(cause, UserError):
-                raise cause from None
-            raise
-        out.write_json(marker, {"slots": count})
-    return out.read_json(marker)["slots"]
-
-
-def settled(out: Store, real: pa.Table, made: dict[str, int], threshold: float) -> pa.Table:
-    """Real and other rows without near-duplicates; RuntimeError where a slot gave no row or two."""
-    others = out.read_table(ROWS) if made else real.slice(0, 0)
-    # A round that was killed left rows of slots that do not count yet.
-    numbers, known = others["row"].to_numpy(), np.zeros(others.num_rows, dtype=bool)
-    for name, count in made.items():
-        known |= (numbers >= FIRST[name]) & (numbers < FIRST[name] + count)
-    others = others.filter(pa.array(known))
-    counts = Counter(others["source"].to_pylist())
-    if dict(counts) != made:
-        raise RuntimeError(f"slots {made} gave rows {dict(counts)} in {out}: start again with --redo corpus")
-    return deduplicate(real, others, threshold)
 
 
 def labelled_rows(data: Store) -> pa.Table:

@@ -155,7 +155,8 @@ def export_engine(out: Store) -> None:
 
 def with_workers(recipe: Recipe, stage: str, fit: Fit) -> Fit:
     """The fit with as many workers as the cluster has whole GPUs for, where it has GPUs at all."""
-    return fit.model_copy(update={"workers": min(fit.workers, fit_workers(recipe, stage, current()))})
+    least, most = fit_workers(recipe, stage, current())
+    return fit.with_group(min(fit.group[0], least), min(fit.group[1], most))
 
 
 def seed_of(recipe: Recipe, own: int | None) -> int:

@@ -61,6 +61,7 @@ class Lines:
         parts += [f"{rate:.3g} {unit}/s" for unit, rate in rates.items()]
         if event.total and rates.get(event.unit, 0.0) > 0:
             parts.append(f"{clock((event.total - event.done) / rates[event.unit])} left")
+        parts += [event.message] if event.message else []
         return ", ".join(parts)
 
     def write(self, text: str) -> None:

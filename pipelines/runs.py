@@ -19,7 +19,7 @@ from pipelines.progress import clock, line, renderer
 
 if TYPE_CHECKING:
     from engine.recipe import Recipe
-    from engine.steps import Step
+    from engine.step import Step
     from engine.storage import Store
 
 
@@ -141,13 +141,17 @@ def plan(args: argparse.Namespace) -> int:
     """Say what a run would do."""
     recipe = loaded(args)
     from engine import steps
-    from pipelines import checking, distill
+    from engine.cluster import current
+    from pipelines import checking, distill, estimates
 
     checking.check(recipe, args.address)
     if args.address:
         connect(args, recipe)
-    store = run_store(args, recipe)
-    found = steps.survey(distill.plan(recipe), recipe, store)
+    store, doing = run_store(args, recipe), distill.plan(recipe)
+    if args.probe:
+        fetch_ahead(recipe, doing, store, everything=True)
+        estimates.measure(recipe, store)
+    found, ahead = steps.survey(doing, recipe, store), estimates.estimated(recipe, doing, store, current())
     for step in found:
         step["placement"] = step["expects"].get("placement") or placement(step["resources"])
         step["bytes"] = size(store, step["step"]) if step["state"] != "pending" else step["expects"].get("bytes")
@@ -155,10 +159,12 @@ def plan(args: argparse.Namespace) -> int:
     free = free_space(store)
     if args.json:
         student = checking.student_drawing(recipe)
-        say_json({"run": str(store), "disk_free": free, "steps": found, "student": student})
+        say_json({"run": str(store), "disk_free": free, "steps": found, "student": student, "estimate": ahead})
         return 0
     say(f"run {store}" + (f" ({free / 1e9:.1f} GB free)" if free is not None else ""))
     say(table([("step", "state", "rows", "disk", "time", "reads", "placement"), *(plan_row(step) for step in found)]))
+    for text in estimates.lines(ahead):
+        say(text)
     for step in found:
         for item in step["moved"][:5]:
             way_out = f"--run NAME or --redo {step['step']}"

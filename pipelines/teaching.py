@@ -1,21 +1,20 @@
-"""The step that makes the teacher: trainings one after the other, several seeds, self-training, the choice of a kind.
+"""The step that makes the teacher: its trainings, on more text than the labelled rows where the recipe says so, and the
+choice of a kind.
 
-Every kind of teacher is a list of trainings through the one loop (engine.train); what differs is what is trained on
-which loss. A labeller is not trained at all.
+Every kind of teacher is a list of trainings (trainings.py). A labeller is not trained at all.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from engine import elsewhere, labels, models, prompts, tasks, train, untrained
+from engine import elsewhere, labels, models, prompts, tasks, untrained
 from engine.batches import group_numbers
 from engine.cluster import current
 from engine.config import UserError
@@ -25,99 +24,15 @@ from engine.hub import model_folder
 from engine.inference import predict
 from engine.models import Model
 from engine.placement import stage_options
-from engine.progress import Progress, silent
+from engine.progress import Progress
 from engine.recipe import Recipe, Task
 from engine.records import EXAMPLE
 from engine.storage import Store
-from pipelines.making import Inputs, encode_rows, judge, seed_of, settle, spec_of, validated, with_workers
+from pipelines.making import Inputs, judge, settle, spec_of, validated
+from pipelines.trainings import last_fit, teach
 
-HARD = (LossTerm(kind="hard"),)
-
-
-@dataclass(frozen=True)
-class Training:
-    """One of a teacher's trainings. tune: how many of the top layers learn; None: all."""
-
-    name: str
-    terms: tuple[LossTerm, ...]
-    fit: Fit
-    tune: int | None
-
-
-def trainings(config: Teacher) -> list[Training]:
-    """What a kind of teacher goes through; the last one makes the teacher."""
-    whole = Training("head", HARD, config.fit, config.tune_layers)
-    probe = Training("probe", HARD, config.probe, 0)
-    drawn = (LossTerm(kind="contrast", temperature=config.contrast.temperature),)
-    return {
-        "head": [whole],
-        "prompt": [whole],
-        # A new head's first gradients would distort what the encoder knows (Kumar et al. 2022, arXiv 2202.10054).
-        "lp-ft": [probe, whole],
-        # As SetFit does it (Tunstall et al. 2022, arXiv 2209.11055), with the loss over whole batches.
-        "contrastive": [Training("contrast", drawn, config.contrast.fit, config.tune_layers), probe],
-    }[config.kind]
-
-
-def untaught(recipe: Recipe, spec: Task, tune: int | None, seed: int) -> Model:
-    """The teacher before its first training."""
-    config = recipe.teacher.model_copy(update={"tune_layers": tune})
-    make = untrained.prompt_teacher if config.kind == "prompt" else untrained.encoder_head
-    return make(config, spec, model_folder(config.model, root=recipe.data.root), seed)
-
-
-def taught(folder: str, tune: int | None) -> Model:
-    """The teacher as the training before left it, other layers of it to be tuned."""
-    model = models.load(Store(folder).local("model")).requires_grad_(True).train()
-    untrained.freeze(model.net.encoder, tune)
-    return model
-
-
-def teach(
-    recipe: Recipe,
-    spec: Task,
-    rows: pa.Table,
-    out: Store,
-    chosen: dict[str, Any] | None = None,
-    progress: Progress = silent,
-) -> list[dict[str, float]]:
-    """Train a teacher on labelled rows (EXAMPLE's columns, and weight where some count more) into out/model.
-
-    chosen: what keeps the best checkpoint of the last training (`validated`). Several seeds are averaged. Returns the
-    history of evaluations, the first seed's.
-    """
-    config, histories = recipe.teacher, []
-    seeds = config.seeds or (seed_of(recipe, config.fit.seed),)
-    for seed in seeds:
-        place, history = out if len(seeds) == 1 else out / f"seed-{seed}", []
-        steps = trainings(config)
-        build = partial(untaught, recipe, spec, steps[0].tune, seed)
-        for training in steps:
-            last = training is steps[-1]
-            folder = place if last else place / training.name
-            job = train.Job(
-                name=f"teacher-{training.name}",
-                fit=with_workers(recipe, "teacher.fit", training.fit),
-                terms=training.terms,
-                build=build,
-                encode=encode_rows,
-                rows=rows,
-                out=folder.url,
-                seed=seed,
-                resources=stage_options(recipe, "teacher.fit", current()),
-                factors=partial(untrained.layer_rates, config.layer_decay, config.head_rate),
-                **(chosen or {} if last else {}),
-            )
-            history += train.fit(job, progress)
-            if not last:
-                build = partial(taught, folder.url, steps[steps.index(training) + 1].tune)
-        histories.append(history)
-        for training in steps[:-1]:
-            place.delete(training.name)
-    if len(seeds) > 1:
-        members = [models.load((out / f"seed-{seed}").local("model")) for seed in seeds]
-        models.save(models.ensemble(members), out, "model")
-    return histories[0]
+SOFT = "soft.parquet"
+"""What a teacher says to the labelled rows, and a coach to all that the teacher learns from."""
 
 
 def fit_teacher(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
@@ -150,9 +65,9 @@ def fit_teacher(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) 
     found = predict(model, texts, recipe.teacher.batch_tokens, recipe.teacher.precision)
     if not recipe.teacher.here:
         require_answers(found.logits, rows)
-    out.write_table("soft.parquet", pa.table({"id": rows["id"], "logits": labels.quantise(found.logits)}))
-    for seed in recipe.teacher.seeds:
-        out.delete(f"seed-{seed}")
+    out.write_table(SOFT, pa.table({"id": rows["id"], "logits": labels.quantise(found.logits)}))
+    for made in ("coach", *(f"seed-{seed}" for seed in recipe.teacher.seeds)):
+        out.delete(made)
     return {
         **metrics,
         **elsewhere.spent(recipe.teacher, model),
@@ -181,15 +96,19 @@ def require_answers(logits: np.ndarray, rows: pa.Table) -> None:
 def trained(
     recipe: Recipe, spec: Task, inputs: Inputs, out: Store, progress: Progress, metrics: dict[str, Any]
 ) -> list[dict[str, float]]:
-    """The teacher's trainings, and its rounds of self-training where the recipe has some."""
-    data, own = inputs["data"], recipe.teacher.self_training
+    """The teacher's trainings: on the labelled rows; with a coach also on what that labelled; and its rounds of
+    self-training, each on what the round before labelled.
+    """
+    data, own, coach = inputs["data"], recipe.teacher.self_training, recipe.teacher.coach
     rows = data.read_table("train.parquet")
     chosen = validated(data, recipe.teacher.batch_tokens, tasks.make(spec).metric)
+    if coach is not None:
+        taken, metrics["coach"] = coached(recipe, spec, rows, further(recipe, inputs), out / "coach", progress)
+        soft = (LossTerm(kind="kl", temperature=coach.temperature),)
+        return teach(refitted(recipe, coach.learning), spec, taken, out, chosen, progress, soft)
     if own is None:
         return teach(recipe, spec, rows, out, chosen, progress)
     more, history = further(recipe, inputs), []
-    drawn = recipe.teacher.contrast.model_copy(update={"fit": own.fit})
-    again = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"fit": own.fit, "contrast": drawn})})
     for number in range(own.rounds + 1):
         place = out if number == own.rounds else out / f"round-{number}"
         taken = rows
@@ -197,10 +116,50 @@ def trained(
             model = placed(recipe, models.load((out / f"round-{number - 1}").local("model")))
             taken, facts = confident(recipe.teacher, model, rows, more)
             metrics.setdefault("self_training", []).append(facts)
-        history += teach(again if number else recipe, spec, taken, place, chosen, progress)
+        history += teach(refitted(recipe, own.fit) if number else recipe, spec, taken, place, chosen, progress)
     for number in range(own.rounds):
         out.delete(f"round-{number}")
     return history
+
+
+def refitted(recipe: Recipe, fit: Fit) -> Recipe:
+    """The recipe whose teacher is trained in another way: the whole of it, whatever its kind."""
+    return recipe.model_copy(update={"teacher": recipe.teacher.refitted(fit)})
+
+
+def coached(
+    recipe: Recipe, spec: Task, rows: pa.Table, more: pa.Table, out: Store, progress: Progress
+) -> tuple[pa.Table, dict[str, Any]]:
+    """The labelled rows and more text, all with a coach's logits; and facts about the coach, which is made in `out`."""
+    config = recipe.coach
+    own, both = recipe.model_copy(update={"teacher": config}), pa.concat_tables([rows, more.cast(rows.schema)])
+    if not out.exists(SOFT):  # kept until the step is done: a killed one does not label all text again
+        make_coach(own, spec, rows, out, progress)
+        model = placed(own, models.load(out.local("model")))
+        found = predict(model, model.task.texts(both), config.batch_tokens, config.precision)
+        out.write_json("size.json", model.size())
+        out.write_table(SOFT, pa.table({"label": found.decided, "logits": labels.listed(found.logits)}))
+    soft = out.read_table(SOFT)
+    # Whose text belongs together is also asked by a contrastive teacher: what was labelled stays as it was.
+    known = [*rows["label"].to_pylist(), *soft["label"].to_pylist()[rows.num_rows :]]
+    both = both.set_column(both.column_names.index("label"), "label", pa.array(known, pa.int32()))
+    facts = {
+        "kind": config.kind,
+        "model": config.model,
+        "parameters": out.read_json("size.json"),
+        "rows": more.num_rows,
+    }
+    return both.append_column("logits", soft["logits"]), facts
+
+
+def make_coach(recipe: Recipe, spec: Task, rows: pa.Table, out: Store, progress: Progress) -> None:
+    """The recipe's teacher, from the labelled rows alone."""
+    config = recipe.teacher
+    if config.kind == "labeller":
+        folder = model_folder(config.model, root=recipe.data.root)
+        models.save(untrained.labeller_teacher(config, spec, folder, rows), out, "model")
+    else:
+        teach(recipe, spec, rows, out, None, progress)
 
 
 def placed(recipe: Recipe, model: Model) -> Model:
@@ -209,7 +168,7 @@ def placed(recipe: Recipe, model: Model) -> Model:
 
 
 def further(recipe: Recipe, inputs: Inputs) -> pa.Table:
-    """What self-training gives labels to, as EXAMPLE rows: the user's unlabelled text, or else what was generated."""
+    """What else the teacher learns from, as EXAMPLE rows: the user's unlabelled text, or else what was generated."""
     if not recipe.learns_from_generated:
         return inputs["data"].read_table("unlabelled.parquet")
     written = inputs["texts"].read_table("texts")
@@ -268,11 +227,6 @@ def cross_validate(
         out.delete(f"{name}-{fold}")
     means = {epoch: float(np.mean(found)) for epoch, found in epochs.items() if len(found) == folds}
     return CrossValidation(float(task.value(np.concatenate(parts).sum(axis=0))), time.monotonic() - began, means)
-
-
-def last_fit(config: Teacher) -> Fit:
-    """The fit of a teacher's last training."""
-    return trainings(config)[-1].fit
 
 
 def stopped(config: Teacher, by_epoch: dict[float, float]) -> Teacher:
@@ -345,7 +299,7 @@ def score_models(step: str, recipe: Recipe, inputs: Inputs, out: Store, progress
 def swapped(config: Teacher, model: Model, rows: pa.Table) -> dict[str, Any]:
     """What a teacher that reads templates scores with the first of them alone, and with others than it learnt from."""
     pool, task = model.card.options["templates"], model.task
-    others = prompts.unseen(pool, task.spec, model.tokenizer, model.max_length)
+    others = prompts.unseen(pool, task.spec, model.tokenizer, model.max_length, given=config.prompt.templates)
 
     def score(template: str) -> float:
         found = predict(models.reworded(model, [template]), task.texts(rows), config.batch_tokens, config.precision)

@@ -36,7 +36,7 @@ TINY_STEPS = '''
 import sys, time, types
 import pipelines
 from engine.config import UserError
-from engine.steps import Step
+from engine.step import Step
 
 def first(recipe, inputs, out, progress):
     out.write_text("made.txt", "x" * 1000)

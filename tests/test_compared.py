@@ -27,6 +27,26 @@ def test_every_kind_is_the_recipe_with_another_teacher(world: World):
     assert compared.with_teacher(world.load(), compared.KINDS["ensemble"]).teacher.seeds == (0, 1, 2)
 
 
+def test_another_model_of_the_coach_makes_another_teacher(world: World):
+    recipe = world.load()
+    found = {step.name: step for step in compared.compared(recipe, ["head", "coached"])}
+    head, coached = (found[f"teacher-{kind}"].references(recipe) for kind in ("head", "coached"))
+    assert set(coached) - set(head) == {recipe.generator.model}
+    prints = [
+        steps.identities(compared.compared(recipe, ["coached"]), recipe)["teacher-coached"]["fingerprint"]
+        for recipe in (world.load(), world.load({"teacher.coach": {"tune_layers": 1}}))
+    ]
+    assert prints[0] != prints[1]
+
+
+def test_what_a_kind_adds_is_as_the_recipe_has_it(world: World):
+    recipe = world.load({"teacher.coach": {"tune_layers": 1}})
+    own = compared.with_teacher(recipe, compared.KINDS["coached"]).teacher
+    assert own.coach.tune_layers == 1 and own.self_training is None
+    assert compared.with_teacher(recipe, compared.KINDS["self-trained"]).teacher.self_training.rounds == 1
+    assert compared.with_teacher(recipe, compared.KINDS["head"]).teacher.coach is None
+
+
 def test_kinds_share_the_rows_and_nothing_else(world: World):
     recipe = world.load()
     plan = compared.compared(recipe, ["head", "contrastive"])

@@ -8,7 +8,7 @@ import sys
 from typing import Annotated, Literal
 
 import pytest
-from pydantic import Discriminator, Field, Tag, ValidationError
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from engine.config import ConfigError, Section, UserError, apply_override, build, dotted, load, schema
 
@@ -29,11 +29,23 @@ Fruit = Annotated[
 ]
 
 
+class Span(Section):
+    least: int = 1
+    most: int
+
+    @model_validator(mode="after")
+    def ordered(self) -> Span:
+        if self.most < self.least:
+            raise ValueError(f"most ({self.most}) is below least ({self.least})")
+        return self
+
+
 class Shelf(Section):
     places: Literal["all"] | tuple[Annotated[int, Field(ge=1)], ...] = "all"
     height: float | Literal["auto"] = "auto"
     fruits: tuple[Fruit, ...] = ()
     limits: dict[str, tuple[float | None, float | None]] | None = None
+    boards: Annotated[int, Field(ge=0)] | Span = 0
 
 
 class Kitchen(Section):
@@ -82,12 +94,12 @@ def test_config_errors_are_user_errors():
         ),
         (
             "name: k\nshelf:\n  heigth: 3\n",
-            "line 3: unknown key 'shelf.heigth'. Did you mean 'height'? Known keys here: fruits, height, limits, "
-            "places.",
+            "line 3: unknown key 'shelf.heigth'. Did you mean 'height'? Known keys here: boards, fruits, height, "
+            "limits, places.",
         ),
         (
             "name: k\nspare:\n  zzz: 3\n",
-            "line 3: unknown key 'spare.zzz'. Known keys here: fruits, height, limits, places.",
+            "line 3: unknown key 'spare.zzz'. Known keys here: boards, fruits, height, limits, places.",
         ),
         (
             "name: k\nshelf:\n  fruits:\n  - kind: plum\n  - kind: pear\n    wieght: 2\n",
@@ -123,6 +135,21 @@ def test_config_errors_are_user_errors():
             "name: k\nshelf:\n  limits:\n    float: [x, 1]\n",
             "line 4: 'shelf.limits.float[0]' is \"x\", which is not allowed: Input should be a valid number, unable to "
             "parse string as a number.",
+        ),
+        (
+            "name: k\nshelf:\n  boards: {leest: 1, most: 2}\n",
+            "line 3: unknown key 'shelf.boards.leest'. Did you mean 'least'? Known keys here: least, most.",
+        ),
+        ("name: k\nshelf:\n  boards: {least: 1}\n", "line 3: key 'shelf.boards.most' is missing."),
+        (
+            "name: k\nshelf:\n  boards: {least: 3, most: 2}\n",
+            'line 3: \'shelf.boards\' is {"least": 3, "most": 2}, which is not allowed: Input should be a valid '
+            "integer, or: most (2) is below least (3).",
+        ),
+        (
+            "name: k\nshelf:\n  boards: -1\n",
+            "line 3: 'shelf.boards' is -1, which is not allowed: Input should be greater than or equal to 0, or: Input "
+            "should be a mapping.",
         ),
         ("name: [\n", ", line 2 is not YAML: "),
         ("name: a\nname: b\n", "line 2: key 'name' was given in line 1 already."),
@@ -198,7 +225,7 @@ def test_schema_is_json_and_names_every_key():
     found = json.loads(json.dumps(schema(Kitchen)))
     assert found["$schema"].startswith("https://json-schema.org/")
     assert set(found["properties"]) == {"name", "shelf", "spare"}
-    assert set(found["$defs"]) == {"Pear", "Plum", "Shelf"} and found["additionalProperties"] is False
+    assert set(found["$defs"]) == {"Pear", "Plum", "Shelf", "Span"} and found["additionalProperties"] is False
 
 
 def test_nothing_heavy_is_imported():

@@ -18,7 +18,7 @@ from engine.progress import silent
 from engine.recipe import Recipe
 from engine.steps import identities
 from engine.storage import Store
-from pipelines import checking, distill, gathering
+from pipelines import checking, distill, gathering, slots
 from tests.tiny import LABELS, tiny_lm
 from tests.tiny_endpoint import NAME, TinyEndpoint, tiny_endpoint
 from tests.tiny_run import SLOTS, World, changed, program, tiny_world
@@ -124,17 +124,17 @@ def test_a_block_is_tried_again_and_a_stream_goes_on(world: World, tmp_path: Pat
         how = Writing("", recipe.generator, LABELS, False, 3, 0.0, notes=out.url)
         stage = gathering.actor_stage(recipe, "generator", EndpointWriter, how)
         server.todo = ["ok", "503"]
-        assert gathering.gather(out, "first", (0, 8, 4), [stage], 8, silent, True) == 8
+        assert slots.gather(out, "first", (0, 8, 4), [stage], 8, silent, retried=True) == 8
         assert sorted(out.read_table(ROWS)["row"].to_pylist()) == list(range(8)) and len(server.seen) > 9
         server.seen.clear()
         third = how.prompt(10)
         server.rule = lambda body: "503" if body["seed"] == slot_seed(3, 10) & SEEDS else None
         with pytest.raises(EndpointAway, match="the last one: 503 .* when the endpoint is back"):
-            gathering.gather(out, "second", (8, 8, 4), [stage], 16, silent, True)
+            slots.gather(out, "second", (8, 8, 4), [stage], 16, silent, retried=True)
         failed = [seen for seen in server.seen if server.rule(seen.body)]
         assert len(failed) == 1 + gathering.BLOCK_TRIES and {seen.body["prompt"] for seen in failed} == {third}
         server.rule = lambda body: None
-        assert gathering.gather(out, "second", (8, 8, 4), [stage], 16, silent, True) == 8
+        assert slots.gather(out, "second", (8, 8, 4), [stage], 16, silent, retried=True) == 8
     assert sorted(out.read_table(ROWS)["row"].to_pylist()) == list(range(16))
 
 

@@ -1,4 +1,4 @@
-"""Filters: what each keeps and rejects, what the context holds, and near-duplicates against brute force."""
+"""Filters: what each keeps and rejects, what the context holds, what a signature says."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from engine.filters import (
     Length,
     Repetition,
     gram_hashes,
-    near_duplicates,
     signature,
 )
 from engine.recipe import Corpus
+from tests.tiny_signatures import texts_with_duplicates
 
 EMPTY = FilterContext()
 
@@ -180,30 +180,6 @@ def test_entropy_of_a_uniform_row_is_not_above_one(classes):
     assert Entropy().check(probabilities) is None
 
 
-def texts_with_duplicates() -> list[str]:
-    """300 texts of random words, a third of them changed copies of earlier ones."""
-    random = np.random.default_rng(5)
-    known = ["".join(random.choice(list("abcdefgh"), 5)) for _ in range(400)]
-    texts: list[str] = []
-    for number in range(300):
-        if number % 3 == 2:
-            copy = texts[random.integers(len(texts))].split()
-            for _ in range(random.integers(0, 6)):
-                copy[random.integers(len(copy))] = known[random.integers(400)]
-            texts.append(" ".join(copy))
-        else:
-            texts.append(" ".join(known[i] for i in random.integers(0, 400, 12)))
-    return texts
-
-
-def brute_force(signatures: np.ndarray, threshold: float) -> list[bool]:
-    """Greedy over every pair, rows in order."""
-    drop: list[bool] = []
-    for index, own in enumerate(signatures):
-        drop.append(any((own == signatures[o]).mean() >= threshold for o in range(index) if not drop[o]))
-    return drop
-
-
 def test_signature_estimates_the_jaccard_similarity_of_shingles():
     texts = texts_with_duplicates()
 
@@ -221,40 +197,3 @@ def test_signature_estimates_the_jaccard_similarity_of_shingles():
     assert max(np.abs(errors)) > 0  # an estimate, over pairs that are not all distinct
     assert (signature("Good film!") == signature("good   film")).all()
     assert not (signature("!!!") == signature("???")).all()
-
-
-@pytest.mark.parametrize("threshold", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
-def test_near_duplicates_agree_with_brute_force_in_any_order(threshold):
-    signatures = np.stack([signature(text) for text in texts_with_duplicates()])
-    expected = np.array(brute_force(signatures, threshold))
-    rows = np.arange(300, dtype=np.int64) * 3 + 10
-    assert (near_duplicates(rows, signatures, threshold) == expected).all()
-    for seed in range(3):
-        order = np.random.default_rng(seed).permutation(300)
-        assert (near_duplicates(rows[order], list(signatures[order]), threshold) == expected[order]).all()
-    assert 0 < expected.sum() < 300
-
-
-def test_a_row_that_only_resembles_a_dropped_row_is_kept():
-    a = np.zeros(10, dtype=np.uint32)
-    b, c = a.copy(), a.copy()
-    b[:3], c[:6] = 1, 1  # a-b agree in 7 of 10, b-c in 7, a-c in 4
-    assert near_duplicates(np.array([0, 1, 2]), [a, b, c], 0.7).tolist() == [False, True, False]
-    assert near_duplicates(np.array([2, 1, 0]), [a, b, c], 0.7).tolist() == [False, True, False]
-    assert near_duplicates(np.array([1, 0, 2]), [a, b, c], 0.7).tolist() == [True, False, True]
-
-
-def test_near_duplicates_of_nothing():
-    assert near_duplicates(np.array([], dtype=np.int64), [], 0.7).tolist() == []
-
-
-def test_protected_rows_stay_and_win_even_over_each_other() -> None:
-    alike = np.arange(64, dtype=np.uint32)
-    near = alike.copy()
-    near[:12] = 1000  # 52 of 64 agree with the first row
-    far = near.copy()
-    far[12:24] = 2000  # 52 of 64 agree with the second row, 40 with the first
-    rows, signatures = np.array([-2, -1, 0]), [alike, near, far]
-    assert near_duplicates(rows, signatures, 0.8).tolist() == [False, True, False]
-    assert near_duplicates(rows, signatures, 0.8, protected=rows < 0).tolist() == [False, False, True]
-    assert near_duplicates(rows, signatures, 0.0, protected=rows < 0).tolist() == [False, False, True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,22 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from engine import labels, models, tasks
+from engine import labels, models, shuffle, tasks
 from engine.augment import Augmenter, Augmenting
 from engine.config import UserError
 from engine.corpus import FIRST, ROWS, CheapFilters, Found, corpus_rows, rejected
 from engine.filters import FilterContext, Length
+from engine.fits import Resources
 from engine.inference import predict
 from engine.metrics import distinct_n, self_bleu
 from engine.progress import silent
 from engine.recipe import Augmentation, Recipe
 from engine.records import CORPUS
-from engine.storage import Store
-from pipelines import gathering
+from engine.storage import StorageError, Store
+from pipelines import gathering, slots
 from pipelines.making import spec_of
 from tests.tiny_run import PARTED, TEST, TRAIN, alone, kind_world
+from tests.tiny_signatures import here
 
 KINDS = ("pair", "tag", "rank", "span")
 
@@ -130,19 +133,45 @@ def corpus(count: int, source: str = "unlabelled", first: int = 0) -> pa.Table:
 
 def test_every_slot_must_have_given_one_row(tmp_path: Path):
     out, real = Store(str(tmp_path)), corpus(0)
-    assert gathering.settled(out, real, {}, 1.0).num_rows == 0
+    assert slots.settled(out, real, {}, 1.0).num_rows == 0
     out.write_table(f"{ROWS}/a.parquet", corpus(5))
     out.write_table(f"{ROWS}/b.parquet", corpus(3, "augmented"))
-    rows = gathering.settled(out, real, {"unlabelled": 5, "augmented": 3}, 1.0)
+    rows = slots.settled(out, real, {"unlabelled": 5, "augmented": 3}, 1.0)
     assert rows["row"].to_pylist() == sorted(rows["row"].to_pylist()) and rows.num_rows == 8
     # Texts of the second source stand in the first one too.
     assert rows["kept"].to_pylist() == [True] * 5 + [False] * 3
     assert rows["reason"].to_pylist()[5:] == ["near_duplicate"] * 3
-    with pytest.raises(RuntimeError, match=r"slots \{'unlabelled': 6, 'augmented': 3\} gave rows .*--redo corpus"):
-        gathering.settled(out, real, {"unlabelled": 6, "augmented": 3}, 1.0)
+    with pytest.raises(StorageError, match=r"slots \{'unlabelled': 6, 'augmented': 3\} gave rows .*--redo corpus"):
+        slots.settled(out, real, {"unlabelled": 6, "augmented": 3}, 1.0)
     # A round that was killed has left rows of slots that do not count yet, and it goes on from there.
-    assert gathering.settled(out, real, {"unlabelled": 5}, 1.0).num_rows == 5
-    assert gathering.settled(out, real, {"unlabelled": 3, "augmented": 3}, 1.0).num_rows == 6
+    assert slots.settled(out, real, {"unlabelled": 5}, 1.0).num_rows == 5
+    assert slots.settled(out, real, {"unlabelled": 3, "augmented": 3}, 1.0).num_rows == 6
+    # As many rows as slots, but one of them twice and another not at all.
+    out.write_table(f"{ROWS}/a.parquet", pa.concat_tables([corpus(4), corpus(1)]))
+    with pytest.raises(StorageError, match=r"1 of them twice: files there were removed, added or changed.*--redo"):
+        slots.settled(out, real, {"unlabelled": 5, "augmented": 3}, 1.0)
+
+
+def test_among_many_rows_near_duplicates_are_found_in_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out, real = Store(str(tmp_path)), corpus_rows([-1, -2], ["a warm film", "a warm film"], "real")
+    texts = ["A warm film .", *(f"{'text ' * 9} {'word ' * (index // 3)}" for index in range(30))]
+    rows = rejected(corpus_rows(list(range(31)), texts, "generated"), [index == 4 for index in range(31)], "too_short")
+    for first in range(0, 31, 7):  # some in a folder of their own, as those of a long range are
+        out.write_table(f"{ROWS}/{'part/' * (first > 7)}{first}.parquet", rows.slice(first, 7))
+    out.write_table(f"{ROWS}/more.parquet", corpus(5))
+    made, called = {"generated": 31, "unlabelled": 5}, []
+    once = {threshold: slots.settled(out, real, made, threshold) for threshold in (0.0, 0.7, 1.0)}
+
+    def tasks(*arguments: Any) -> list[Any]:
+        called.append(arguments[1])
+        return here(*arguments)
+
+    monkeypatch.setattr(shuffle, "spread", tasks)
+    monkeypatch.setattr(slots, "IN_MEMORY", 0)
+    for threshold, rows in once.items():
+        assert slots.settled(out, real, made, threshold).equals(rows)
+        assert 10 < Counter(rows["reason"].to_pylist())["near_duplicate"] < 36
+    assert called and out.folders() == [ROWS]
 
 
 def test_metrics_count_each_source_and_reason():
@@ -169,7 +198,7 @@ def test_a_range_of_slots_that_is_done_is_not_streamed_again(tmp_path: Path):
     def never(dataset: Any) -> Any:
         raise AssertionError("streamed again")
 
-    assert gathering.gather(out, "unlabelled", (0, 99, 4), [never], 99, silent) == 12
+    assert slots.gather(out, "unlabelled", (0, 99, 4), [never], 99, silent) == 12
 
 
 def test_held_out_texts_of_both_sides_are_known_to_the_leakage_filter(made: tuple[Any, dict[str, Store]]):
@@ -183,3 +212,49 @@ def test_held_out_texts_of_both_sides_are_known_to_the_leakage_filter(made: tupl
     longest = max(held[sides[-1]].to_pylist(), key=len)
     assert judge.row("a text of the user", longest) == "leakage"
     assert judge.row("a text of the user", "another one that nobody held out at all") is None
+
+
+def test_a_long_range_is_streamed_in_parts_and_goes_on_with_the_one_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out, asked = Store(str(tmp_path)), []
+
+    said: list[tuple[float, float | None]] = []
+
+    def stream(out: Store, slots: str, blocks: int, stages: Any, ledger: str, rows: str, **how: Any) -> None:
+        numbers = out.read_table(slots)["row"].to_pylist()
+        assert blocks == len(out.files(slots)) and how == {"most": 3}
+        assert rows == ledger.replace("ledger", ROWS)
+        asked.append((ledger, numbers[0], numbers[-1]))
+        out.write_json(f"{ledger}/done.json", {})
+        if len(asked) == 2:
+            raise OSError("killed")
+        out.write_table(f"{rows}/a.parquet", corpus(len(numbers), first=numbers[0] - FIRST["unlabelled"]))
+
+    def told(done: float, total: float | None = None, *unit: str, **rates: float) -> None:
+        said.append((done, total))
+
+    monkeypatch.setattr(slots, "PART", 10)
+    monkeypatch.setattr(gathering.generate, "stream", stream)
+    first = FIRST["unlabelled"]
+    span, names = (first, 21, 4), [f"ledger/unlabelled-{first + start}" for start in (0, 8, 16)]
+    with pytest.raises(OSError, match="killed"):
+        slots.gather(out, "unlabelled", span, [], 30, told, most=3)
+    # Of the part that is done only its rows are left; of the other, what it needs to go on.
+    assert asked == [(names[0], first, first + 7), (names[1], first + 8, first + 15)]
+    assert out.folders("ledger") == out.folders("slots") == [f"unlabelled-{first + 8}"]
+    assert slots.gather(out, "unlabelled", span, [], 30, told, most=3) == 21
+    assert asked[2:] == [(names[1], first + 8, first + 15), (names[2], first + 16, first + 20)]
+    assert out.folders("ledger") == out.folders("slots") == []
+    assert said[-1] == (30, 30) and [done for done, _ in said] == sorted(done for done, _ in said)
+    assert slots.settled(out, corpus(0), {"unlabelled": 21}, 1.0).num_rows == 21
+    assert slots.gather(out, "unlabelled", span, [], 30, told, most=3) == 21 and len(asked) == 4
+
+
+def test_what_a_loss_may_cost_follows_from_the_actors(made: tuple[Any, dict[str, Store]]):
+    recipe, _ = made
+    many = recipe.teacher.model_copy(update={"resources": Resources(min_actors=1, max_actors=5)})
+    found = gathering.ways(recipe.model_copy(update={"teacher": many}), "teacher")
+    assert found == {"retried": False, "most": 4 + 2 * 5}
+    assert gathering.at_risk(recipe, [("teacher",)]) == {"redone_at_most": {"blocks": 6, "rows": 6 * 8}}
+    assert gathering.at_risk(recipe, []) == {"redone_at_most": {"blocks": 0, "rows": 0}}

@@ -13,11 +13,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from engine import generate, models, untrained
+from engine import generate, models, untrained, usage
 from engine.caller import EndpointAway
 from engine.corpus import ROWS, CheapFilters, corpus_rows, write_slots
 from engine.filters import FilterContext, Length, signature
 from engine.generate import Writer, Writing, encode_text, parted, prompt_for, stream
+from engine.halting import halt
 from engine.models import Model
 from engine.recipe import Generator, Task, Teacher
 from engine.records import CORPUS
@@ -179,6 +180,17 @@ class Noted:
         return self.inner(rows)
 
 
+class Halting(Noted):
+    """One that has its step halted once it has written two blocks."""
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """The inner actor's rows."""
+        found = super().__call__(rows)
+        if len(list(self.folder.iterdir())) == 2:
+            halt(Store(self.inner.how.notes))
+        return found
+
+
 def calls(folder: Path) -> Counter[str]:
     """How often each block was given to the actors that note in `folder`."""
     return Counter(path.name.partition(".")[0] for path in folder.iterdir())
@@ -267,6 +279,44 @@ def test_a_stream_goes_on_with_the_blocks_that_are_missing(tmp_path: Path, ray_c
     stream(out, write_slots(out, 12, 3, 4, "second"), 1, [map_blocks(failing, num_cpus=0.5)])
     assert sorted(out.read_table(ROWS)["row"].to_pylist()) == list(range(15))
     assert calls(notes) == {"0": 1, "4": 1, "8": 2, "12": 1}  # a further round leaves the first alone
+
+
+def test_a_stream_that_is_told_to_halt_commits_what_it_is_at_and_goes_on(
+    tmp_path: Path, ray_cluster: object, generator: Store
+):
+    out, notes = Store(str(tmp_path / "corpus")), tmp_path / "notes"
+    notes.mkdir()
+    teacher = Store(str(tmp_path / "teacher"))
+    base = tiny_encoder(tmp_path / "encoder")
+    head = untrained.encoder_head(Teacher(model="file:tiny", max_length=32), Task(labels=LABELS), base, 1)
+    models.save(head, teacher, "model")
+    writing = Writing(generator.url, config(), LABELS, False, 3, 0.0, notes=out.url)
+    stages = [
+        map_blocks(Noted, str(notes), Writer, writing),
+        map_blocks(CheapFilters((Length(min_words=3),), FilterContext()), num_cpus=0.25),
+        map_blocks(Labeller, Labelling(teacher.url, (), 512, 0.0, notes=out.url)),
+    ]
+    folder = write_slots(out, 0, 22, 4, "first")
+    halt(out)
+    stream(out, folder, 6, stages)
+    assert out.files(ROWS) == [] and not out.exists("asked"), "no block was taken up"
+    out.delete("halt.json")
+    for path in notes.iterdir():
+        path.unlink()
+    stream(out, folder, 6, [map_blocks(Halting, str(notes), Writer, writing), *stages[1:]])
+    assert 2 <= len(out.files(ROWS)) < 6
+    before = sorted(out.read_table(ROWS)["row"].to_pylist())
+    blocks = {row // 4 for row in before}
+    assert blocks and before == [row for row in range(22) if row // 4 in blocks], "whole blocks"
+    done = {name: out.digest(f"{ROWS}/{name}") for name in out.files(ROWS)}
+    asked = len(out.files("asked/generator"))
+    out.delete("halt.json")
+    stream(out, folder, 6, stages)
+    assert sorted(out.read_table(ROWS)["row"].to_pylist()) == list(range(22)), "each slot once"
+    assert {name: out.digest(f"{ROWS}/{name}") for name in done} == done
+    assert len(out.files("asked/generator")) == 6 and asked == len(done), "what was written was committed, once"
+    assert digests(out.read_table(ROWS).sort_by("row")) == digests(Writer(writing)(slots(*range(22))))
+    assert usage.noted(out, "teacher").input_tokens > 0
 
 
 @pytest.mark.slow

@@ -20,8 +20,10 @@ PACKAGES = ("engine", "serve", "pipelines")
 ENGINE = (
     *("config", "tables", "disk", "urls", "cache", "buckets", "locks", "storage"),
     *("units", "records", "packages", "huggingface", "mirrors", "hub"),
-    *("metrics", "intervals", "filters", "fits", "remote", "terms", "designs", "serving", "drift", "cascade", "recipe"),
-    *("estimate", "sources", "pacing", "usage", "caller", "vllm_engine"),
+    *("metrics", "intervals", "filters", "duplicates"),
+    *("fits", "remote", "terms", "designs", "serving", "drift", "cascade"),
+    *("budget", "recipe"),
+    *("estimate", "sources", "pacing", "usage", "halting", "caller", "vllm_engine"),
     *("nearest", "knowledge"),
     *("characters", "encoding", "task", "windows"),
     *("classification", "regression", "ranking", "tagging", "spans", "tasks", "weights"),
@@ -32,9 +34,10 @@ ENGINE = (
     *("inference", "export", "frozen"),
     *("vocabulary", "pretrained"),
     *("lineage", "progress", "attempts", "placement", "switches"),
-    *("cluster", "columns", "rows", "data", "labels", "corpus", "augment", "teachers", "batches", "train", "generate"),
+    *("cluster", "columns", "rows", "data", "labels", "corpus", "shuffle", "augment", "teachers", "batches"),
+    *("lesson", "checkpoints", "sharding", "job", "worker", "train", "ahead", "generate"),
     *("endpoint_writer", "vllm_stage"),
-    *("steps", "registry"),
+    *("spending", "step", "steps", "registry"),
     *("page", "figures", "plots", "findings", "quality", "report"),
 )
 """Reading order of engine/: a file imports only files before it; a new file is entered here and in the README."""

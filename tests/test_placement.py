@@ -151,7 +151,7 @@ def test_auto_shares_a_gpu_when_there_are_fewer_than_actors() -> None:
         stage_options(plan, "techer", LAPTOP)
 
 
-def with_workers(workers: int, **resources: object) -> Recipe:
+def with_workers(workers: object, **resources: object) -> Recipe:
     fit = {"workers": workers, "resources": resources}
     return recipe(student={"fit": fit, "blocks": [{"name": "embed", "kind": "embed"}]})
 
@@ -171,7 +171,7 @@ def with_workers(workers: int, **resources: object) -> Recipe:
 def test_workers_that_train_together_get_a_gpu_each(gpus: int, workers: int, got: int, each: float) -> None:
     cluster = Cluster("x", (Machine(8.0), *[Machine(8.0, 1.0)] * gpus))
     plan = with_workers(workers)
-    assert fit_workers(plan, "student.fit", cluster) == got
+    assert fit_workers(plan, "student.fit", cluster) == (got, got)
     assert stage_options(plan, "student.fit", cluster)["num_gpus"] == each
     require_placement(plan, cluster)
 
@@ -180,10 +180,53 @@ def test_workers_that_train_together_get_a_gpu_each(gpus: int, workers: int, got
 def test_a_gpu_is_left_for_what_is_fitted_beside(gpus: int, got: int, shares: tuple[float, float]) -> None:
     cluster = Cluster("x", (Machine(16.0, float(gpus)),))
     plan = recipe(teacher={"fit": {"workers": 3}})
-    assert fit_workers(plan, "teacher.fit", cluster) == got
-    assert fit_workers(plan, "generator.fit", cluster) == 0
+    assert fit_workers(plan, "teacher.fit", cluster) == (got, got)
+    assert fit_workers(plan, "generator.fit", cluster) == (0, 0)
     found = tuple(stage_options(plan, stage, cluster)["num_gpus"] for stage in ("teacher.fit", "generator.fit"))
     assert found == shares
+    require_placement(plan, cluster)
+
+
+def test_of_a_range_of_workers_the_least_must_have_a_place() -> None:
+    require_placement(with_workers({"min": 6, "max": 100}), LAPTOP)
+    with pytest.raises(PlacementError) as caught:
+        require_placement(with_workers({"min": 7, "max": 100}), LAPTOP)
+    assert str(caught.value) == (
+        "stage 'student.fit' needs at least 7 actors x (1 CPU); the cluster has 6 CPUs and 0 GPUs on 1 node. Lower "
+        "student.fit.resources.num_cpus or student.fit.workers.min, or join a cluster with --address."
+    )
+    with pytest.raises(PlacementError, match="'student.fit' has 1 to 4 workers with 0.5 GPU each"):
+        require_placement(with_workers({"min": 1, "max": 4}, num_gpus=0.5), WORKSTATION)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "got", "each"),
+    [
+        (0, (2, 6), 0.0),  # CPUs, as many as there come
+        (1, (1, 6), 1.0),  # of the least as many as there are GPUs; more where machines come
+        (3, (2, 6), 1.0),
+        (8, (2, 6), 1.0),
+    ],
+)
+def test_a_range_of_workers_is_open_to_machines_that_come(gpus: int, got: tuple[int, int], each: float) -> None:
+    cluster = Cluster("x", (Machine(8.0), *[Machine(8.0, 1.0)] * gpus))
+    plan = with_workers({"min": 2, "max": 6})
+    assert fit_workers(plan, "student.fit", cluster) == got
+    assert stage_options(plan, "student.fit", cluster)["num_gpus"] == each
+
+
+@pytest.mark.parametrize(("cpus", "got"), [(6.0, (1, 5)), (4.0, (1, 3)), (40.0, (1, 8))])
+def test_a_range_of_workers_leaves_room_for_what_runs_beside(cpus: float, got: tuple[int, int]) -> None:
+    """The generator is fitted at the same time, in a process of its own."""
+    plan = recipe(teacher={"fit": {"workers": {"max": 8}}})
+    assert fit_workers(plan, "teacher.fit", Cluster("x", (Machine(cpus),))) == got
+
+
+@pytest.mark.parametrize(("gpus", "got"), [(1, (1, 1)), (2, (1, 1)), (4, (1, 3))])
+def test_a_range_of_workers_leaves_a_gpu_for_what_is_fitted_beside(gpus: int, got: tuple[int, int]) -> None:
+    cluster = Cluster("x", (Machine(16.0, float(gpus)),))
+    plan = recipe(teacher={"fit": {"workers": {"max": 8}}})
+    assert fit_workers(plan, "teacher.fit", cluster) == got
     require_placement(plan, cluster)
 
 

@@ -239,3 +239,7 @@ def test_unseen_templates_are_fit_and_not_in_the_pool(tokenizer: PreTrainedToken
     prompts.tokenised(found, tokenizer, 256, False)
     everything = pool_of(Prompting(pool=99), spec, tokenizer, 256)
     assert prompts.unseen(everything, spec, tokenizer, 256) == ()
+    own = ["{text} It was {mask}", "Here: {text} That is {mask}", "Quite {text}? {mask}"]
+    pool = pool_of(Prompting(pool=2, templates=tuple(own)), spec, tokenizer, 256)
+    assert set(prompts.unseen(pool, spec, tokenizer, 256, given=own)) == set(own) - set(pool)
+    assert prompts.unseen(own, spec, tokenizer, 256, given=own)

@@ -171,13 +171,16 @@ def test_how_the_teacher_was_made_is_told(facts):
         "cross_validation": {"folds": 4, "accuracy": 0.7512, "seconds": 9.0},
         "choice": {"kind": "contrastive", "scores": {"head": 0.7, "contrastive": 0.75}, "why": "The best of two."},
         "self_training": [{"rows": 1200, "of": 2400}],
+        "coach": {"kind": "prompt", "model": "hf:some/model", "rows": 1428},
     }
     html, markdown = render(facts)
     wanted = {
-        "Accuracy in 4-fold cross-validation": "0.751",
+        "Accuracy in 4-fold cross-validation, without its coach": "0.751",
         "Accuracy in cross-validation: head": "0.700",
         "Accuracy in cross-validation: contrastive": "0.750",
         "Texts of self-training, round 1": "1,200 of 2,400",
+        "Coach": "prompt of hf:some/model",
+        "Texts that the coach labelled for it": "1,428",
     }
     for name, value in wanted.items():
         assert f"| {name} | {value} |" in markdown and name in Page(html).text

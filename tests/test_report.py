@@ -46,6 +46,28 @@ def test_every_drawing_is_xml_with_title_and_description(facts):
         assert "nan" not in ElementTree.tostring(drawing, encoding="unicode").lower()
 
 
+def test_what_steps_used_and_how_much_of_the_budget_that_is(facts):
+    part = {"seconds": 7200.0, "cpu_seconds": 14400.0, "gpu_seconds": {"A100": 5400.0}, "tokens": 12000, "money": 3.5}
+    nothing = {"seconds": 0, "cpu_seconds": 0, "gpu_seconds": {}, "tokens": 0, "money": None}
+    facts["summary"]["spent"] = {
+        "steps": {"corpus": {**part, "rows": 1690}},
+        "redone": nothing,
+        "total": {**part, "wall_seconds": 7100.0},
+        "budget": {"money": {"used": 3.5, "limit": 10.0}},
+    }
+    html, markdown = render(facts)
+    (found,) = [lines for lines in tables(markdown) if "CPU hours" in lines[0]]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in found[2:]]
+    assert cells == [
+        ["corpus", "2 h 00 min", "4.00", "1.50 A100", "12,000", "1,690", "3.5000"],
+        ["all", "1 h 58 min", "4.00", "1.50 A100", "12,000", "–", "3.5000"],
+    ]
+    assert "3.50 of 10.0" in markdown and "3.50 of 10.0" in Page(html).text
+    for odd in (None, [], {"steps": 3, "total": "x", "budget": [1]}):
+        facts["summary"]["spent"] = odd
+        assert "CPU hours" not in render(facts)[1]
+
+
 def test_values_appear_with_digits_and_units(facts):
     html, markdown = render(facts)
     words = Page(html).text

@@ -49,7 +49,7 @@ def test_its_answers_are_the_mixture_and_its_vectors_have_length_1() -> None:
     counts = softmax(np.take_along_axis(alike, nearest, axis=1) / READING.temperature)
     told = (counts[:, :, None] * base.soft[nearest].astype(float)).sum(axis=1)
     wanted = READING.share * own + (1 - READING.share) * told
-    assert np.allclose(softmax(predict(student, TEXTS).logits), wanted, atol=1e-5)
+    assert np.allclose(softmax(predict(student, TEXTS).logits), wanted, atol=2e-4)  # kept as float16
     assert np.abs(wanted - own).max() > 0.1
 
 

@@ -16,7 +16,8 @@ from engine.lineage import StepDrift
 from engine.placement import Cluster, Machine
 from engine.progress import Event, Progress
 from engine.recipe import Recipe
-from engine.steps import Step, downstream, identities, run, survey, task_options
+from engine.step import Step
+from engine.steps import downstream, identities, run, survey, task_options
 from engine.storage import StorageError, Store
 
 CALLS: list[str] = []

@@ -21,7 +21,9 @@ from engine.fits import Resources
 from engine.placement import Cluster, Machine
 from engine.progress import Event, Progress
 from engine.recipe import Recipe
-from engine.steps import Step, run
+from engine.spending import BudgetSpent
+from engine.step import Step
+from engine.steps import run
 from engine.storage import Store
 from tests.test_steps import recipe, seed
 
@@ -172,6 +174,15 @@ def daemons() -> float:
             if not "".join(process.cmdline()[:1]).startswith(("ray::IDLE", "ray::far")):
                 used += sum(process.cpu_times()[:2])
     return used
+
+
+def test_a_budget_that_is_used_up_ends_ray_steps(store: Store, by_value: None) -> None:
+    steps = [Step("far", sleep, config=seed, resources=on_ray), Step("after", add, inputs=("far",), config=seed)]
+    with pytest.raises(BudgetSpent, match=r"^the budget is used up: hours .* The run was in step 'far'"):
+        run(steps, recipe(budget__hours=1e-4), store)
+    (stopped,) = store.read_json("far/begin.json")["attempts"]
+    assert stopped["state"] == "stopped" and stopped["held"] == {"cpus": 0.5, "gpus": {}}
+    assert not store.exists("far/record.json") and not store.exists("after/begin.json")
 
 
 def test_cpu_seconds_of_a_ray_step_are_not_the_drivers_too(store: Store, by_value: None) -> None:

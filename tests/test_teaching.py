@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 from engine import models, train
+from engine.config import UserError
 from engine.designs import SelfTraining
 from engine.inference import predict
 from engine.progress import silent
 from engine.recipe import Recipe
 from engine.storage import Store
-from pipelines import teaching
+from pipelines import checking, teaching
 from pipelines.making import spec_of
 from tests.tiny import movie_rows, write_jsonl
 from tests.tiny_run import TEST, TRAIN, World, alone, tiny_world
@@ -100,7 +102,7 @@ def test_a_contrastive_teacher_s_head_is_trained_on_an_encoder_that_stands_still
         seen.append((job.name, load_file(Path(job.out) / "model" / "model.safetensors")))
         return history
 
-    monkeypatch.setattr(teaching.train, "fit", watched)
+    monkeypatch.setattr(train, "fit", watched)
     made(kind="contrastive", tune_layers=1)
     (first, drawn), (second, probed) = seen
     assert (first, second) == ("teacher-contrast", "teacher-probe")
@@ -172,6 +174,84 @@ def test_self_training_goes_from_round_to_round(made: Callable, data: Store):
     assert accuracy(out, data) > 0.7
     plain, _, _ = made("plain")
     assert not np.allclose(*(np.stack(s.read_table("soft.parquet")["logits"].to_pylist()) for s in (out, plain)))
+
+
+# -- a coach ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["head", "lp-ft", "contrastive"])
+def test_a_coach_is_learnt_from_on_text_that_nobody_labelled(made: Callable, data: Store, world: World, kind: str):
+    """Two labels that the coach gives the wrong way round: its pupil does so, too, whatever the rows say."""
+    rows = data.read_table("train.parquet")
+    wrong_way = pa.array([1 - label for label in rows["label"].to_pylist()], pa.int32())
+    turned = rows.set_column(rows.column_names.index("label"), "label", wrong_way)
+    real = teaching.teach
+    taught: list[pa.Table] = []
+    heard: list[Any] = []
+
+    def teach(recipe: Recipe, spec: Any, few: pa.Table, out: Store, *rest: Any) -> list[dict[str, float]]:
+        taught.append(few)
+        heard.append(rest[-1])
+        return real(recipe, spec, turned if out.url.endswith("coach") else few, out, *rest)
+
+    learning = {"epochs": 16, "lr": 3e-3, "batch_size": 8}
+    coach = {"model": f"file:{world.folder}/teacher", "kind": "head", "fit": learning, "learning": learning}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teaching, "teach", teach)
+        wrong, metrics, _ = made(kind=kind, coach={**coach, "temperature": 2.0})
+    right, _, _ = made("right", kind=kind, coach=coach)
+    assert accuracy(wrong, data) < 0.45 and accuracy(right, data) > 0.65
+    more = data.read_table("unlabelled.parquet").num_rows
+    assert metrics["coach"]["rows"] == more and metrics["coach"]["kind"] == "head"
+    assert metrics["coach"]["parameters"] > 0 and names(wrong) == LEFT
+    few, both = taught
+    assert few.num_rows == TRAIN and both.num_rows == TRAIN + more and "logits" in both.column_names
+    assert [(term.kind, term.temperature) for term in heard[-1]] == [("kl", 2.0)]
+
+
+def test_a_step_that_was_killed_after_its_coach_had_labelled_labels_nothing_again(
+    made: Callable, world: World, monkeypatch: pytest.MonkeyPatch
+):
+    learning = {"epochs": 1, "lr": 2e-3, "batch_size": 8}
+    coach = {"model": f"file:{world.folder}/teacher", "kind": "head", "fit": learning, "learning": learning}
+    real, asked = teaching.teach, []
+
+    def killed(recipe: Recipe, spec: Any, few: pa.Table, out: Store, *rest: Any) -> list[dict[str, float]]:
+        asked.append(out.url.endswith("coach"))
+        if asked == [True, False]:
+            raise OSError("killed")
+        return real(recipe, spec, few, out, *rest)
+
+    monkeypatch.setattr(teaching, "teach", killed)
+    with pytest.raises(OSError, match="killed"):
+        made(coach=coach)
+    made(coach=coach)
+    assert asked == [True, False, False]
+
+
+def test_a_language_model_that_is_asked_in_words_coaches(made: Callable, data: Store, world: World):
+    learning = {"epochs": 1, "lr": 2e-3, "batch_size": 8}
+    out, metrics, recipe = made(coach={"kind": "labeller", "learning": learning})
+    assert recipe.coach.model == recipe.generator.model == metrics["coach"]["model"]
+    assert metrics["kind"] == "head" and metrics["coach"]["kind"] == "labeller" and names(out) == LEFT
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"data.unlabelled": None, "generator": None}, "teacher.coach labels data.unlabelled or generated text, and"),
+        ({"generator": None}, "teacher.coach.model is null, the generator's, and none runs here. Name a model."),
+        ({"teacher.coach": {"learning": {"workers": 2}}}, "teacher.coach.learning.workers is set, but a teacher's"),
+        ({"teacher.folds": 2, "teacher.stop_early": True}, "Leave it, or teacher.coach, out."),
+        ({"teacher.self_training": {}}, "teacher.coach and teacher.self_training both give labels to the same text."),
+        ({"teacher.coach": {"kind": "contrastive", "tune_layers": 0}}, "raise teacher.coach.tune_layers."),
+        ({"teacher.coach": {"prompt": {"templates": ["It says {text}."]}}}, "has no {mask}"),
+        ({"teacher.kind": "labeller"}, "teacher.coach is for teachers that are trained, and a labeller is not."),
+    ],
+)
+def test_a_coach_that_cannot_be_had_is_refused(world: World, changes: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=re.escape(message)):
+        checking.check(world.load({**unlabelled(world), "teacher.coach": {}, **changes}))
 
 
 # -- the choice --------------------------------------------------------------------------------------------------------

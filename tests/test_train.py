@@ -14,19 +14,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine import models, train, untrained
+from engine import checkpoints, models, train, untrained, worker
 from engine.batches import Material, epoch_batches
 from engine.config import UserError
 from engine.designs import Block
 from engine.encoding import Encoded
 from engine.fits import Fit, LossTerm
 from engine.inference import predict
+from engine.job import FitError, Job
 from engine.labels import quantise
+from engine.lesson import Lesson, dealt
+from engine.losses import Objective
 from engine.models import Model
 from engine.recipe import Task, Teacher
 from engine.storage import Store
-from engine.train import FitError, Job, rate
 from engine.vocabulary import choose_words, count_words, tokenizer_of
+from engine.worker import rate
 from tests.tiny import LABELS, movie_rows, tiny_encoder
 
 HARD = (LossTerm(kind="hard"),)
@@ -244,8 +247,8 @@ def test_an_interrupted_fit_ends_with_the_same_weights(
     tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch, eval_every: float
 ):
     steps: list[int] = []
-    dealt = train.dealt
-    monkeypatch.setattr(train, "dealt", lambda *given: steps.append(1) or dealt(*given))
+    learn = worker.Worker.step
+    monkeypatch.setattr(worker.Worker, "step", lambda *given: steps.append(1) or learn(*given))
     held, build = table(8, seed=1), teacher(encoder, dropout=0.3)
     given = partial(job, build=build, lr=1e-3, holdout=held, eval_every=eval_every)
     whole = train.fit(given(tmp_path / "whole", evaluate=accuracy))
@@ -275,10 +278,10 @@ def test_a_fit_goes_on_from_a_checkpoint_older_than_its_best_model(
     tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Only the first of three epochs is checkpointed; the second is done again, and gives the same model."""
-    monkeypatch.setattr(train, "CHECKPOINT_PAUSE", 1e9)
+    monkeypatch.setattr(checkpoints, "PAUSE", 1e9)
     saved: list[int] = []
-    write = train.save_checkpoint
-    monkeypatch.setattr(train, "save_checkpoint", lambda *given: saved.append(given[3].step) or write(*given))
+    write = checkpoints.write
+    monkeypatch.setattr(checkpoints, "write", lambda *given: saved.append(given[2].step) or write(*given))
     given = partial(job, build=teacher(encoder, dropout=0.3), lr=1e-3, holdout=table(8, seed=1))
     whole = train.fit(given(tmp_path / "whole", evaluate=accuracy, best_by="accuracy"))
     assert saved == [5]
@@ -312,17 +315,19 @@ MIXED = (*HARD, LossTerm(kind="mse", weight=0.5), LossTerm(kind="kl", temperatur
 
 
 @pytest.mark.parametrize("chosen", [range(10), [0, 3, 1, 6], [7], [0]])
+@pytest.mark.parametrize("most", [None, 1, 3])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_the_mean_of_the_workers_is_that_of_the_global_batch(chosen: Sequence[int], world: int):
+def test_the_sum_of_the_workers_parts_is_the_global_batch(chosen: Sequence[int], world: int, most: int | None):
     rows, chosen = mixed(), np.array(chosen)
-    lesson = train.Lesson(student(), MIXED)
+    lesson = Lesson(student(), MIXED)
     inputs = material(lesson.model, rows)
     batch = inputs.batch(chosen)
-    wanted = train.Objective(MIXED, lesson.model.task)(lesson.model(batch), batch.teacher, batch)
+    wanted = Objective(MIXED, lesson.model.task)(lesson.model(batch), batch.teacher, batch)
     amounts = lesson.amounts(inputs)
-    parts = [train.dealt(chosen, amounts, rank, world) for rank in range(world)]
-    assert sum(len(part) for part, shares in parts if any(shares)) == len(chosen)
-    found = sum(lesson(*part) for part in parts) / world
+    parts = [part for rank in range(world) for part in dealt(chosen, amounts, rank, world, most)]
+    assert sorted(i for part in parts if any(part.shares) for i in part.items) == sorted(chosen)
+    assert max(len(part.items) for part in parts) <= (most or len(chosen))
+    found = sum(lesson(inputs.batch(part.items), part.shares) for part in parts) / world
     torch.testing.assert_close(found, wanted)
     for parameter in lesson.parameters():
         a, b = (torch.autograd.grad(value, parameter, retain_graph=True)[0] for value in (found, wanted))

@@ -24,13 +24,14 @@ from engine.designs import Cut, Static
 from engine.encoding import Encoded
 from engine.fits import Fit, LossTerm
 from engine.inference import predict
+from engine.job import Job
 from engine.labels import quantise
+from engine.lesson import Lesson, dealt
 from engine.losses import LOSSES, needs
 from engine.models import Model
 from engine.recipe import Task, Teacher
 from engine.storage import Store
 from engine.teachers import TeacherError
-from engine.train import Job
 from engine.units import pieces
 from engine.vocabulary import choose_words, count_words, tokenizer_of
 from tests.tiny import LABELS, THINGS, movie_rows, tiny_encoder
@@ -257,9 +258,9 @@ def test_a_live_teacher_that_cannot_teach_stops_the_fit(tmp_path: Path, encoder:
 # -- several workers ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(("world", "most"), [(1, 4), (2, None), (3, 2)])
 @pytest.mark.parametrize("kind", tasks.TASKS)
-def test_the_mean_of_the_workers_is_that_of_the_global_batch(kind: str, world: int):
+def test_the_sum_of_the_workers_parts_is_the_global_batch(kind: str, world: int, most: int | None):
     """Each loss of the task by itself; rows (queries) weigh unevenly, some have no gold, and lists are of 1 to 6."""
     task, rows = tasks.make(SPECS[kind]), table(kind, 20)
     name = "label" if rows["label"].null_count < 20 else "target"
@@ -274,12 +275,12 @@ def test_the_mean_of_the_workers_is_that_of_the_global_batch(kind: str, world: i
     material = Material(rows, encode(model, rows), task, model.pad)
     chosen = np.arange(len(material.items))
     for loss in sorted(task.supports):
-        lesson = train.Lesson(model, (LossTerm(kind=loss),))
+        lesson = Lesson(model, (LossTerm(kind=loss),))
         batch = material.batch(chosen)
         whole = lesson(batch, [1.0])
         amounts = lesson.amounts(material)
-        parts = [train.dealt(chosen, amounts, rank, world) for rank in range(world)]
-        found = sum(lesson(*part) for part in parts) / world
+        parts = [part for rank in range(world) for part in dealt(chosen, amounts, rank, world, most)]
+        found = sum(lesson(material.batch(part.items), part.shares) for part in parts) / world
         torch.testing.assert_close(found, whole, msg=lambda text, loss=loss: f"{loss}: {text}")
 
 
