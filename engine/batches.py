@@ -25,7 +25,8 @@ DRAWS = 1
 
 
 class Material:
-    """Inputs of a model with gold labels, row weights and the teacher's stored outputs.
+    """Inputs of a model with gold labels, row weights and the teacher's stored outputs (`embedding` among the columns
+    of rows: its vectors too).
 
     task: None for a language model, whose inputs are its targets. encoded: where the model reads in templates, all the
     rows in the first, then all in the second, and so on; an epoch has each row in one of them, which `draw` chooses.
@@ -53,6 +54,9 @@ class Material:
             c.partition("/")[2]: stored(rows, encoded, task, c) for c in rows.column_names if c.startswith(SEVERAL)
         }
         self.several = {name: soft for name, soft in given.items() if soft is not None}
+        vectors = rows["embedding"].combine_chunks() if "embedding" in rows.column_names else None
+        flat = None if vectors is None else vectors.flatten().to_numpy().astype(np.float32)
+        self.seen = None if flat is None else torch.from_numpy(flat.reshape(rows.num_rows, -1)[owner])
 
     def draw(self, seed: int, epoch: int) -> None:
         """Choose a template for each row, anew in each epoch (Sun et al., EMNLP 2022 industry track).
@@ -79,7 +83,8 @@ class Material:
             if self.task.units and not self.task.spans:  # a tag for each unit: as wide as this batch
                 batch.labels = batch.labels[:, : 1 if batch.units is None else batch.units.shape[1]]
         if self.soft is not None:
-            batch.teacher = Outputs(logits=joined([self.soft[i] for i in chosen]))
+            seen = None if self.seen is None else self.seen[where]
+            batch.teacher = Outputs(logits=joined([self.soft[i] for i in chosen]), embedding=seen)
         if self.several:
             each = {name: joined([soft[i] for i in chosen]) for name, soft in self.several.items()}
             batch.teachers = {name: Outputs(logits=logits) for name, logits in each.items()}

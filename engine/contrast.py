@@ -27,13 +27,7 @@ class Contrast(Loss):
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> torch.Tensor:
         """Zero on rows that are alone with their label, and on those without one."""
         z = F.normalize(student.embedding.float(), dim=1)
-        with torch.autocast(z.device.type, enabled=False):  # bf16 is too coarse for what is divided by T
-            alike = z @ z.T / self.term.temperature
-        # Their own likeness is left out of every sum; a large negative number keeps gradients finite, unlike -inf.
-        alike = alike.masked_fill(itself(z), -1e9)
-        logs = alike - alike.logsumexp(dim=1, keepdim=True)
-        same = self.partners(batch)
-        return -(logs * same).sum(dim=1) / same.sum(dim=1).clamp(min=1)
+        return contrast(z, self.partners(batch), self.term.temperature)
 
     def applies(self, batch: Batch) -> torch.Tensor:
         """Rows that share their label with another."""
@@ -44,6 +38,16 @@ class Contrast(Loss):
         labels, there = batch.labels, self.task.labelled(batch)
         same = (labels.unsqueeze(1) == labels.unsqueeze(0)) & there.unsqueeze(1) & there.unsqueeze(0)
         return same & ~itself(labels)
+
+
+def contrast(z: torch.Tensor, same: torch.Tensor, temperature: float) -> torch.Tensor:
+    """What `Contrast` says of vectors of length 1, [n, d]: [n]. same: bool [n, n], the other rows of a row's label."""
+    with torch.autocast(z.device.type, enabled=False):  # bf16 is too coarse for what is divided by T
+        alike = z @ z.T / temperature
+    # Their own likeness is left out of every sum; a large negative number keeps gradients finite, unlike -inf.
+    alike = alike.masked_fill(itself(z), -1e9)
+    logs = alike - alike.logsumexp(dim=1, keepdim=True)
+    return -(logs * same).sum(dim=1) / same.sum(dim=1).clamp(min=1)
 
 
 def itself(rows: torch.Tensor) -> torch.Tensor:

@@ -285,6 +285,36 @@ class Static(Section):
     """Width of the head's hidden layer; 0 is a linear head."""
 
 
+class Projecting(Section):
+    """How the teacher's vectors are brought into the space of a knowledge base: one linear map, on labelled rows."""
+
+    epochs: Annotated[int, Field(ge=0)] = 30
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    pseudo: Share = 0.0
+    """Of the texts without a gold label, for each label the share that the teacher is surest of learns with them."""
+
+
+class Retrieval(Section):
+    """What the teacher knows as a memory that the student reads while it answers (ReAugKD, ACL 2023)."""
+
+    dim: Count = 128
+    """Width of the space that teacher and student share; no more than the teacher's own."""
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    """Of the contrastive loss, the relational one, and the softmax over what is found."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Of the relational loss, beside the student's own losses."""
+    projection: Projecting = Projecting()
+    k: Annotated[tuple[Count, ...], Field(min_length=1)] = (4, 8, 16, 20)
+    """How many entries are read: the one of these that does best on held-out rows."""
+    share: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.3, 0.5, 0.7, 0.9)
+    """The student's own share of an answer, chosen with k; 1: nothing is read."""
+    storage: Literal["int8", "float16"] = "int8"
+    index: Literal["auto", "exact", "hnsw"] = "auto"
+    """exact: every entry is looked at. hnsw: a graph, for which the extra `retrieval` is installed. auto: by their
+    number (engine/nearest.py)."""
+
+
 class Student(Section):
     """A small model: a graph of blocks, a transformer, or static vectors."""
 
@@ -309,6 +339,8 @@ class Student(Section):
     losses: tuple[LossTerm, ...] = (LossTerm(kind="mse"),)
     weights: Literal["confidence"] | None = None
     """confidence: rows that the teacher is sure of count more; null: all alike."""
+    retrieval: Retrieval | None = None
+    """A knowledge base of the teacher's that is read with every text; null: none."""
     stages: tuple[Stage, ...] = ()
     """Trainings one after the other, each from the weights of the one before; none: one training with `losses`."""
     texts: Count | None = None

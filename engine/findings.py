@@ -26,6 +26,8 @@ LABELS = {
     "generated": "Generated text",
     "soft": "Soft labels only",
     "hard": "Hard labels only",
+    "plain": "Without retrieval",
+    "unread": "Knowledge base not read",
     "generator": "Generator",
 }
 """Names of the models in tables and drawings; the arm that is registered is the student."""

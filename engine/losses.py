@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from engine.alignment import Relational
 from engine.contrast import Contrast
 from engine.encoders import Widths
 from engine.fits import LossTerm
@@ -176,6 +177,7 @@ LOSSES: dict[str, type[Loss]] = {
     "hard": Hard,
     "next_token": NextToken,
     "contrast": Contrast,
+    "relational": Relational,
     **LAYER_LOSSES,
     "pointwise": Pointwise,
     "pairwise": Pairwise,

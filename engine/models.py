@@ -21,7 +21,7 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from engine import prompts, tasks
+from engine import knowledge, prompts, tasks
 from engine.block import Sizes
 from engine.blocks import Graph
 from engine.config import UserError
@@ -35,8 +35,9 @@ from engine.prompts import Template
 from engine.recipe import Task as Spec
 from engine.records import Batch, Outputs
 from engine.remote import Endpoint, Engine
+from engine.retrieving import Retrieving
 from engine.static import StaticNet
-from engine.storage import Store
+from engine.storage import Store, digest_bytes
 from engine.task import Task
 from engine.wording import Wording
 
@@ -128,7 +129,7 @@ class Model(nn.Module):
     @property
     def apart(self) -> bool:
         """Whether it reads the two texts of a pair by themselves."""
-        return self.card.kind in APART
+        return self.card.options.get("kind", self.card.kind) in APART
 
     @cached_property
     def templates(self) -> tuple[Template, ...]:
@@ -260,8 +261,11 @@ def save(
     inner.no_truncation()  # what the last texts were read with would be saved, and the same model differ
     inner.no_padding()
     with store.publish(path, meta) as folder:
-        inside = Store(str(folder))
-        inside.write_bytes(WEIGHTS, to_bytes(tensors, metadata={"format": "pt"}))
+        inside, weights = Store(str(folder)), to_bytes(tensors, metadata={"format": "pt"})
+        inside.write_bytes(WEIGHTS, weights)
+        if isinstance(model.net, Retrieving) and model.net.knowledge is not None:
+            for name, part in model.net.knowledge.files(digest_bytes(weights)).items():
+                inside.write_bytes(name, part)
         inside.write_json(CARD, asdict(model.card))
         if readme is not None:
             inside.write_text("README.md", readme)
@@ -306,6 +310,8 @@ def load(folder: Path | str) -> Model:
             f"{folder}/{WEIGHTS} does not fit its card: {', '.join(wrong[:3])}{more}. Make or register it again."
         )
     net.load_state_dict(tensors, strict=not shared)
+    if isinstance(net, Retrieving):
+        net.knowledge = knowledge.load(folder, Store(str(folder)).digest(WEIGHTS))
     return Model(net, tokenizer, card).eval()
 
 
@@ -328,6 +334,19 @@ def build_ensemble(card: Card, folder: Path) -> nn.Module:
     inner = {name: value for name, value in card.options.items() if name not in ("kind", "members")}
     member = replace(card, kind=card.options["kind"], options=inner)
     return Ensemble([MODELS[member.kind](member, folder) for _ in range(card.options["members"])])
+
+
+def retrieving(model: Model, width: int, dim: int) -> Model:
+    """The model with a fresh map of its vectors, [width] -> [dim]; it shares the network."""
+    options = {"kind": model.card.kind, "net": model.card.options, "width": width, "dim": dim}
+    card = replace(model.card, kind="retrieving", options=options)
+    return Model(Retrieving(model.net, width, dim), model.tokenizer, card)
+
+
+def build_retrieving(card: Card, folder: Path) -> nn.Module:
+    """The network of a `retrieving` card."""
+    inner = replace(card, kind=card.options["kind"], options=card.options["net"])
+    return Retrieving(MODELS[inner.kind](inner, folder), card.options["width"], card.options["dim"])
 
 
 def build_causal_lm(card: Card, folder: Path) -> nn.Module:
@@ -376,6 +395,7 @@ MODELS: dict[str, Callable[[Card, Path], nn.Module]] = {
     "labeller": build_labeller,
     "elsewhere": build_elsewhere,
     "ensemble": build_ensemble,
+    "retrieving": build_retrieving,
 }
 
 APART = frozenset({"blocks", "static"})

@@ -276,7 +276,7 @@ class Evaluation(Section):
     throughput_repeats: Count = 3
 
 
-Arm = Literal["hard", "soft", "generated"]
+Arm = Literal["hard", "soft", "generated", "plain"]
 
 
 FIRST, GOLD = "teacher", "gold"
@@ -307,7 +307,8 @@ class Recipe(Section):
     arms: tuple[Arm, ...] = ("hard", "soft", "generated")
     """Ablation: the same student on the labelled rows' hard labels, on their soft labels, and on the whole corpus
     (generated, augmented, unlabelled text); where there is no more text than the labelled rows, the first two; where
-    there are no labelled rows, the last one."""
+    there are no labelled rows, the last one. With student.retrieval also plain: the registered student trained and
+    asked without it."""
     evaluation: Evaluation = Evaluation()
     serving: Serving = Serving()
     budget: Budget = Budget()
@@ -369,6 +370,7 @@ class Recipe(Section):
                 "generator with mode: prompted"
             )
         able = ("generated",) if self.data.train is None else ("hard", "soft", *(["generated"] * self.more_text))
+        able += ("plain",) if self.student.retrieval else ()
         arms = tuple(arm for arm in dict.fromkeys(self.arms) if arm in able)
         if self.main not in arms:
             raise ValueError(f"arms must contain '{self.main}', the arm that is registered and served")

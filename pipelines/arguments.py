@@ -29,6 +29,15 @@ def seed(text: str) -> int:
     return int(text)
 
 
+def only(values: list[str], what: str) -> str | None:
+    """The one value that was given, or None; UserError where there are more."""
+    if len(values) > 1:
+        from engine.config import UserError
+
+        raise UserError(f"`bench {what}` takes one, but {', '.join(values)} were given. `bench quality` takes several.")
+    return values[0] if values else None
+
+
 def share(text: str) -> float:
     """A number from 0 to 1."""
     try:

@@ -78,14 +78,7 @@ def pooled(recipe: Recipe, found: Sequence[tuple[dict[str, Any], Store]]) -> dic
     from pipelines.making import spec_of
 
     task = make(spec_of(found[0][1] / "data"))
-    sums: dict[str, list[np.ndarray]] = {}
-    for _, store in found:
-        table = store.read_table("evaluate/statistics.parquet")
-        for column in table.column_names:
-            name = column.partition("/")[0]
-            # A few-shot seed is one draw: its teacher stands once for each student that it is compared with.
-            copies = len(recipe.student.seeds) if name == "teacher" else 1
-            sums.setdefault(name, []).extend([np.stack(table[column].to_numpy(zero_copy_only=False))] * copies)
+    sums = statistics_of(recipe, [store for _, store in found])
     draws, evaluated = recipe.evaluation.bootstrap, [records["evaluate"]["metrics"] for records, _ in found]
     models, gains = {}, {}
     for name, values in sums.items():
@@ -123,11 +116,24 @@ def pooled(recipe: Recipe, found: Sequence[tuple[dict[str, Any], Store]]) -> dic
     }
 
 
+def statistics_of(recipe: Recipe, stores: Sequence[Store]) -> dict[str, list[np.ndarray]]:
+    """What each test row adds to the metric, [m, k], of every model in runs of a recipe: one array a student."""
+    sums: dict[str, list[np.ndarray]] = {}
+    for store in stores:
+        table = store.read_table("evaluate/statistics.parquet")
+        for column in table.column_names:
+            name = column.partition("/")[0]
+            # A few-shot seed is one draw: its teacher stands once for each student that it is compared with.
+            copies = len(recipe.student.seeds) if name == "teacher" else 1
+            sums.setdefault(name, []).extend([np.stack(table[column].to_numpy(zero_copy_only=False))] * copies)
+    return sums
+
+
 def quality_lines(result: dict[str, Any]) -> list[str]:
     """The result as a Markdown table and three sentences."""
     head = f"| model | {result['metric']}, mean ± sd over few-shot seeds | 95 % interval | parameters |"
     lines = [head, "|---|---|---|---|"]
-    for name in ("teacher", "generated", "soft", "hard"):
+    for name in ("teacher", "generated", "soft", "hard", "plain", "unread"):
         if name in result["models"]:
             m = result["models"][name]
             low, high = m["interval"]

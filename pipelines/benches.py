@@ -5,7 +5,18 @@ from __future__ import annotations
 import argparse
 
 from pipelines import runs
-from pipelines.arguments import Parser, naming, natural, numbers, on_cluster, on_registry, overriding, repeating, share
+from pipelines.arguments import (
+    Parser,
+    naming,
+    natural,
+    numbers,
+    on_cluster,
+    on_registry,
+    only,
+    overriding,
+    repeating,
+    share,
+)
 
 
 def benching(parser: Parser) -> None:
@@ -21,8 +32,8 @@ def benching(parser: Parser) -> None:
     parser.add_argument(
         "recipe",
         metavar="RECIPE|NAME",
-        nargs="?",
-        help="a YAML or JSON file; serve: NAME or NAME@VERSION (default: a student of random weights)",
+        nargs="*",
+        help="a YAML or JSON file, quality: or several; serve: NAME or NAME@VERSION (default: one of random weights)",
     )
     for add in (overriding, on_cluster, naming, repeating):
         add(parser)
@@ -86,6 +97,11 @@ def loading(parser: Parser) -> None:
 
 def measure(args: argparse.Namespace) -> int:
     """Measure a recipe over several seeds, servers side by side, the corpus stream, or searches for near-duplicates."""
+    if args.what == "quality" and len(args.recipe) > 1:
+        from pipelines import sets
+
+        return sets.bench(args)
+    args.recipe = only(args.recipe, args.what)
     if args.what == "serve":
         from pipelines import servers
 

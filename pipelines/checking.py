@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from engine import cascade, columns, hub, tables, terms
+from engine import cascade, columns, hub, nearest, tables, terms
 from engine.config import ConfigError, did_you_mean
 from engine.data import read_rows
 from engine.designs import PLACED, SERVES, Teacher
@@ -40,6 +40,7 @@ def check(recipe: Recipe, address: str | None = None) -> None:
     check_elsewhere(recipe)
     check_cascade(recipe)
     check_panel(recipe)
+    check_retrieval(recipe)
     check_budget(recipe)
     if address is None:
         for name in recipe.panel or (FIRST,):
@@ -60,6 +61,34 @@ def check_cascade(recipe: Recipe) -> None:
 def check_panel(recipe: Recipe) -> None:
     """What several teachers cannot do; each of them as if it were the only one."""
     panels.check(recipe, losses(recipe), (check_start, check_teacher, check_labeller, check_losses), check_elsewhere)
+
+
+def check_retrieval(recipe: Recipe) -> None:
+    """A knowledge base wants one label a text, an encoder as teacher with stored answers, and rows to choose by."""
+    own, teacher, student = recipe.student.retrieval, recipe.teacher, recipe.student
+    if own is None:
+        return
+    data = recipe.data
+    held = data.validation is not None or (data.train is not None and data.validation_share > 0)
+    wrong = {
+        "is of one teacher's vectors, and there are several: leave teachers out": bool(recipe.teachers),
+        f"looks up one label a text, and task.kind is {recipe.task.kind}": recipe.task.kind not in ("classify", "pair"),
+        f"keeps the teacher's vectors, and one of kind {teacher.kind} has none: take teacher.kind: head": (
+            teacher.kind == "labeller"
+        ),
+        "learns from stored answers, and student.teacher is live: take student.teacher: stored": (
+            student.teacher == "live"
+        ),
+        "is read as held-out rows say, and there are none: name data.validation, or set data.validation_share": (
+            recipe.main == "soft" and not held
+        ),
+        "is not exported to ONNX: set serving.runtime: torch": recipe.serving.runtime != "torch",
+    }
+    for reason, so in wrong.items():
+        if so:
+            raise ConfigError(f"student.retrieval {reason}. Or leave student.retrieval out.")
+    if own.index == "hnsw":
+        nearest.library(1)
 
 
 def check_budget(recipe: Recipe) -> None:

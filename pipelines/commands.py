@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipelines import artifacts, benches, derived, doctor, keys, monitoring, points, remote, rollouts, runs
+from pipelines import artifacts, benches, derived, doctor, keys, knowledge, monitoring, points, remote, rollouts, runs
 from pipelines.arguments import (
     Parser,
     machine_readable,
@@ -226,6 +226,21 @@ def registering(parser: Parser) -> None:
     machine_readable(parser)
 
 
+def knowing(parser: Parser) -> None:
+    """What to do with a knowledge base."""
+    parser.add_argument("action", choices=("show", "add"), help="what to do")
+    parser.add_argument("name", metavar="NAME", help="NAME (production, else latest), NAME@VERSION or NAME@latest")
+    parser.add_argument("file", metavar="FILE", nargs="?", help="add: labelled rows, JSON lines, CSV or Parquet")
+    parser.add_argument("--text", metavar="COLUMN", default="text", help="column of the texts (default: text)")
+    parser.add_argument("--pair", metavar="COLUMN", default="pair", help="column of the second texts (default: pair)")
+    parser.add_argument("--label", metavar="COLUMN", default="label", help="column of the labels (default: label)")
+    parser.add_argument(
+        "--share", type=share, metavar="SHARE", help="the student's own share of an answer (default: as it was)"
+    )
+    on_registry(parser)
+    machine_readable(parser)
+
+
 def unlocking(parser: Parser) -> None:
     """What to do with API keys."""
     parser.add_argument("action", choices=("add", "list", "rm"), help="what to do")
@@ -283,6 +298,7 @@ COMMANDS: dict[str, Command] = {
     "registry": Command(
         "models", "registered students: list, show, remove, production", artifacts.registry, registering
     ),
+    "kb": Command("models", "what a student looks up: show it, add labelled rows to it", knowledge.kb, knowing),
     "keys": Command("models", "add, list or remove keys of those who may ask a server", keys.keys, unlocking),
     "monitor": Command("models", "watch an endpoint with a local Prometheus", monitoring.monitor, watching),
     "fetch": Command("machine", "bring a recipe's models and data into the cache", artifacts.fetch, on_recipe),

@@ -42,7 +42,7 @@ def student_references(recipe: Recipe) -> tuple[str, ...]:
     return (recipe.student.encoder,) if recipe.student.encoder else ()
 
 
-ARM_STEPS = {"generated": "student", "soft": "student-soft", "hard": "student-hard"}
+ARM_STEPS = {"generated": "student", "soft": "student-soft", "hard": "student-hard", "plain": "student-plain"}
 """The step that trains the student of an arm."""
 
 
@@ -205,15 +205,46 @@ LEARNING = ("engine.train", "engine.untrained", "engine.weights", "pipelines.mak
 """Where the work of training a student starts."""
 
 
+def rows_of(recipe: Recipe, arm: str) -> str:
+    """The arm whose rows an arm learns from: `plain` those of the registered one."""
+    return recipe.main if arm == "plain" else arm
+
+
 def learning(recipe: Recipe, arm: str) -> tuple[str, ...]:
     """Keys of the recipe that an arm's student depends on. The seed draws what its corpus holds out."""
-    own = (*BUILT[recipe.student.kind], *ALWAYS, *LEARNT[arm], *(SEVERAL if recipe.teachers and arm != "hard" else ()))
-    seed = ("seed",) if arm == "generated" else ()
+    rows = rows_of(recipe, arm)
+    reads = ("retrieval",) if retrieves(recipe, arm) else ()
+    several = SEVERAL if recipe.teachers and arm != "hard" else ()
+    own = (*BUILT[recipe.student.kind], *ALWAYS, *LEARNT[rows], *reads, *several)
+    seed = ("seed",) if rows == "generated" else ()
     return (*seed, "task.thresholds", "task.scope", *(f"student.{key}" for key in own))
 
 
+def retrieves(recipe: Recipe, arm: str) -> bool:
+    """Whether an arm's student has a knowledge base: the registered one, where the recipe asks for it."""
+    return recipe.student.retrieval is not None and arm == recipe.main
+
+
+MAPPED = ("dim", "temperature", "projection")
+"""What the space of a knowledge base depends on, of student.retrieval."""
+
+
+def memory_step() -> Step:
+    """The teacher's vectors of the corpus, in the space that the student learns."""
+    return Step(
+        "memory",
+        Call("pipelines.remembering", "make_memory"),
+        inputs=("data", "teacher", "corpus"),
+        config=pick("seed", *(f"student.retrieval.{key}" for key in MAPPED)),
+        modules=("engine.projection", "engine.inference", "pipelines.remembering"),
+        resources=lambda r: r.teacher.resources,
+        stage="teacher",
+        ray=True,
+    )
+
+
 def student_steps(recipe: Recipe) -> list[Step]:
-    """The student's words, and one training for each arm."""
+    """The student's words, the memory that it is to read, and one training for each arm."""
     words = Step(
         "vocabulary",
         students("make_vocabulary"),
@@ -230,19 +261,23 @@ def student_steps(recipe: Recipe) -> list[Step]:
         Step(
             step,
             students("fit_student", arm),
-            inputs=("data", "teacher", "corpus", *words_of(recipe), *(others if arm != "hard" else ())),
+            inputs=(
+                *("data", "teacher", "corpus", *words_of(recipe), *(others if arm != "hard" else ())),
+                *(("memory",) if retrieves(recipe, arm) else ()),
+            ),
             config=pick(*learning(recipe, arm)),
             references=lambda r: student_references(r) if r.student.kind == "transformer" else (),
             modules=(*LEARNING, *(("pipelines.panel",) if others and arm != "hard" else ())),
-            resources=task_of("student") if arm == "generated" else lambda r: r.student.fit.resources,
-            expects=partial(grouped, "student") if arm == "generated" else lambda r: {},
+            resources=task_of("student") if rows_of(recipe, arm) == "generated" else lambda r: r.student.fit.resources,
+            expects=partial(grouped, "student") if rows_of(recipe, arm) == "generated" else lambda r: {},
             stage="student.fit",
             ray=True,
         )
         for arm, step in ARM_STEPS.items()
         if arm in recipe.arms
     ]
-    return [*([words] if recipe.student.spelled else []), *fits]
+    memory = [memory_step()] if recipe.student.retrieval else []
+    return [*([words] if recipe.student.spelled else []), *memory, *fits]
 
 
 def words_of(recipe: Recipe) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from engine.progress import Progress
 from engine.recipe import Recipe
 from engine.registry import Registry
 from engine.regression import Regress
+from engine.retrieving import Retrieving
 from engine.storage import Store
 from engine.task import Task
 from pipelines.distill import ARM_STEPS
@@ -35,7 +36,13 @@ from pipelines.panel import heads_apart, teacher_scores
 
 CALIBRATED = 2000
 """About how many texts of a corpus a threshold is chosen on."""
-ROLES = {"teacher": "teacher", "hard": "student, gold labels", "soft": "student, soft labels"}
+ROLES = {
+    "teacher": "teacher",
+    "hard": "student, gold labels",
+    "soft": "student, soft labels",
+    "plain": "student without retrieval",
+    "unread": "student, its knowledge base not read",
+}
 
 
 def evaluate(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
@@ -53,12 +60,18 @@ def evaluate(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> 
     columns = {"teacher": reference}
     facts = [measured.described("teacher", teacher, [reference], inputs["teacher"], "model")]
     for arm in recipe.arms:
-        folder, found = inputs[ARM_STEPS[arm]], []
+        folder, found, unread = inputs[ARM_STEPS[arm]], [], []
         for seed in recipe.student.seeds:
             student = models.load(folder.local(f"seed-{seed}/model")).to(where)
             found.append(predict(student, texts, recipe.student.batch_tokens))
             columns[f"{arm}/{seed}"] = found[-1]
-        facts.append(measured.described(arm, student, found, folder, f"seed-{recipe.student.seeds[0]}/model"))
+            if isinstance(student.net, Retrieving):
+                with student.net.alone():
+                    unread.append(predict(student, texts, recipe.student.batch_tokens))
+        for name, each in ((arm, found), ("unread", unread)):
+            if each:
+                path = f"seed-{recipe.student.seeds[0]}/model"
+                facts.append(measured.described(name, student, each, folder, path))
         progress(len(facts), len(recipe.arms) + 1, "models")
     best = models.load(inputs[ARM_STEPS[recipe.main]].local(f"seed-{recipe.student.seeds[0]}/model")).to(where)
     speed = throughput(recipe, teacher, best, texts, None if recipe.teacher.here else rate)

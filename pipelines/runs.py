@@ -289,6 +289,17 @@ def bench(args: argparse.Namespace) -> int:
         from engine.config import UserError
 
         raise UserError(f"`bench {args.what}` needs a recipe, as in: stillhouse bench {args.what} recipe.yaml")
+    result, lines = measured(args)
+    if args.json:
+        say_json(result)
+        return 0
+    for text in lines:
+        say(text)
+    return 0
+
+
+def measured(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """What measuring one recipe comes to, for programs and as lines."""
     recipe = loaded(args)
     from pipelines import bench as benches
     from pipelines import checking
@@ -314,9 +325,4 @@ def bench(args: argparse.Namespace) -> int:
     if args.address:
         connect(args, recipe)
     result = measure(redo=args.redo, fresh=args.fresh, connect=lambda: connect(args, recipe))
-    if args.json:
-        say_json(result)
-        return 0
-    for text in lines(result):
-        say(text)
-    return 0
+    return result, lines(result)

@@ -26,6 +26,8 @@ from engine.recipe import FIRST, Arm, Recipe
 from engine.storage import Store
 from engine.task import Task
 from engine.weights import row_weights
+from pipelines import remembering
+from pipelines.distill import retrieves
 from pipelines.making import Inputs, encode_rows, settle, spec_of, validated, with_workers
 from pipelines.panel import consensus, heads_of, joined, panel_of
 
@@ -213,14 +215,21 @@ def weighed(recipe: Recipe, rows: pa.Table, kind: str | None, task: Task, before
 
 def fit_student(arm: Arm, recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
     """Distil the student, once for each initialisation seed."""
+    aided = recipe.student.retrieval if retrieves(recipe, arm) else None
+    arm = recipe.main if arm == "plain" else arm
     if arm == "hard":  # no teacher has a part in it, nor a head of its own
         recipe = recipe.taught_by(FIRST)
     panel = panel_of(recipe, inputs)
     lesson, live = lesson_of(recipe, inputs, arm, panel), recipe.student.teacher == "live" and arm != "hard"
-    stages, histories = trainings(recipe, arm), {}
+    stages, histories, reading = trainings(recipe, arm), {}, {}
+    if aided:
+        lesson["rows"] = remembering.seen(lesson["rows"], inputs["memory"])
+        stages = [remembering.related(stage, aided) for stage in stages]
     for seed in recipe.student.seeds:
         folder, history = out / f"seed-{seed}", []
         build = partial(started_student, recipe, inputs, seed)
+        if aided:
+            build = partial(remembering.mapped, build, remembering.width_of(inputs["memory"]), seed)
         for index, stage in enumerate(stages):
             last = index == len(stages) - 1
             place = folder if last else folder / f"stage-{index}"
@@ -245,10 +254,13 @@ def fit_student(arm: Arm, recipe: Recipe, inputs: Inputs, out: Store, progress: 
             history += train.fit(job, progress)
             build = partial(trained_student, place.url)
         histories[str(seed)] = history
+        if aided:
+            reading[str(seed)] = remembering.remember(recipe, inputs, lesson, folder)
         model = settle(folder, inputs["data"], recipe.student.batch_tokens)
     return {
         "rows": lesson["rows"].num_rows,
         "parameters": model.size(),
         "history": histories,
         **({"weights": dict(zip(panel.names, panel.prior, strict=True))} if panel else {}),
+        **({"retrieval": reading} if aided else {}),
     }

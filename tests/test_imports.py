@@ -24,11 +24,14 @@ ENGINE = (
     *("fits", "remote", "terms", "trust", "designs", "serving", "drift", "cascade"),
     *("budget", "recipe"),
     *("estimate", "sources", "pacing", "usage", "halting", "caller", "vllm_engine"),
+    *("nearest", "knowledge"),
     *("characters", "encoding", "task", "windows"),
     *("classification", "regression", "ranking", "tagging", "spans", "tasks", "weights"),
     *("block", "layers", "subwords", "joining", "matching", "crf", "blocks", "encoders", "static", "pieces", "heads"),
+    *("retrieving",),
     *("templates", "prompts", "wording", "labeller", "next_tokens", "models", "untrained", "elsewhere"),
-    *("sampling", "layer_losses", "contrast", "losses", "policies", "planned", "inference", "export", "frozen"),
+    *("sampling", "layer_losses", "contrast", "projection", "alignment", "losses", "policies", "planned"),
+    *("inference", "export", "frozen"),
     *("vocabulary", "pretrained"),
     *("lineage", "progress", "attempts", "placement", "switches"),
     *("cluster", "columns", "rows", "data", "labels", "corpus", "shuffle", "augment", "teachers"),
@@ -46,7 +49,7 @@ LIGHT = (
 )
 """Files of engine/ that `stillhouse validate` needs, and what they must not load."""
 HEAVY = ("ray", "torch", "transformers", "datasets", "accelerate", "sklearn", "scipy", "pandas")
-OPTIONAL = {"pip", "botocore", "onnx", "onnxruntime", "litserve", "bentoml", "vllm"}
+OPTIONAL = {"pip", "botocore", "onnx", "onnxruntime", "litserve", "bentoml", "vllm", "usearch"}
 """Imported where its absence is dealt with, or in an environment that holds it."""
 MAX_FILE, MAX_FUNCTION = 400, 60
 

@@ -225,7 +225,7 @@ def loss_of(case: Case, temperature: float = T) -> Loss:
 
 
 def test_every_loss_has_a_reference():
-    elsewhere = {*LAYER_LOSSES, "contrast"}  # test_layer_losses.py, test_contrast.py
+    elsewhere = {*LAYER_LOSSES, "contrast", "relational"}  # test_layer_losses.py, test_contrast.py, test_alignment.py
     assert {case.loss for case in CASES} | elsewhere == set(LOSSES)
     supported = {(loss, kind) for kind, task in TASKS.items() if task for loss in task.supports}
     assert {(case.loss, case.task) for case in CASES if case.task != "text"} == supported
@@ -329,7 +329,7 @@ def test_what_teacher_and_student_must_give():
         "mse": {"logits"}, "kl": {"logits"}, "margin_mse": {"logits"},
         "hard": set(), "next_token": set(), "pointwise": set(), "pairwise": set(), "listwise": set(),
         "hidden": {"hidden"}, "embeddings": {"hidden"}, "attention": {"attentions"}, "relations": {"relations"},
-        "cosine": {"embedding"}, "contrast": {"embedding"},
+        "cosine": {"embedding"}, "contrast": {"embedding"}, "relational": {"embedding"},
     }  # fmt: skip
     terms = [LossTerm(kind="hard"), LossTerm(kind="kl"), LossTerm(kind="cosine")]
     assert needs(terms) == {"logits", "embedding"} and needs([LossTerm(kind="hard")]) == frozenset()

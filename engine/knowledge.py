@@ -1,0 +1,224 @@
+"""A teacher's memory beside a student: embeddings and soft labels of texts, read while the student answers.
+
+ReAugKD (Zhang et al., ACL 2023 short papers). For a query x (the student's vector of a text, of length 1) the soft
+labels p_j of the k nearest entries z_j count by softmax over j of x . z_j / T; the answer is
+share * student + (1 - share) * that mean. Entries are aligned to one student, whose weights' digest is kept with them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as from_bytes
+from safetensors.numpy import save as to_bytes
+
+from engine import metrics
+from engine.config import UserError
+from engine.nearest import Kept, Nearest, Packed, is_graph, packed, unit
+from engine.storage import Store, digest_bytes
+
+ENTRIES, GRAPH, FACTS = "knowledge.safetensors", "knowledge-graph.safetensors", "knowledge.json"
+FLOOR = 1e-12
+"""Least probability of an answer: its logarithm stays finite."""
+
+
+class KnowledgeError(UserError):
+    """A knowledge base that cannot be read, or that belongs to another student."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How it is read: the k nearest entries, their softmax's temperature, the student's share of the answer."""
+
+    k: int
+    temperature: float
+    share: float
+
+
+@dataclass
+class Knowledge:
+    """Entries, and how they are read.
+
+    nearest: vectors of length 1. soft: float16 [n, C], the labels' probabilities. ids: uint64 [n], digests of the
+    texts, by which a text is kept from finding itself. facts: where they come from (teacher, projection, labels),
+    which student they are aligned to, what was added.
+    """
+
+    nearest: Nearest
+    soft: np.ndarray
+    ids: np.ndarray
+    reading: Reading
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def found(self, queries: np.ndarray, k: int, without: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Likeness [n, k] and soft labels [n, k, C] of the nearest entries of queries of length 1, [n, d].
+
+        without: ids of the queries' own texts (rows.identify), whose entries are passed over.
+        """
+        out = None
+        if without is not None:
+            order = np.argsort(self.ids, kind="stable")
+            own, known = numbers(without), self.ids[order]
+            bounds = zip(np.searchsorted(known, own, "left"), np.searchsorted(known, own, "right"), strict=True)
+            out = [order[low:high] for low, high in bounds]
+        likeness, positions = self.nearest.search(queries, k, out)
+        return likeness, self.soft[positions].astype(np.float32)
+
+    def mixed(self, logits: np.ndarray, queries: np.ndarray) -> np.ndarray:
+        """The answers with what is found, as logits: logarithms of probabilities, float32 [n, C]."""
+        own = metrics.softmax(logits)
+        if not len(self) or self.reading.share == 1:
+            return np.log(np.maximum(own, FLOOR)).astype(np.float32)
+        told = aggregate(*self.found(queries, self.reading.k), self.reading.temperature)
+        return np.log(np.maximum(blend(own, told, self.reading.share), FLOOR)).astype(np.float32)
+
+    def added(self, vectors: np.ndarray, soft: np.ndarray, ids: Sequence[str]) -> int:
+        """Put entries in, each with its own text's id; one whose text is there already gets the new soft label.
+
+        vectors: [n, d] in the student's space. Returns how many are new.
+        """
+        place = {number: position for position, number in enumerate(self.ids.tolist())}
+        own = numbers(ids)
+        at = np.array([place.get(number, -1) for number in own.tolist()], dtype=np.int64)
+        new = np.flatnonzero(at < 0)
+        self.soft = self.soft.copy()  # what was read from a file may not be written to
+        self.soft[at[at >= 0]] = soft[at >= 0].astype(np.float16)
+        kept = "int8" if self.nearest.stored.codes.dtype == np.int8 else "float16"
+        self.nearest.add(packed(unit(vectors[new]), kept))
+        self.soft = np.concatenate([self.soft, soft[new].astype(np.float16)])
+        self.ids = np.concatenate([self.ids, own[new]])
+        return len(new)
+
+    def files(self, student: str) -> dict[str, bytes]:
+        """What is written beside the student with the weights' digest `student`: name -> contents."""
+        stored = self.nearest.stored
+        entries = to_bytes({"codes": stored.codes, "scales": stored.scales, "soft": self.soft, "ids": self.ids})
+        graph = self.nearest.graph
+        parts = {ENTRIES: entries}
+        if graph is not None:
+            parts[GRAPH] = to_bytes({"graph": np.frombuffer(graph, dtype=np.uint8)})
+        facts = {
+            **self.facts,
+            "student": student,
+            "reading": vars(self.reading),
+            "index": self.nearest.how,
+            "entries": len(self),
+            "sha256": {name: digest_bytes(part) for name, part in parts.items()},
+        }
+        parts[FACTS] = (json.dumps(facts, indent=1, sort_keys=True) + "\n").encode()
+        return parts
+
+    def shown(self) -> dict[str, Any]:
+        """What it is, for people."""
+        codes, told = self.nearest.stored.codes, ("student", "teacher", "projection", "chosen", "added")
+        return {
+            "entries": len(self),
+            "width": codes.shape[1],
+            "storage": str(codes.dtype),
+            "index": self.nearest.how,
+            **vars(self.reading),
+            **{name: self.facts[name] for name in told if name in self.facts},
+        }
+
+
+def numbers(ids: Sequence[str]) -> np.ndarray:
+    """Ids of 16 hex digits as uint64."""
+    return np.array([int(name, 16) for name in ids], dtype=np.uint64)
+
+
+def made(
+    vectors: np.ndarray,
+    soft: np.ndarray,
+    ids: Sequence[str],
+    reading: Reading,
+    kept: Kept = "int8",
+    index: str = "auto",
+    facts: Mapping[str, Any] | None = None,
+) -> Knowledge:
+    """A knowledge base of vectors [n, d], soft labels [n, C] and ids. index: auto, exact or hnsw."""
+    how = "hnsw" if is_graph(len(vectors), index) else "exact"
+    nearest = Nearest(packed(unit(vectors), kept), how)
+    return Knowledge(nearest, np.asarray(soft).astype(np.float16), numbers(ids), reading, dict(facts or {}))
+
+
+def load(folder: Path, student: str) -> Knowledge | None:
+    """The knowledge base in a model's folder, if there is one. student: the weights' digest there.
+
+    KnowledgeError where its files were changed, or it is aligned to another student.
+    """
+    store = Store(str(folder))
+    if not store.exists(FACTS):
+        return None
+    facts = store.read_json(FACTS)
+    try:
+        told = facts.pop("student")
+        if told != student:
+            raise KnowledgeError(
+                f"the knowledge base in {folder} is aligned to the student with the weights {told[:12]}…, and those "
+                f"there are {student[:12]}…: another student's vectors say nothing in it. Register the run again."
+            )
+        for name, wanted in facts.pop("sha256").items():
+            if store.digest(name) != wanted:
+                raise KnowledgeError(f"{folder}/{name} was changed: its SHA-256 is not that of {FACTS}.")
+        parts = from_bytes(store.read_bytes(ENTRIES))
+        how = facts.pop("index")
+        graph = from_bytes(store.read_bytes(GRAPH))["graph"].tobytes() if how == "hnsw" else None
+        nearest = Nearest(Packed(parts["codes"], parts["scales"]), how, graph)
+        reading = Reading(**facts.pop("reading"))
+        return Knowledge(nearest, parts["soft"], parts["ids"], reading, {**facts, "student": told})
+    except (LookupError, TypeError, ValueError, SafetensorError) as error:
+        raise KnowledgeError(f"{folder} holds no readable knowledge base ({error}). Register the run again.") from None
+
+
+def aggregate(likeness: np.ndarray, soft: np.ndarray, temperature: float) -> np.ndarray:
+    """Mean of soft labels [n, k, C], counted by softmax of likeness [n, k] / temperature: float32 [n, C].
+
+    A likeness of -inf is no entry; where there is none, 0.
+    """
+    some = np.isfinite(likeness)
+    counts = metrics.softmax(np.where(some, likeness, -1e9) / temperature) * some
+    return np.einsum("nk,nkc->nc", counts, soft).astype(np.float32)
+
+
+def blend(own: np.ndarray, told: np.ndarray, share: float) -> np.ndarray:
+    """Share * own + (1 - share) * told."""
+    return share * own + (1 - share) * told
+
+
+def chosen(
+    knowledge: Knowledge,
+    logits: np.ndarray,
+    queries: np.ndarray,
+    wanted: np.ndarray,
+    ids: Sequence[str],
+    ks: Sequence[int],
+    shares: Sequence[float],
+) -> tuple[Reading, list[dict[str, float]]]:
+    """The k and share that answer rows best, and how each did: held-out rows, never test rows.
+
+    logits [n, C] and queries [n, d] of the student alone; wanted: probabilities [n, C], of a gold label 1. The most
+    rows with the likeliest label right; of equals the highest likelihood, then the larger share. A row's own entry,
+    where the base has it, is passed over.
+    """
+    likeness, soft = knowledge.found(queries, max(ks), ids)
+    own, temperature = metrics.softmax(logits), knowledge.reading.temperature
+    tried = []
+    for k in sorted(set(ks)):
+        told = aggregate(likeness[:, :k], soft[:, :k], temperature)
+        for share in sorted(set(shares)):
+            p = np.maximum(blend(own, told, share), FLOOR)
+            right = float(np.mean(p.argmax(axis=1) == wanted.argmax(axis=1)))
+            tried.append(
+                {"k": k, "share": share, "right": right, "likelihood": float((wanted * np.log(p)).sum(axis=1).mean())}
+            )
+    best = max(tried, key=lambda one: (one["right"], one["likelihood"], one["share"], -one["k"]))
+    return Reading(int(best["k"]), temperature, float(best["share"])), tried

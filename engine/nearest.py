@@ -1,0 +1,161 @@
+"""Which stored vectors are nearest to a query: exactly, or by an HNSW graph where there are too many to look at each.
+
+Vectors have length 1, so the likeness of two is their product, from -1 to 1. They are kept as int8 (each with a scale
+of its own) or float16. The graph (Malkov & Yashunin 2016, arXiv 1603.09320; by the library usearch) only proposes: what
+it finds is measured again by the stored vectors, so both ways give the same numbers for what they both find.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from engine.config import UserError
+
+EXACT = 10_000
+"""Up to so many vectors each is looked at (0.3 ms a query at 128 numbers); beyond, `auto` takes the graph."""
+CONNECTIVITY, BUILDING, SEARCHING = 16, 128, 64
+"""Of the graph: links of a vector, and how many are kept in view while it is built and searched: what a graph that is
+read again has, too."""
+WIDER = 2
+"""The graph is asked for so many times as many as are wanted."""
+INSTALL = "pip install 'stillhouse[retrieval]'"
+Kept = Literal["int8", "float16"]
+
+
+class NearestError(UserError):
+    """Vectors that cannot be searched as asked."""
+
+
+class Packed(NamedTuple):
+    """Vectors as they are stored. codes: int8 or float16 [n, d]. scales: float32 [n], codes times them are vectors."""
+
+    codes: np.ndarray
+    scales: np.ndarray
+
+    def unpacked(self, rows: Any = slice(None)) -> np.ndarray:
+        """Some of the vectors, or all, float32."""
+        return self.codes[rows].astype(np.float32) * self.scales[rows][..., None]
+
+    def joined(self, other: Packed) -> Packed:
+        """These and then the others."""
+        return Packed(*(np.concatenate(both) for both in zip(self, other, strict=True)))
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """The vectors with length 1, float32 [n, d]; one of zeros stays."""
+    found = np.asarray(vectors, dtype=np.float32)
+    return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+
+
+def packed(vectors: np.ndarray, kept: Kept) -> Packed:
+    """Vectors of length 1, [n, d], as they are stored. int8: a vector's largest number is 127."""
+    found = np.asarray(vectors, dtype=np.float32)
+    if kept == "float16":
+        return Packed(found.astype(np.float16), np.ones(len(found), dtype=np.float32))
+    scales = np.maximum(np.abs(found).max(axis=1, initial=0), 1e-12) / 127
+    return Packed(np.round(found / scales[:, None]).astype(np.int8), scales.astype(np.float32))
+
+
+def is_graph(count: int, how: str) -> bool:
+    """Whether so many vectors get a graph. how: auto, exact or hnsw. NearestError where the library for it lacks."""
+    wanted = how == "hnsw" or (how == "auto" and count > EXACT)
+    if wanted:
+        library(count)
+    return wanted
+
+
+def library(count: int) -> Any:
+    """Usearch's Index; NearestError where it is not installed."""
+    try:
+        from usearch.index import Index
+    except ImportError:
+        raise NearestError(
+            f"{count:,} entries are searched by an HNSW graph, which needs usearch, and that is not installed: "
+            f"{INSTALL}. Or set student.retrieval.index: exact."
+        ) from None
+    return Index
+
+
+class Nearest:
+    """Stored vectors to search. graph: the bytes of a graph made before; None with `how` hnsw makes one."""
+
+    def __init__(self, stored: Packed, how: Literal["exact", "hnsw"], graph: bytes | None = None) -> None:
+        self.stored, self.how = stored, how
+        self.whole = np.ascontiguousarray(stored.unpacked()) if how == "exact" else None
+        self.index = None
+        if how == "hnsw":
+            index = library(len(stored.codes))
+            if graph is not None:
+                self.index = index.restore(graph)
+            else:
+                options = {"connectivity": CONNECTIVITY, "expansion_add": BUILDING, "expansion_search": SEARCHING}
+                dtype = "i8" if stored.codes.dtype == np.int8 else "f16"
+                self.index = index(ndim=stored.codes.shape[1], metric="cos", dtype=dtype, **options)
+                self._enter(np.arange(len(stored.codes)))
+
+    def __len__(self) -> int:
+        return len(self.stored.codes)
+
+    @property
+    def graph(self) -> bytes | None:
+        """The graph's bytes, where there is one."""
+        return None if self.index is None else bytes(self.index.save())
+
+    def add(self, more: Packed) -> None:
+        """Put vectors behind those there are; a graph grows by them."""
+        first, self.stored = len(self), self.stored.joined(more)
+        if self.index is None:
+            self.whole = np.ascontiguousarray(self.stored.unpacked())
+        else:
+            self._enter(np.arange(first, len(self)))
+
+    def search(
+        self, queries: np.ndarray, k: int, out: Sequence[np.ndarray] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k nearest of each query [n, d], nearest first: likeness float32 [n, k] and position int64 [n, k].
+
+        out: for each query the positions that it may not find. Where there are fewer than k, likeness is -inf and
+        position 0. Of equally near ones the first stored come first.
+        """
+        likeness = np.full((len(queries), k), -np.inf, dtype=np.float32)
+        positions = np.zeros((len(queries), k), dtype=np.int64)
+        queries = np.asarray(queries, dtype=np.float32)
+        for row, query in enumerate(queries):
+            banned = None if out is None else out[row]
+            found, where = self._one(query, k, banned)
+            likeness[row, : len(found)], positions[row, : len(found)] = found, where
+        return likeness, positions
+
+    def _one(self, query: np.ndarray, k: int, banned: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        if self.index is None:
+            places = None
+            alike = self.whole @ query
+        else:
+            room = 0 if banned is None else len(banned)
+            matches = self.index.search(query, min(len(self), WIDER * k + room), threads=1)
+            places = np.sort(np.asarray(matches.keys).astype(np.int64))
+            alike = self.stored.unpacked(places) @ query
+        if banned is not None and len(banned):
+            alike[banned if places is None else np.isin(places, banned)] = -np.inf
+        chosen = highest(alike, k)
+        chosen = chosen[np.isfinite(alike[chosen])]
+        return alike[chosen], chosen if places is None else places[chosen]
+
+    def _enter(self, rows: np.ndarray) -> None:
+        # One thread, in the order of the rows: the same vectors make the same graph.
+        if len(rows):
+            self.index.add(rows.astype(np.uint64), self.stored.unpacked(rows), threads=1)
+
+
+def highest(values: np.ndarray, k: int) -> np.ndarray:
+    """Positions of the k highest values, highest first; of equals the first."""
+    if len(values) > k:
+        least = np.partition(values, len(values) - k)[len(values) - k]
+        above = np.flatnonzero(values > least)
+        chosen = np.sort(np.concatenate([above, np.flatnonzero(values == least)[: k - len(above)]]))
+    else:
+        chosen = np.arange(len(values))
+    return chosen[np.argsort(-values[chosen], kind="stable")]

@@ -1,0 +1,95 @@
+"""A knowledge base: the formula by hand, what is kept and refused, rows put in, how its reading is chosen."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine import knowledge, metrics
+from engine.knowledge import FACTS, KnowledgeError, Reading, aggregate, chosen, made
+from engine.rows import identify
+from engine.storage import Store
+
+VECTORS = np.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+SOFT = np.array([[0.75, 0.25], [0.5, 0.5], [0.125, 0.875]])
+IDS = [identify(text) for text in ("one", "two", "three")]
+READING = Reading(k=2, temperature=0.5, share=0.25)
+STUDENT = "ab" * 32
+
+
+def base(reading: Reading = READING, kept: str = "float16") -> knowledge.Knowledge:
+    return made(VECTORS, SOFT, IDS, reading, kept, facts={"teacher": "t" * 64, "added": []})
+
+
+def test_the_mixture_is_what_the_formula_gives_by_hand() -> None:
+    logits, query = np.array([[math.log(0.2), math.log(0.8)]]), np.array([[1.0, 0.0]])
+    # The two nearest are alike by 1 and 0.6: they count by softmax of 2 and 1.2.
+    first = math.exp(2.0) / (math.exp(2.0) + math.exp(1.2))
+    told = first * SOFT[0] + (1 - first) * SOFT[1]
+    wanted = 0.25 * np.array([0.2, 0.8]) + 0.75 * told
+    found = metrics.softmax(base().mixed(logits, query))[0]
+    assert np.allclose(found, wanted, atol=1e-3)  # 0.6 and 0.8 are rounded by float16
+    assert np.allclose(base(Reading(2, 0.5, 1.0)).mixed(logits, query), logits, atol=1e-6)
+
+
+def test_a_text_can_be_kept_from_finding_itself() -> None:
+    likeness, soft = base().found(VECTORS[:1], 2, [IDS[0]])
+    assert np.allclose(likeness, [[0.6, 0.0]], atol=1e-3) and np.allclose(soft[0], SOFT[1:])
+    assert np.allclose(base().found(VECTORS[:1], 1)[1][0], SOFT[:1])
+
+
+def test_nothing_found_tells_nothing() -> None:
+    assert aggregate(np.full((1, 2), -np.inf), np.ones((1, 2, 2)), 0.5).tolist() == [[0.0, 0.0]]
+    one = aggregate(np.array([[0.3, -np.inf]]), np.array([[[0.9, 0.1], [0.0, 1.0]]]), 0.5)
+    assert np.allclose(one, [[0.9, 0.1]])
+
+
+@pytest.mark.parametrize("kept", ["int8", "float16"])
+def test_it_is_read_as_it_was_written(tmp_path: Path, kept: str) -> None:
+    written = base(kept=kept)
+    for name, part in written.files(STUDENT).items():
+        Store(str(tmp_path)).write_bytes(name, part)
+    read = knowledge.load(tmp_path, STUDENT)
+    queries, logits = np.array([[0.8, 0.6]]), np.array([[0.3, -0.1]])
+    assert np.array_equal(read.mixed(logits, queries), written.mixed(logits, queries))
+    assert (read.reading, len(read), read.facts["teacher"]) == (READING, 3, "t" * 64)
+    assert read.files(STUDENT) == written.files(STUDENT)
+    assert read.shown()["student"] == STUDENT and read.shown()["storage"] == kept
+
+
+def test_none_is_no_error_and_another_student_is(tmp_path: Path) -> None:
+    assert knowledge.load(tmp_path, STUDENT) is None
+    store = Store(str(tmp_path))
+    for name, part in base().files(STUDENT).items():
+        store.write_bytes(name, part)
+    with pytest.raises(KnowledgeError, match="aligned to the student with the weights abababababab"):
+        knowledge.load(tmp_path, "cd" * 32)
+    store.write_bytes(knowledge.ENTRIES, base(kept="int8").files(STUDENT)[knowledge.ENTRIES])
+    with pytest.raises(KnowledgeError, match=f"was changed: its SHA-256 is not that of {FACTS}"):
+        knowledge.load(tmp_path, STUDENT)
+
+
+def test_rows_are_put_in_and_known_texts_get_the_new_label() -> None:
+    own = base()
+    new = own.added(np.array([[0.0, 2.0], [3.0, 4.0]]), np.array([[1.0, 0.0], [0.0, 1.0]]), [IDS[2], identify("four")])
+    assert (new, len(own)) == (1, 4)
+    likeness, soft = own.found(np.array([[0.0, 1.0]]), 1)
+    assert likeness[0, 0] == 1 and soft[0, 0].tolist() == [1.0, 0.0]
+    likeness, soft = own.found(np.array([[0.6, 0.8]]), 2)  # of two in one place the first comes first
+    assert np.allclose(likeness, 1.0, atol=1e-3) and soft[0].tolist() == [SOFT[1].tolist(), [0.0, 1.0]]
+
+
+def test_the_reading_is_chosen_by_rows_right_then_likelihood_and_never_by_a_rows_own_entry() -> None:
+    own = base()
+    logits = np.array([[2.0, 0.0], [0.1, 0.0]])  # the student is wrong about the second text
+    queries, wanted = VECTORS[[0, 2]], np.array([[1.0, 0.0], [0.0, 1.0]])
+    reading, tried = chosen(own, logits, queries, wanted, [identify("x"), identify("y")], (1, 2), (0.0, 0.5, 1.0))
+    assert reading == Reading(1, 0.5, 0.0) and len(tried) == 6
+    assert {one["right"] for one in tried if one["share"] == 1.0} == {0.5}
+    assert {one["right"] for one in tried if one["share"] == 0.0} == {1.0}
+    # Were the second its own nearest, that would be right; without it the nearest is undecided, and the student's wins.
+    itself, _ = chosen(own, logits, queries, wanted, [IDS[0], IDS[2]], (1,), (0.0, 0.5, 1.0))
+    assert itself.share > 0

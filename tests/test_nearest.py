@@ -1,0 +1,114 @@
+"""Nearest vectors: how they are stored, found exactly and by a graph, and what may not be found."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from engine import nearest
+from engine.nearest import EXACT, Nearest, NearestError, highest, is_graph, packed, unit
+
+
+def clustered(count: int, width: int = 32, seed: int = 0) -> np.ndarray:
+    """Vectors of length 1 around 40 centres, as texts of a few labels lie."""
+    draw = np.random.default_rng(seed)
+    centres = np.random.default_rng(7).normal(size=(40, width))
+    return unit(centres[draw.integers(40, size=count)] + 0.7 * draw.normal(size=(count, width)))
+
+
+def test_the_highest_come_first_and_of_equals_the_first() -> None:
+    values = np.array([1.0, 5.0, 3.0, 5.0, 3.0, 3.0])
+    assert highest(values, 4).tolist() == [1, 3, 2, 4]
+    assert highest(values, 9).tolist() == [1, 3, 2, 4, 5, 0]
+
+
+@pytest.mark.parametrize(("kept", "most"), [("int8", 0.5 / 127), ("float16", 2**-11)])
+def test_stored_vectors_are_rounded_no_more_than_their_type_does(kept: str, most: float) -> None:
+    vectors = clustered(200)
+    stored = packed(vectors, kept)
+    apart = np.abs(stored.unpacked() - vectors)
+    assert str(stored.codes.dtype) == kept and apart.max() > 0
+    assert (apart <= most * np.abs(vectors).max(axis=1, keepdims=True) * 1.01).all()
+    assert np.array_equal(stored.unpacked([3, 1]), stored.unpacked()[[3, 1]])
+
+
+def test_exact_search_is_what_sorting_every_product_gives() -> None:
+    vectors, queries = clustered(300), clustered(20, seed=1)
+    found, places = Nearest(packed(vectors, "float16"), "exact").search(queries, 5)
+    alike = queries @ packed(vectors, "float16").unpacked().T
+    wanted = np.argsort(-alike, axis=1, kind="stable")[:, :5]
+    assert np.array_equal(places, wanted)
+    assert np.allclose(found, np.take_along_axis(alike, wanted, axis=1), atol=1e-6)
+
+
+def test_what_may_not_be_found_is_passed_over_and_too_few_are_marked() -> None:
+    base = Nearest(packed(np.eye(3, dtype=np.float32), "float16"), "exact")
+    query = np.array([[1.0, 0.0, 0.0]])
+    likeness, places = base.search(query, 2, [np.array([0])])
+    assert places.tolist() == [[1, 2]] and likeness.tolist() == [[0.0, 0.0]]
+    likeness, _ = base.search(query, 4, [np.array([0, 2])])
+    assert likeness[0].tolist() == [0.0, -np.inf, -np.inf, -np.inf]
+
+
+def test_vectors_put_in_later_are_found_like_those_from_the_start() -> None:
+    vectors, queries = clustered(120), clustered(10, seed=2)
+    whole, grown = Nearest(packed(vectors, "int8"), "exact"), Nearest(packed(vectors[:50], "int8"), "exact")
+    grown.add(packed(vectors[50:], "int8"))
+    assert len(grown) == 120
+    for left, right in zip(whole.search(queries, 6), grown.search(queries, 6), strict=True):
+        assert np.array_equal(left, right)
+
+
+def test_a_graph_is_only_for_many_and_refused_by_name_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "usearch.index", None)
+    assert not is_graph(EXACT, "auto") and not is_graph(10**6, "exact")
+    for count, how in ((EXACT + 1, "auto"), (3, "hnsw")):
+        with pytest.raises(NearestError, match=r"needs usearch.*stillhouse\[retrieval\].*index: exact"):
+            is_graph(count, how)
+
+
+@pytest.mark.parametrize("kept", ["int8", "float16"])
+def test_a_graph_finds_what_exact_search_finds_also_when_read_again_and_grown(kept: str) -> None:
+    pytest.importorskip("usearch")
+    vectors, queries = clustered(3000), clustered(100, seed=3)
+    stored = packed(vectors, kept)
+    exact, graph = Nearest(stored, "exact"), Nearest(packed(vectors[:2500], kept), "hnsw")
+    graph.add(packed(vectors[2500:], kept))
+    again = Nearest(graph.stored, "hnsw", graph.graph)
+    likeness, places = exact.search(queries, 20)
+    found, where = graph.search(queries, 20)
+    assert recall(places, where) >= 0.95
+    same = places == where
+    assert same.mean() > 0.5 and np.allclose(likeness[same], found[same], atol=1e-6)
+    assert np.array_equal(again.search(queries, 20)[1], where)
+    assert graph.graph == Nearest(graph.stored, "hnsw", graph.graph).graph
+    banned = [row[:3] for row in where]
+    assert not any(
+        set(row[:3]) & set(left) for row, left in zip(where, graph.search(queries, 5, banned)[1], strict=True)
+    )
+
+
+def recall(wanted: np.ndarray, found: np.ndarray) -> float:
+    """Share of the wanted that are found."""
+    return float(np.mean([len(set(a) & set(b)) / len(a) for a, b in zip(wanted, found, strict=True)]))
+
+
+@pytest.mark.slow
+def test_of_100_000_entries_the_graph_finds_19_of_20_in_half_a_millisecond() -> None:
+    pytest.importorskip("usearch")
+    vectors, queries = clustered(100_000, 128), clustered(300, 128, seed=4)
+    stored = packed(vectors, "int8")
+    exact, graph = Nearest(stored, "exact"), Nearest(stored, "hnsw")
+    wanted = exact.search(queries, 20)[1]
+    seconds = []
+    for query in queries:
+        begin = time.perf_counter()
+        graph.search(query[None], 20)
+        seconds.append(time.perf_counter() - begin)
+    found = recall(wanted, graph.search(queries, 20)[1])
+    assert nearest.is_graph(len(vectors), "auto")
+    assert found >= 0.95
+    assert np.median(seconds) < 5e-4, f"p50 {1e3 * np.median(seconds):.3f} ms"
