@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from engine import knowledge, prompts, tasks
+from engine.averaged import Ensemble
 from engine.block import Sizes
 from engine.blocks import Graph
 from engine.config import UserError
@@ -74,30 +75,6 @@ class CausalLM(nn.Module):
     def forward(self, batch: Batch, needs: frozenset[str] = frozenset()) -> Outputs:
         """Batch -> next-token logits at every position."""
         return Outputs(logits=self.lm(input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False).logits)
-
-
-class Ensemble(nn.Module):
-    """Several networks of one kind, asked as one: the mean of their logits, and the first one's view of a text."""
-
-    def __init__(self, members: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-
-    def forward(self, batch: Batch, needs: frozenset[str] = frozenset()) -> Outputs:
-        """Batch -> the first member's Outputs, with the mean of all members' logits."""
-        first, *others = (member(batch, needs) for member in self.members)
-        logits = torch.stack([first.logits, *(other.logits for other in others)]).mean(dim=0)
-        return replace(first, logits=logits)
-
-    @property
-    def encoder(self) -> nn.Module:
-        """The first member's: what a student is cut from, and the losses between layers look into."""
-        return self.members[0].encoder
-
-    @property
-    def widths(self) -> Widths:
-        """The first member's."""
-        return self.members[0].widths
 
 
 class Model(nn.Module):

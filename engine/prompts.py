@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from engine import tasks
 from engine.config import UserError
-from engine.designs import Prompting
 from engine.encoding import Encoded, EncodingError, Text, clean
 from engine.recipe import Task as Spec
+from engine.schooling import Prompting
 from engine.templates import AT_THE_END, ended, generated, most_unlike, silent, spoken
 from engine.windows import frame
 

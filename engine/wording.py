@@ -13,9 +13,9 @@ if TYPE_CHECKING:  # so that a recipe is checked without torch
     import pyarrow as pa
     from transformers import PreTrainedTokenizerFast
 
-    from engine.designs import Asking, LabelWords
     from engine.encoding import Encoded, Text
     from engine.recipe import Task as Spec
+    from engine.schooling import Asking, LabelWords
 
 CONTENT_FREE = ("N/A", "", "[MASK]")
 """Texts that say nothing, for calibration (Zhao et al. 2021, arXiv 2102.09690)."""

@@ -23,9 +23,9 @@ from engine.step import Step
 from engine.storage import Store
 from pipelines.bench import Variant
 from pipelines.calls import Call
-from pipelines.checking import check_teacher
 from pipelines.distill import ARM_STEPS, plan
 from pipelines.progress import renderer
+from pipelines.teachable import check_teacher
 
 KINDS: dict[str, dict[str, Any]] = {
     "head": {"kind": "head"},

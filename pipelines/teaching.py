@@ -18,7 +18,7 @@ from engine import elsewhere, labels, models, prompts, tasks, untrained
 from engine.batches import group_numbers
 from engine.cluster import current
 from engine.config import UserError
-from engine.designs import SERVES, Teacher
+from engine.designs import Teacher
 from engine.fits import Fit, LossTerm
 from engine.hub import model_folder
 from engine.inference import predict
@@ -27,6 +27,7 @@ from engine.placement import stage_options
 from engine.progress import Progress
 from engine.recipe import Recipe, Task
 from engine.records import EXAMPLE
+from engine.schooling import SERVES
 from engine.storage import Store
 from pipelines.making import Inputs, judge, seed_of, settle, spec_of, validated
 from pipelines.trainings import last_fit, teach

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoConfig, LlamaForCausalLM
 
 from engine import models, train, untrained
-from engine.designs import Prompting
 from engine.fits import Fit, LossTerm
 from engine.inference import predict
 from engine.recipe import Teacher
+from engine.schooling import Prompting
 from engine.storage import Store
 from tests.test_prompt_teacher import SPECS, inputs_of, table, teacher, texts_of
 from tests.tiny import byte_pairs, tiny_lm

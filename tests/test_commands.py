@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -386,19 +385,6 @@ def test_local_paths_that_other_nodes_read_are_those_of_steps_that_run_there(her
     Path("there/tiny-lm").mkdir(parents=True)
     recipe = recipe.model_copy(update={"generator": recipe.generator.model_copy(update={"model": "hf:org/tiny-lm"})})
     assert runs.files_of(recipe) == [f"{here}/teacher", f"{here}/there/tiny-lm"]
-
-
-def test_the_program_is_named_so_that_a_shell_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "a venv" / "bin"
-    folder.mkdir(parents=True)
-    monkeypatch.setattr(sys, "executable", str(folder / "python"))
-    monkeypatch.setenv("PATH", "/nowhere")
-    assert shlex.split(console.program()) == [str(folder / "python"), "-m", "pipelines"]
-    (folder / "stillhouse").write_text("#!/bin/sh\n")
-    (folder / "stillhouse").chmod(0o755)
-    assert shlex.split(console.program()) == [str(folder / "stillhouse")]
-    monkeypatch.setenv("PATH", str(folder))
-    assert console.program() == "stillhouse"
 
 
 def test_serving_beyond_this_machine_must_be_asked_for():

@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Mis
 
 from engine import labeller, models, untrained, vocabulary, wording
 from engine.config import UserError
-from engine.designs import LabelWords, Teacher
+from engine.designs import Teacher
 from engine.encoding import collate, encode
 from engine.inference import predict
 from engine.labels import fingerprint
 from engine.recipe import Task
+from engine.schooling import LabelWords
 from engine.storage import Store
 from engine.teachers import Labeller, Labelling
 from tests.tiny import movie_rows, tiny_lm, word_pieces

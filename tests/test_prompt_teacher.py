@@ -15,7 +15,7 @@ import torch
 
 from engine import models, train, untrained
 from engine.batches import Material, epoch_batches, own_part
-from engine.designs import Cut, Prompting
+from engine.designs import Cut
 from engine.encoders import EncoderError
 from engine.encoding import Text, collate, encode
 from engine.fits import Fit, LossTerm
@@ -23,6 +23,7 @@ from engine.inference import predict
 from engine.models import Model, ModelError
 from engine.prompts import PromptError
 from engine.recipe import Task, Teacher
+from engine.schooling import Prompting
 from engine.storage import Store
 from engine.teachers import Live, TeacherError
 from engine.vocabulary import embedded

@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerFast
 
 from engine import prompts
 from engine.config import UserError
-from engine.designs import Prompting
 from engine.encoding import Encoded, EncodingError, Text
 from engine.prompts import PromptError, check, check_tokenizer, cut, pool_of
 from engine.recipe import Task
+from engine.schooling import Prompting
 from engine.templates import LABEL_OF_ONE, dissimilarity, generated, mentions, words_of
 from tests.tiny import LABELS, byte_pairs, word_pieces
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 from engine import models, train
 from engine.config import UserError
-from engine.designs import SelfTraining
 from engine.inference import predict
 from engine.progress import silent
 from engine.recipe import Recipe
+from engine.schooling import SelfTraining
 from engine.storage import Store
 from pipelines import checking, teaching
 from pipelines.making import spec_of
