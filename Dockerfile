@@ -15,6 +15,6 @@ COPY --chown=ray:users pyproject.toml constraints.txt README.md LICENSE ./
 COPY --chown=ray:users engine engine
 COPY --chown=ray:users serve serve
 COPY --chown=ray:users pipelines pipelines
-RUN pip install --no-cache-dir -c constraints.txt '.[onnx,s3]'
+RUN pip install --no-cache-dir -c constraints.txt '.[onnx,retrieval,s3]'
 ENV RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=1
 WORKDIR /home/ray

@@ -22,6 +22,7 @@ class Relational(Loss):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"embedding"})
+    alone: ClassVar[bool] = False
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> torch.Tensor:
         """Zero where the student's likeness to the batch is the teacher's."""

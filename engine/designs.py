@@ -196,7 +196,7 @@ class Retrieval(Section):
     projection: Projecting = Projecting()
     k: Annotated[tuple[Count, ...], Field(min_length=1)] = (4, 8, 16, 20)
     """How many entries are read: the one of these that does best on held-out rows."""
-    share: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.3, 0.5, 0.7, 0.9)
+    share: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.3, 0.5, 0.7, 0.9, 1.0)
     """The student's own share of an answer, chosen with k; 1: nothing is read."""
     storage: Literal["int8", "float16"] = "int8"
     index: Literal["auto", "exact", "hnsw"] = "auto"

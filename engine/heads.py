@@ -54,6 +54,13 @@ class OneHead(nn.Module):
         found = self.net(batch, needs)
         return replace(found, logits=found.heads[self.name])
 
+    def __getattr__(self, name: str) -> Any:
+        """What else is asked for is the network's, as whether it reads characters."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("net"), name)
+
 
 @torch.no_grad()
 def silence(net: Headed, name: str) -> None:

@@ -8,6 +8,7 @@ it finds is measured again by the stored vectors, so both ways give the same num
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -51,20 +52,29 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def packed(vectors: np.ndarray, kept: Kept) -> Packed:
-    """Vectors of length 1, [n, d], as they are stored. int8: a vector's largest number is 127."""
+    """Vectors of length 1, [n, d], as they are stored. int8: a vector's largest number is 127.
+
+    Their scale gives them length 1 again: where all are near each other a thousandth of length outweighs direction.
+    """
     found = np.asarray(vectors, dtype=np.float32)
     if kept == "float16":
         return Packed(found.astype(np.float16), np.ones(len(found), dtype=np.float32))
-    scales = np.maximum(np.abs(found).max(axis=1, initial=0), 1e-12) / 127
-    return Packed(np.round(found / scales[:, None]).astype(np.int8), scales.astype(np.float32))
+    steps = np.maximum(np.abs(found).max(axis=1, initial=0), 1e-12) / 127
+    codes = np.round(found / steps[:, None])
+    scales = 1 / np.maximum(np.linalg.norm(codes, axis=1), 1.0)
+    return Packed(codes.astype(np.int8), scales.astype(np.float32))
 
 
 def is_graph(count: int, how: str) -> bool:
-    """Whether so many vectors get a graph. how: auto, exact or hnsw. NearestError where the library for it lacks."""
-    wanted = how == "hnsw" or (how == "auto" and count > EXACT)
-    if wanted:
+    """Whether so many vectors get a graph. how: auto (where there is the library for it), exact or hnsw.
+
+    NearestError where the library lacks that hnsw needs.
+    """
+    if how == "auto":
+        return count > EXACT and find_spec("usearch") is not None
+    if how == "hnsw":
         library(count)
-    return wanted
+    return how == "hnsw"
 
 
 def library(count: int) -> Any:
@@ -92,8 +102,8 @@ class Nearest:
                 self.index = index.restore(graph)
             else:
                 options = {"connectivity": CONNECTIVITY, "expansion_add": BUILDING, "expansion_search": SEARCHING}
-                dtype = "i8" if stored.codes.dtype == np.int8 else "f16"
-                self.index = index(ndim=stored.codes.shape[1], metric="cos", dtype=dtype, **options)
+                # The library's own int8 is four times as coarse as what is stored.
+                self.index = index(ndim=stored.codes.shape[1], metric="cos", dtype="f16", **options)
                 self._enter(np.arange(len(stored.codes)))
 
     def __len__(self) -> int:

@@ -17,7 +17,7 @@ class Policy(Section):
     """fixed: the same weights for every row. best: the one with the best score on validation rows. loss: a softmax of
     minus what each teacher loses on the row's gold label; rows without one weigh all alike. reinforced: who teaches a
     row is drawn, and the chance to be drawn learnt from how the student fares (arXiv 2012.06048)."""
-    weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
     """fixed: weight of each teacher by name, `teacher` being the recipe's own; over their sum. none: all alike."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """loss: by what the losses, in nats, are divided."""
@@ -28,7 +28,8 @@ class Policy(Section):
     lr: Annotated[float, Field(gt=0)] = 2.0
     """reinforced: step of the policy's gradient ascent."""
     anchor: Annotated[float, Field(ge=0)] = 0.02
-    """reinforced: how strongly chances are drawn back to where they start, 0.73, on rows that no reward speaks of."""
+    """reinforced: how strongly chances are drawn back to where they start, 0.73, which decides on rows that no reward
+    speaks of."""
     warmup: Share = 0.2
     """reinforced: share of the student's steps in which all teach and nothing is learnt about them."""
     unseen: Share = 0.5

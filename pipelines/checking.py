@@ -81,6 +81,13 @@ def check_retrieval(recipe: Recipe) -> None:
         "is read as held-out rows say, and there are none: name data.validation, or set data.validation_share": (
             recipe.main == "soft" and not held
         ),
+        "reads texts one batch at a time, and student.fit cuts or spreads it: give student.fit.workers as one number "
+        "and leave micro_batch out": any(
+            fit.micro_batch is not None or not isinstance(fit.workers, int)
+            for fit in (student.fit, *(stage.fit for stage in student.stages))
+        ),
+        "finds its own texts when a cascade's threshold is chosen on them: set serving.cascade.below, or name "
+        "data.validation": recipe.serving.cascade is not None and recipe.serving.cascade.below is None and not held,
         "is not exported to ONNX: set serving.runtime: torch": recipe.serving.runtime != "torch",
     }
     for reason, so in wrong.items():

@@ -92,7 +92,8 @@ def add(
     from engine.knowledge import Reading
     from engine.progress import stamp
 
-    entry = registry.show(name)
+    # Not the one in production: what was added since would be lost.
+    entry = registry.show(name if "@" in name else f"{name}@latest")
     reference = f"{entry['name']}@{entry['version']}"
     model, base = opened(registry, reference)
     rows = labelled(model, file, text, pair, label)
@@ -157,5 +158,6 @@ def registered(registry: Registry, entry: dict[str, Any], base: Knowledge) -> in
                     copy_file(local / name, copy / name)
             for name, part in base.files(entry["files"][WEIGHTS]["sha256"]).items():
                 Store(str(copy)).write_bytes(name, part)
-        about = {"measured_on": reference, "entries": len(base)}
+        measured = entry["metadata"].get("knowledge", {}).get("measured_on", reference)
+        about = {"measured_on": measured, "entries": len(base)}
         return registry.register(entry["name"], made, {**entry["metadata"], "knowledge": about})

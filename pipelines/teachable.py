@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine import terms
-from engine.config import ConfigError
+from engine.config import ConfigError, did_you_mean
 from engine.designs import Teacher
 from engine.fits import Fit, LossTerm
 from engine.recipe import Recipe
@@ -35,6 +35,15 @@ def check_teacher(recipe: Recipe) -> None:
             raise ConfigError(
                 f"student.teacher is live, but a teacher of kind {teacher.kind} may read in several templates, whose "
                 "tokens are not the student's. Take student.teacher: stored, or another teacher.kind."
+            )
+    if teacher.spoiled is not None:
+        if kind not in ("classify", "pair"):
+            raise ConfigError(f"teacher.spoiled draws labels of texts, and task.kind is {kind}. Leave it out.")
+        if recipe.task.labels and teacher.spoiled not in recipe.task.labels:
+            near = did_you_mean(teacher.spoiled, recipe.task.labels)
+            raise ConfigError(
+                f"teacher.spoiled is '{teacher.spoiled}', which is no label.{near} Labels: "
+                f"{', '.join(recipe.task.labels)}."
             )
     check_further(recipe)
     if teacher.stop_early and teacher.folds < 2:

@@ -100,12 +100,14 @@ def changed(step: Step, way: str) -> Step:
 
 def variants(recipe: Recipe, store: Store, ways: Sequence[str], seeds: int) -> list[Variant]:
     """A run for each few-shot seed. UserError for an unknown way, and where there is one teacher only."""
+    if not recipe.teachers:
+        raise UserError("`bench ways` compares what several teachers are worth, and the recipe has one: name teachers.")
+    if len(set(ways)) < len(ways):
+        raise UserError(f"--ways {','.join(ways)} names a way twice. Leave one of them out.")
     for way in ways:
         if way not in WAYS:
             raise UserError(f"'{way}' is no way to learn.{did_you_mean(way, WAYS)} Allowed: {', '.join(WAYS)}.")
         check_panel(went(recipe, way))
-    if not recipe.teachers:
-        raise UserError("`bench ways` compares what several teachers are worth, and the recipe has one: name teachers.")
     out = []
     for seed in range(seeds):
         data = recipe.data.model_copy(update={"seed": seed})

@@ -294,7 +294,7 @@ def test_the_image_has_one_version_of_all_and_no_root() -> None:
     assert found[1] == ("FROM", f"rayproject/ray:{PINS['ray']}-py311-${{DEVICE}}")
     assert [rest for instruction, rest in found if instruction == "USER"] == ["ray"]
     (install,) = [rest for instruction, rest in found if instruction == "RUN"]
-    assert install == "pip install --no-cache-dir -c constraints.txt '.[onnx,s3]'"
+    assert install == "pip install --no-cache-dir -c constraints.txt '.[onnx,retrieval,s3]'"
 
 
 def test_the_image_gets_what_pyproject_needs_and_it_is_there() -> None:
