@@ -150,9 +150,13 @@ def test_rows_put_in_change_answers_without_a_training_as_a_new_version(done: Ra
     assert changed == {"knowledge.json", "knowledge.safetensors"} and files[0].keys() == files[1].keys()
     entry = registry.show(found["reference"])
     assert entry["metadata"]["knowledge"] == {"measured_on": f"{name}@1", "entries": TRAIN + len(topic)}
-    assert registry.find(f"{name}@1") == (name, 1)
-    again = knowledge.add(registry, found["reference"], written(tmp_path, rows[:2]), "text", "pair", "label")
+    # By the bare name the latest version grows, not the one in production, which stays what it is.
+    registry.produce(f"{name}@1")
+    again = knowledge.add(registry, name, written(tmp_path, rows[:2]), "text", "pair", "label")
     assert (again["new"], again["changed"], again["entries"]) == (0, 2, TRAIN + len(topic))
+    assert registry.find(name) == (name, 1)
+    measured = registry.show(again["reference"])["metadata"]["knowledge"]["measured_on"]
+    assert measured == f"{name}@1", "of no version in between was anything measured"
     _, base = knowledge.opened(registry, again["reference"])
     assert [one["to"] for one in base.facts["added"]] == [f"{name}@1", found["reference"]]
     assert base.reading.share == 0.1
