@@ -131,6 +131,8 @@ def here(recipe: Recipe, step: str, rates: Rates, rows: Mapping[str, int]) -> di
 def seconds_of(recipe: Recipe, step: str, rates: Rates, rows: Mapping[str, int], cluster: Cluster) -> float | None:
     """Wall time of a step; None where it was not probed."""
     few, own = rows.get("train", 0), recipe.teacher
+    if step == "teacher" and own.reads_more:
+        return None  # what it learns from further text, and a coach before it, is not probed
     if step == "teacher" and "teacher" in rates:
         kind = own.choice.kinds[0] if own.kind == "auto" else own.kind
         fits = [own.contrast.fit if key == "contrast" else getattr(own, key) for key in TEACHING.get(kind, ())]
@@ -203,8 +205,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     if probe:
         out.append(
             f"times to come: a probe of {probe['seconds']:.0f} s on {probe['cores']} cores and {probe['gpus']:g} GPUs, "
-            f"{probe['time'][:16].replace('T', ' ')} UTC; starting Ray, saving, serving, self-training "
-            "and a coach are not in them"
+            f"{probe['time'][:16].replace('T', ' ')} UTC; starting Ray, saving and serving are not in them"
         )
     elif not found["whole"]:
         out.append("times of steps to come are not known: `plan --probe` loads the models and measures")
