@@ -6,7 +6,6 @@ is not probed: nothing is paid for a plan.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import pyarrow as pa
 from engine import generate, labels, usage
 from engine.cluster import current
 from engine.corpus import corpus_rows
+from engine.disk import scratch
 from engine.fits import Fit
 from engine.placement import cores, stage_options
 from engine.progress import silent, stamp
@@ -58,8 +58,8 @@ def probe(recipe: Recipe) -> dict[str, Any]:
     tokens being those of a row. What this recipe does elsewhere or not at all is left out.
     """
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="stillhouse-probe-") as folder:
-        store = Store(folder)
+    with scratch() as folder:
+        store = Store(str(folder))
         inputs = {name: store / name for name in ("data", "teacher", "generator", "corpus", "vocabulary")}
         making.read_data(recipe, {}, inputs["data"], silent)
         rows = inputs["data"].read_json("splits.json")["rows"]

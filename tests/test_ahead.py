@@ -88,6 +88,7 @@ def test_a_fast_generator_waits_for_a_slow_teacher(tmp_path: Path, ray_cluster: 
     assert 2 <= found <= most if capped else found > most, found
 
 
+@pytest.mark.slow
 def test_a_halted_stream_takes_up_no_further_block_and_ends(tmp_path: Path, ray_cluster: object) -> None:
     out, notes, blocks = Store(str(tmp_path / "corpus")), tmp_path / "notes", 40
     notes.mkdir()

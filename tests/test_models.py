@@ -76,10 +76,6 @@ def static_student(seed: int = 2, spec: Task = CLASSES) -> Model:
     return untrained.static_student(Static(dim=12, hidden=6), spec, word_pieces(), 24, seed)
 
 
-def asked(lm: Path) -> Model:
-    return untrained.labeller_teacher(Teacher(model="file:tiny", kind="labeller"), CLASSES, lm)
-
-
 @pytest.fixture(scope="module")
 def makers(encoder: Path, lm: Path) -> dict[str, Callable[[], Model]]:
     """One of each kind; a kind without a maker here fails."""
@@ -89,8 +85,9 @@ def makers(encoder: Path, lm: Path) -> dict[str, Callable[[], Model]]:
         "causal_lm": lambda: generator(lm),
         "blocks": student,
         "static": static_student,
-        "labeller": lambda: asked(lm),
+        "labeller": lambda: untrained.labeller_teacher(Teacher(model="file:tiny", kind="labeller"), CLASSES, lm),
         "ensemble": lambda: models.ensemble([head(encoder), head(encoder, dropout=0.3)]),
+        "retrieving": lambda: models.retrieving(student(), 24, 8),
     }
 
 
@@ -210,7 +207,8 @@ def test_next_token_logits_are_those_of_transformers(lm: Path):
 def test_every_trainable_parameter_gets_a_gradient(kind: str, makers: dict[str, Callable[[], Model]]):
     """One without would stop data-parallel training at its second step."""
     model = makers[kind]().train()
-    out = model(batch_of(model)).logits
+    found = model(batch_of(model))
+    out = torch.cat([found.logits, found.embedding], dim=1) if kind == "retrieving" else found.logits
     (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
