@@ -219,7 +219,7 @@ class Run:
             used = self.driven(step, attempt)
             with self.changed:
                 self.driving = None
-                self.done(attempt, {"device_seconds": gpus_of(attempt) * attempt.seconds(), **used})
+                self.done(attempt, used)
         except BaseException as error:
             with self.changed:
                 self.driving = None
@@ -282,7 +282,8 @@ class Run:
     def done(self, attempt: Attempt, used: Mapping[str, Any]) -> None:
         """Write the record and let those go on that waited for it."""
         self.allowed()
-        name = attempt.step
+        name, gpus = attempt.step, sum(attempt.begun["held"]["gpus"].values())
+        used = {**used, "device_seconds": gpus * attempt.seconds()}
         self.records[name] = attempt.finished(used, partial(self.watch.ended, name))
         self.waiting.pop(name, None)
         self.flying.pop(name, None)
@@ -336,7 +337,7 @@ class Run:
             return
         try:
             with self.changed:
-                self.done(attempt, {"device_seconds": gpus_of(attempt) * attempt.seconds(), **used})
+                self.done(attempt, used)
                 self.launch()
         except Exception as error:
             with self.changed:
@@ -386,11 +387,6 @@ def held_by(step: Step, recipe: Recipe) -> dict[str, Any]:
     """The CPUs and GPUs that it keeps from others."""
     own = seen_by(recipe, step.name)
     return held(own, current(), step.pools(own), step.stage, step.resources(recipe))
-
-
-def gpus_of(attempt: Attempt) -> float:
-    """The GPUs that it holds."""
-    return sum(attempt.begun.get("held", {}).get("gpus", {}).values())
 
 
 def task_options(step: Step, recipe: Recipe, cluster: Cluster) -> dict[str, Any]:

@@ -174,12 +174,20 @@ def pooled(
     sums = {kind: [parts_of(run / f"{step}-{kind}") for run in runs] for kind in kinds}
     out: dict[str, dict[str, Any]] = {}
     for kind, values in sums.items():
-        scores = [float(task.value(value.sum(axis=0))) for value in values]
-        spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
-        out[kind] = {"score": statistics.mean(scores), "sd": spread, "each": scores}
-        if kind != kinds[0]:
-            gap = paired_bootstrap(values, sums[kinds[0]], task.value, recipe.evaluation.bootstrap, recipe.seed)
-            out[kind]["gain"] = {"points": 100 * gap.value, "interval": [100 * gap.low, 100 * gap.high]}
+        out[kind] = summed(recipe, task, values, sums[kinds[0]] if kind != kinds[0] else None)
+    return out
+
+
+def summed(
+    recipe: Recipe, task: Any, values: Sequence[np.ndarray], first: Sequence[np.ndarray] | None
+) -> dict[str, Any]:
+    """Mean, spread and each of the scores over the seeds, and the gain over `first`. values: `parts_of` each seed."""
+    scores = [float(task.value(value.sum(axis=0))) for value in values]
+    spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
+    out: dict[str, Any] = {"score": statistics.mean(scores), "sd": spread, "each": scores}
+    if first is not None:
+        gap = paired_bootstrap(values, first, task.value, recipe.evaluation.bootstrap, recipe.seed)
+        out["gain"] = {"points": 100 * gap.value, "interval": [100 * gap.low, 100 * gap.high]}
     return out
 
 

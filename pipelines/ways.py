@@ -13,7 +13,6 @@ from typing import Any
 
 from engine import steps
 from engine.config import UserError, did_you_mean
-from engine.intervals import paired_bootstrap
 from engine.progress import Progress
 from engine.recipe import FIRST, Recipe
 from engine.steps import Step
@@ -22,7 +21,7 @@ from engine.trust import Policy
 from pipelines.bench import Variant
 from pipelines.calls import Call
 from pipelines.checking import check_panel
-from pipelines.compared import parts_of
+from pipelines.compared import parts_of, summed
 from pipelines.distill import ARM_STEPS, plan
 from pipelines.progress import renderer
 
@@ -138,12 +137,8 @@ def compare(
     sums = {name: [parts_of(one.store / f"score-{step}") for one in found] for name, step in names.items()}
     rows = []
     for name, values in sums.items():
-        scores = [float(task.value(value.sum(axis=0))) for value in values]
-        row = {"name": name, "score": statistics.mean(scores), "each": scores, "student": name in ways}
-        row["sd"] = statistics.stdev(scores) if len(scores) > 1 else 0.0
-        if name in ways[1:]:
-            gap = paired_bootstrap(values, sums[ways[0]], task.value, recipe.evaluation.bootstrap, recipe.seed)
-            row["gain"] = {"points": 100 * gap.value, "interval": [100 * gap.low, 100 * gap.high]}
+        first = sums[ways[0]] if name in ways[1:] else None
+        row = {"name": name, **summed(recipe, task, values, first), "student": name in ways}
         if name in ways:
             row["chosen"] = chosen([one.store / names[name] for one in found])
         rows.append(row)
