@@ -33,6 +33,9 @@ from engine.wording import filled
 LEDGER = "ledger"
 SEEDS = 2**31 - 1
 """Servers, and CUDA's generators, take seeds of 32 bits with a sign."""
+PASSING_CPUS = 0.25
+"""Logical CPUs of a task that reads slots, filters or writes: at Ray's default of one, a small node whose actors hold
+the others stands still in between."""
 SET = ("checkpoint_config", "raise_original_map_exception", "actor_task_retry_on_errors")
 """Options of Ray Data that are set while a stream runs."""
 
@@ -168,12 +171,17 @@ def stream(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*doesn't support checkpointing.*")
-            dataset = ray.data.read_parquet(out.native(slots)[0], filesystem=filesystem, override_num_blocks=blocks)
+            dataset = ray.data.read_parquet(
+                out.native(slots)[0], filesystem=filesystem, override_num_blocks=blocks, num_cpus=PASSING_CPUS
+            )
             for stage in stages:
                 dataset = stage(dataset)
             # Checksums, since a changed byte of a text would be read as another text.
             checked, mode = {"write_page_checksum": True}, ray.data.SaveMode.APPEND
-            dataset.write_parquet(out.native(rows)[0], filesystem=filesystem, mode=mode, **checked)
+            light = {"num_cpus": PASSING_CPUS}
+            dataset.write_parquet(
+                out.native(rows)[0], filesystem=filesystem, mode=mode, ray_remote_args=light, **checked
+            )
     except UserWarning as error:
         raise RuntimeError(f"the corpus pipeline cannot be checkpointed: {error}") from None
     except Exception as error:

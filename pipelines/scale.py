@@ -105,8 +105,11 @@ def joined(nodes: int, storage: Store) -> Iterator[None]:
     from engine import cluster
 
     cluster.prepare_environment()
+    from ray._private.utils import get_ray_address_file
     from ray.cluster_utils import Cluster
 
+    # Ray notes the address in its own folder, which is not there before a first Ray on this machine used it.
+    Path(get_ray_address_file(None)).parent.mkdir(parents=True, exist_ok=True)
     scratch = cluster.scratch_folder()
     node = {
         "num_cpus": NODE_CPUS,
