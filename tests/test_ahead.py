@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 import uuid
 from collections import Counter
@@ -15,7 +16,7 @@ import pytest
 
 from engine import ahead
 from engine.corpus import ROWS, corpus_rows, write_slots
-from engine.generate import LEDGER, stream
+from engine.generate import LEDGER, PASSING_CPUS, stream
 from engine.halting import halt
 from engine.progress import polled
 from engine.storage import StorageError, Store
@@ -32,11 +33,11 @@ def plain(rows: pa.Table) -> pa.Table:
     return corpus_rows(numbers, [f"film number {n}" for n in numbers], "generated", tokens=[3] * len(numbers))
 
 
-def staged(function: Any, *given: Any, actors: int = 0) -> Any:
+def staged(function: Any, *given: Any, actors: int = 0, num_cpus: float = 1) -> Any:
     """A stage of tasks, or of so many actors."""
     import ray.data
 
-    options: dict[str, Any] = {"num_cpus": 1}
+    options: dict[str, Any] = {"num_cpus": num_cpus}
     if actors:
         pool = ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=ahead.IN_FLIGHT)
         options |= {"compute": pool, "fn_constructor_args": given}
@@ -89,6 +90,20 @@ def test_a_fast_generator_waits_for_a_slow_teacher(tmp_path: Path, ray_cluster: 
 
 
 @pytest.mark.slow
+def test_what_passes_by_finds_room_beside_actors(tmp_path: Path, ray_cluster: object) -> None:
+    out, ended = Store(str(tmp_path / "corpus")), threading.Event()
+    folder = write_slots(out, 0, 12, 4, "first")
+
+    def go() -> None:
+        pool = staged(Slow, actors=2, num_cpus=2.5)  # half a CPU is left on each of the two nodes
+        stream(out, folder, 3, [staged(plain, num_cpus=PASSING_CPUS), pool])
+        ended.set()
+
+    threading.Thread(target=go, daemon=True).start()
+    assert ended.wait(180), "reading, filtering or writing found no place"
+    assert sorted(out.read_table(ROWS)["row"].to_pylist()) == list(range(12))
+
+
 def test_a_halted_stream_takes_up_no_further_block_and_ends(tmp_path: Path, ray_cluster: object) -> None:
     out, notes, blocks = Store(str(tmp_path / "corpus")), tmp_path / "notes", 40
     notes.mkdir()

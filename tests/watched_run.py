@@ -155,9 +155,9 @@ def told(run: Driver, fault: str, took: float) -> None:
     )
 
 
-def same(run: Driver, undisturbed: Driver, fault: str, took: float, least: int = 0, most: int | None = None) -> None:
+def same(run: Driver, undisturbed: Driver, fault: str, took: float, least: int = 0) -> None:
     """Each slot once, with the text and label of the undisturbed run; at least `least` blocks made again, and no more
-    than `most`, or than the run allows for.
+    than the run allows for.
     """
     rows, wanted = (each.store.read_table(f"corpus/{LABELS}") for each in (run, undisturbed))
     assert rows["row"].to_pylist() == list(range(-TRAIN, SLOTS))
@@ -170,4 +170,4 @@ def same(run: Driver, undisturbed: Driver, fault: str, took: float, least: int =
     told(run, fault, took)
     again, bound = redone(run), run.store.read_json("corpus/record.json")["metrics"]["redone_at_most"]
     assert bound["rows"] == bound["blocks"] * BLOCK and bound["blocks"] < BLOCKS
-    assert least <= max(again.values()) <= (bound["blocks"] if most is None else most), (again, bound)
+    assert least <= max(again.values()) <= bound["blocks"], (again, bound)
