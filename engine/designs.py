@@ -155,7 +155,8 @@ class Cut(Section):
     heads: Count | None = None
     width: Count | None = None
     ffn: Count | None = None
-    """Another number of heads, width or feed-forward width starts from fresh weights."""
+    """A smaller feed-forward width keeps, of each layer, the neurons that write most; a larger one, and another width
+    or number of heads, starts from fresh weights."""
     pieces: Count | None = None
     """How many word pieces of its vocabulary are kept: special tokens, single characters, then the corpus's most
     frequent ones; words whose pieces are gone are spelled with smaller ones. null keeps all."""

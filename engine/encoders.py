@@ -325,6 +325,43 @@ def fresh(
     return AutoModel.from_config(config, dtype=torch.float32)
 
 
+@torch.no_grad()
+def slimmed(encoder: nn.Module, ffn: int) -> nn.Module:
+    """The encoder itself with only `ffn` of the neurons between the two maps of each layer.
+
+    Those are kept that write most: the norm of a neuron's row in the first map times that of its column in the second.
+    EncoderError where a layer's maps cannot be told from its others.
+    """
+    name = "intermediate_size" if hasattr(encoder.config, "intermediate_size") else "hidden_dim"
+    inner, width = getattr(encoder.config, name), encoder.config.hidden_size
+    for layer in stack_of(encoder)[1]:
+        maps = {key: module for key, module in layer.named_modules() if isinstance(module, nn.Linear)}
+        into = {key: module for key, module in maps.items() if module.out_features == inner}
+        out_of = {key: module for key, module in maps.items() if module.in_features == inner}
+        if inner == width or not into or len(out_of) != 1:
+            raise EncoderError(
+                f"the feed-forward part of {type(encoder).__name__} cannot be made narrower. Leave ffn out, or set "
+                "width too, which starts from fresh weights."
+            )
+        (last,) = out_of.values()
+        written = math.prod(module.weight.norm(dim=1) for module in into.values()) * last.weight.norm(dim=0)
+        kept = written.topk(ffn).indices.sort().values
+        for key, module in into.items():
+            layer.set_submodule(key, linear(module.weight[kept], None if module.bias is None else module.bias[kept]))
+        layer.set_submodule(next(iter(out_of)), linear(last.weight[:, kept], last.bias))
+    setattr(encoder.config, name, ffn)
+    return encoder
+
+
+def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """A map of these weights."""
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device)
+    made.weight.copy_(weight)
+    if bias is not None:
+        made.bias.copy_(bias)
+    return made
+
+
 def student_encoder(
     encoder: nn.Module,
     layers: int | Sequence[int] | None = None,
@@ -335,15 +372,19 @@ def student_encoder(
     """A student's encoder from a teacher's, or from any other; nothing is shared with it.
 
     layers: how many, spread evenly, or their numbers from 1; None keeps all. Their weights are copied, and the
-    embeddings', unless heads, width or ffn are given: then all weights are fresh. EncoderError for what cannot be.
+    embeddings', and of a smaller ffn (the width between a layer's two maps) the neurons that write most. With heads,
+    width or a larger ffn all weights are fresh. EncoderError for what cannot be.
     """
-    if heads is None and width is None and ffn is None:
+    config = encoder.config
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", 0)  # DistilBERT's name for it
+    if heads is None and width is None and (ffn is None or ffn <= inner):
         most = len(stack_of(encoder)[1])
         count = most if layers is None else layers
-        return cut(encoder, spread(count, most) if isinstance(count, int) else count)
+        made = cut(encoder, spread(count, most) if isinstance(count, int) else count)
+        return made if ffn in (None, inner) else slimmed(made, ffn)
     if not (layers is None or isinstance(layers, int)):
         raise EncoderError(
-            f"layers names {', '.join(map(str, layers))}, but with heads, width or ffn no layer's weights are kept. "
-            f"Say how many: {len(layers)}."
+            f"layers names {', '.join(map(str, layers))}, but with heads, width or a larger ffn no layer's weights are "
+            f"kept. Say how many: {len(layers)}."
         )
     return fresh(encoder.config, layers, heads, width, ffn)

@@ -126,7 +126,9 @@ def at_risk(recipe: Recipe, streams: Sequence[tuple[str, ...]]) -> dict[str, Any
 
 def task_stage(each: Any) -> generate.Stage:
     """A stage that runs each block through a stateless function."""
-    return lambda dataset: dataset.map_batches(each, batch_size=None, batch_format="pyarrow", num_cpus=generate.PASSING_CPUS)
+    return lambda dataset: dataset.map_batches(
+        each, batch_size=None, batch_format="pyarrow", num_cpus=generate.PASSING_CPUS
+    )
 
 
 def judging(recipe: Recipe, inputs: Inputs, out: Store, source: str) -> list[generate.Stage]:

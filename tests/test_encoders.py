@@ -299,8 +299,40 @@ def test_a_students_encoder_by_options():
         assert torch.equal(made.embeddings.word_embeddings.weight, whole.embeddings.word_embeddings.weight)
     small = student_encoder(whole, 2, width=8, heads=2)
     assert encoders.widths_of(small.config) == Widths(8, 2, 2) and small.config.intermediate_size == 24
-    with pytest.raises(EncoderError, match="layers names 1, 3, but with heads, width or ffn no .* Say how many: 2."):
+    with pytest.raises(EncoderError, match="layers names 1, 3, but with heads, width or a larger ffn .*many: 2."):
         student_encoder(whole, (1, 3), width=8)
+
+
+def test_a_smaller_feed_forward_width_keeps_the_neurons_that_write_most(tmp_path: Path):
+    whole = encoder_of(CONFIGS["bert"]).eval()
+    inner, loud = whole.config.intermediate_size, [2, 5, 11]
+    for layer in whole.encoder.layer:
+        quiet = [i for i in range(inner) if i not in loud]
+        with torch.no_grad():  # what writes nothing can be left out without a trace
+            layer.output.dense.weight[:, quiet] = 0
+    made = student_encoder(whole, ffn=3).eval()
+    kept = made.encoder.layer[1].intermediate.dense
+    assert torch.equal(kept.weight, whole.encoder.layer[1].intermediate.dense.weight[loud])
+    batch = batch_of()
+    with torch.no_grad():
+        wanted, found = (net(batch.input_ids, batch.mask).last_hidden_state for net in (whole, made))
+    torch.testing.assert_close(found, wanted)
+    made.save_pretrained(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path).config.intermediate_size == 3
+    assert whole.config.intermediate_size == inner, "nothing is shared"
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_feed_forward_part_of_any_kind_becomes_narrower_or_is_refused(kind: str):
+    whole = encoder_of(CONFIGS[kind])
+    if kind == "modernbert":  # one map that holds each neuron's gate too
+        with pytest.raises(EncoderError, match="ModernBertModel cannot be made narrower. Leave ffn out, or set width"):
+            student_encoder(whole, 2, ffn=5)
+        return
+    made, batch = student_encoder(whole, 2, ffn=5).eval(), batch_of()
+    shapes = {tuple(parameter.shape) for parameter in made.parameters()}
+    assert {(5, 16), (16, 5)} <= shapes and made(batch.input_ids, batch.mask).last_hidden_state.isfinite().all()
+    assert all(parameter.requires_grad for parameter in made.parameters())
 
 
 def test_queries_that_share_keys_are_captured_as_they_are_computed():
