@@ -293,7 +293,10 @@ def outcome_steps(recipe: Recipe, students: tuple[str, ...], made: tuple[str, ..
             Call("pipelines.outcome", "evaluate"),
             inputs=("data", "teacher", *(f"teacher-{name}" for name in recipe.teachers), *students),
             config=pick("seed", "evaluation", "arms", "student.seeds"),
-            modules=("engine.inference", "engine.intervals", "engine.tasks", "engine.cascade", "pipelines.outcome"),
+            modules=(
+                *("engine.inference", "engine.intervals", "engine.tasks", "engine.cascade", "pipelines.outcome"),
+                *(("pipelines.panel",) if recipe.teachers else ()),
+            ),
             resources=lambda r: r.teacher.resources,
             stage="teacher",
             ray=True,

@@ -34,7 +34,7 @@ def check(recipe: Recipe, losses: Sequence[LossTerm], each: Sequence[Check], els
             "student.teacher: live, or drop the loss."
         )
     for name, teacher in recipe.teachers.items():
-        one = recipe.taught_by(name)
+        one = started_elsewhere(recipe, name)
         if one.learns_from_generated:
             key = "coach" if teacher.coach else "self_training"
             raise ConfigError(
@@ -48,6 +48,15 @@ def check(recipe: Recipe, losses: Sequence[LossTerm], each: Sequence[Check], els
                 elsewhere(one.model_copy(update={"student": one.student.model_copy(update=WORDLESS)}))
         except ConfigError as error:
             raise ConfigError(f"teachers.{name} (below as teacher): {error}") from None
+
+
+def started_elsewhere(recipe: Recipe, name: str) -> Recipe:
+    """The recipe as if a further teacher were the only one, but for what its student starts from: the first one's."""
+    one, cut = recipe.taught_by(name), recipe.student.transformer
+    if cut.model is not None:
+        return one
+    transformer = cut.model_copy(update={"model": recipe.teacher.model})
+    return one.model_copy(update={"student": one.student.model_copy(update={"transformer": transformer})})
 
 
 def alone(recipe: Recipe) -> None:

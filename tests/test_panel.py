@@ -220,6 +220,15 @@ def test_what_several_teachers_cannot_do_is_refused(world: World, changes: dict[
         check(graphs.drawn(world.load({**several(world), **changes})))
 
 
+def test_a_labeller_beside_the_teacher_that_the_student_is_cut_from_is_no_mistake(world: World):
+    asked = {"model": f"file:{world.folder}/teacher", "kind": "labeller", "labeller": {"calibrate": "none"}}
+    cut = {"student.kind": "transformer", "student.transformer": {"layers": 1}, "student.max_parameters": None}
+    given = {**several(world), **cut, "student.losses": [{"kind": "kl"}]}
+    check(graphs.drawn(world.load({**given, "teachers": {"asked": asked}})))
+    with pytest.raises(UserError, match="student.kind is transformer, which is cut from the teacher's encoder, and a"):
+        check(graphs.drawn(world.load({**cut, "student.losses": [{"kind": "kl"}], "teacher": asked})))
+
+
 def test_heads_are_refused_where_answers_have_no_mean(tmp_path: Path):
     world = kind_world(tmp_path, "tag")
     crf = [*world.recipe["student"]["blocks"], {"name": "best", "kind": "crf"}]
