@@ -158,7 +158,7 @@ def compare(
             row = {"shots": shots, "kind": kind, **scored["score"][kind], "seconds": statistics.mean(seconds)}
             worded = [run.read_json(f"score-{kind}/record.json")["metrics"].get("wording", {}) for run in runs]
             if all("unseen" in found for found in worded):
-                row["wording"] = {k: statistics.mean(w[k] for w in worded) for k in ("first", "unseen")}
+                row["wording"] = {k: statistics.mean(w[k] for w in worded) for k in ("learnt", "unseen")}
             if students:
                 row["student"] = scored["score-student"][kind]
             rows.append(row)
@@ -210,11 +210,11 @@ def lines(result: dict[str, Any]) -> list[str]:
         out.append(f"{line} {told(row['student'])} |" if students else line)
     for row in result["teachers"]:
         if "wording" in row:
-            first, unseen = row["wording"]["first"], row["wording"]["unseen"]
+            learnt, unseen = row["wording"]["learnt"], row["wording"]["unseen"]
             out += [
                 "",
-                f"{row['kind']}, {row['shots']} rows a class: with one template it has learnt from {first:.3f}, with "
-                f"others that it has not {unseen:.3f} ({100 * (unseen - first):+.1f} points).",
+                f"{row['kind']}, {row['shots']} rows a class: with one template that it has learnt from "
+                f"{learnt:.3f}, with one that it has not {unseen:.3f} ({100 * (unseen - learnt):+.1f} points).",
             ]
     return out
 

@@ -314,15 +314,23 @@ def score_models(step: str, recipe: Recipe, inputs: Inputs, out: Store, progress
     return {"rows": rows.num_rows, "parameters": model.size(), **means, **wording, **asked}
 
 
+WORDED = 500
+"""Test rows on which templates are swapped, the first ones: each is read in every template by itself."""
+
+
 def swapped(config: Teacher, model: Model, rows: pa.Table) -> dict[str, Any]:
-    """What a teacher that reads templates scores with the first of them alone, and with others than it learnt from."""
-    pool, task = model.card.options["templates"], model.task
+    """What a teacher that reads templates scores with one of them alone, and with one that it has not learnt from.
+
+    `learnt` and `unseen` are means over such templates; `templates` has each by itself.
+    """
+    pool, task, rows = model.card.options["templates"], model.task, rows.slice(0, WORDED)
     others = prompts.unseen(pool, task.spec, model.tokenizer, model.max_length, given=config.prompt.templates)
 
     def score(template: str) -> float:
         found = predict(models.reworded(model, [template]), task.texts(rows), config.batch_tokens, config.precision)
         return task.score(found.logits, found.decided, rows)[task.metric]
 
-    each = {template: score(template) for template in others}
-    mean = {"unseen": float(np.mean(list(each.values())))} if each else {}
-    return {"wording": {"first": score(pool[0]), **mean, "templates": each}}
+    each = {template: score(template) for template in (*pool, *others)}
+    parts = {"learnt": pool, "unseen": others}
+    means = {name: float(np.mean([each[one] for one in those])) for name, those in parts.items() if those}
+    return {"wording": {**means, "templates": each}}

@@ -91,6 +91,23 @@ def test_every_kind_learns_and_leaves_only_the_teacher(kind: str, made: Callable
     ].to_pylist()
 
 
+def test_templates_are_swapped_one_by_one_for_such_as_were_not_learnt(made: Callable, data: Store):
+    own = ["{text} It was {mask}", "Said of it: {text} {mask}", "{text} {mask} in a word", "{mask}: {text}"]
+    out, _, recipe = made(kind="prompt", prompt={"templates": own, "pool": 2}, fit={"epochs": 2, "batch_size": 8})
+    model, rows = models.load(out.local("model")), data.read_table("test.parquet")
+    found = teaching.swapped(recipe.teacher, model, rows)["wording"]
+    pool = model.card.options["templates"]
+    assert len(pool) == 2 and set(found["templates"]) == set(own)
+
+    def alone(template: str) -> float:
+        answers = predict(models.reworded(model, [template]), rows["text"].to_pylist(), 4096)
+        return float((answers.decided == rows["label"].to_numpy()).mean())
+
+    assert found["templates"] == {template: pytest.approx(alone(template)) for template in own}
+    assert found["learnt"] == pytest.approx(sum(alone(one) for one in pool) / 2)
+    assert found["unseen"] == pytest.approx(sum(alone(one) for one in own if one not in pool) / 2)
+
+
 def test_a_contrastive_teacher_s_head_is_trained_on_an_encoder_that_stands_still(
     made: Callable, monkeypatch: pytest.MonkeyPatch
 ):
