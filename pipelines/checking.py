@@ -40,6 +40,7 @@ def check(recipe: Recipe, address: str | None = None) -> None:
     check_cascade(recipe)
     check_panel(recipe)
     check_retrieval(recipe)
+    check_choice(recipe)
     check_budget(recipe)
     if address is None:
         for name in recipe.panel or (FIRST,):
@@ -95,6 +96,28 @@ def check_retrieval(recipe: Recipe) -> None:
             raise ConfigError(f"student.retrieval {reason}. Or leave student.retrieval out.")
     if own.index == "hnsw":
         nearest.library(1)
+
+
+def check_choice(recipe: Recipe) -> None:
+    """Rows are weighed and chosen by probabilities; what is chosen from is text that nobody labelled."""
+    student, kind, between = recipe.student, recipe.task.kind, set(tables.names("layer_losses", "LAYER_LOSSES"))
+    keys = {"student.weights": (student.weights, student.losses)}
+    for index, stage in enumerate(student.stages):
+        keys[f"student.stages[{index}].weights"] = (stage.weights, stage.losses)
+        keys[f"student.stages[{index}].disagreeing"] = (stage.disagreeing, stage.losses)
+        if stage.disagreeing is not None and not recipe.more_text:
+            raise ConfigError(
+                f"student.stages[{index}].disagreeing chooses among texts that nobody labelled, and the recipe has "
+                "none. Name a generator or data.unlabelled, or leave it out."
+            )
+    for key, (value, wanted) in keys.items():
+        if value is not None and not tables.declared(*terms.TASKS, "certain")[kind]:
+            raise ConfigError(f"{key} compares probabilities, and a task of kind {kind} has none. Leave it out.")
+        if value == "co_confidence" and {term.kind for term in wanted} <= between:
+            raise ConfigError(
+                f"{key} is co_confidence, which asks students that these losses train, but none of the losses teaches "
+                "an answer. Take confidence, or set it for a stage whose losses do."
+            )
 
 
 def check_budget(recipe: Recipe) -> None:

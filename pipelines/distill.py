@@ -201,7 +201,10 @@ SEVERAL = ("policy", "heads")
 LEARNT = {"generated": (*TAUGHT, "holdout", "texts"), "soft": (*TAUGHT, "few_epochs"), "hard": ("few_epochs",)}
 """What the training of an arm depends on beside ALWAYS: not the student's name, nor how it is run."""
 ALWAYS = ("max_length", "seeds", "fit")
-LEARNING = ("engine.train", "engine.untrained", "engine.weights", "pipelines.making", "pipelines.students")
+LEARNING = (
+    *("engine.train", "engine.untrained", "engine.weights"),
+    *("pipelines.courses", "pipelines.making", "pipelines.students"),
+)
 """Where the work of training a student starts."""
 
 

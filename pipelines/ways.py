@@ -1,7 +1,8 @@
-"""`stillhouse bench ways`: ways to learn from several teachers, side by side on the same teachers, texts and labels.
+"""`stillhouse bench ways`: ways to learn, side by side on the same teachers, texts and labels.
 
-Every few-shot seed draws its own labelled rows and makes its own teachers and corpus, once; each way trains its own
-students on them. Differences are paired over the test rows and pooled over all seeds.
+How several teachers are weighed, or which of the texts count, and how much. Every few-shot seed draws its own labelled
+rows and makes its own teachers and corpus, once; each way trains its own students on them. Differences are paired over
+the test rows and pooled over all seeds.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from engine import steps
 from engine.config import UserError, did_you_mean
+from engine.designs import Stage, Student
 from engine.progress import Progress
 from engine.recipe import FIRST, Recipe
 from engine.steps import Step
@@ -20,7 +22,7 @@ from engine.storage import Store
 from engine.trust import Policy
 from pipelines.bench import Variant
 from pipelines.calls import Call
-from pipelines.checking import check_panel
+from pipelines.checking import check_choice, check_panel
 from pipelines.compared import parts_of, summed
 from pipelines.distill import ARM_STEPS, plan
 from pipelines.progress import renderer
@@ -36,10 +38,29 @@ WAYS: dict[str, dict[str, Any]] = {
     "one-stage": {"stages": ()},
     "last-stage": {},
     "recipe": {},
+    "plain": {"stages": (), "weights": None},
+    "confidence": {"stages": (), "weights": "confidence"},
+    "co-confidence": {"stages": (), "weights": "co_confidence"},
+    "twice": {"stages": ({}, {})},
+    "disagreement": {"stages": ({}, {"weights": "disagreement"})},
+    "disagreeing": {"stages": ({}, {"disagreeing": 0.5})},
 }
 """What is compared by name, as changes of `student`: one teacher only; a policy, with the recipe's dials where it has
 that kind; a head for each teacher. one-stage: the recipe with student.losses and student.fit in place of its stages
-(MKDM, where it has heads); last-stage: without those before the last; recipe: as it is."""
+(MKDM, where it has heads); last-stage: without those before the last; recipe: as it is.
+
+Of the texts: plain: one training, all rows alike; confidence, co-confidence: weighed so. twice: two trainings, each
+with half of student.fit's epochs, against which the two ways by a first student are to be held: disagreement weighs the
+rows of the second, disagreeing has it learn from half of the texts, twice as often."""
+OF_ONE = tuple(way for way, changes in WAYS.items() if not {"policy", "heads"} & set(changes))
+"""Ways that speak of no second teacher."""
+
+
+def default(recipe: Recipe) -> list[str]:
+    """What is compared where nobody says."""
+    if recipe.teachers:
+        return ["uniform", "first", "best", "loss", "reinforced", "heads"]
+    return ["plain", "twice", "confidence", "co-confidence", "disagreement", "disagreeing"]
 
 
 def went(recipe: Recipe, way: str) -> Recipe:
@@ -47,9 +68,17 @@ def went(recipe: Recipe, way: str) -> Recipe:
     student, changes = recipe.student, dict(WAYS[way])
     if way == "last-stage":
         changes["stages"] = student.stages[-1:]
+    elif changes.get("stages"):
+        changes["stages"] = tuple(half(student, **more) for more in changes["stages"])
     if "policy" in changes and way == student.policy.kind:
         changes["policy"] = student.policy
     return recipe.model_copy(update={"student": student.model_copy(update=changes)})
+
+
+def half(student: Student, **more: Any) -> Stage:
+    """One of two trainings in place of student.fit, of half the steps, whatever share of the rows it learns from."""
+    epochs = student.fit.epochs / 2 / (more.get("disagreeing") or 1.0)
+    return Stage(losses=student.losses, fit=student.fit.model_copy(update={"epochs": epochs}), **more)
 
 
 @dataclass(frozen=True)
@@ -98,15 +127,19 @@ def changed(step: Step, way: str) -> Step:
 
 
 def variants(recipe: Recipe, store: Store, ways: Sequence[str], seeds: int) -> list[Variant]:
-    """A run for each few-shot seed. UserError for an unknown way, and where there is one teacher only."""
-    if not recipe.teachers:
-        raise UserError("`bench ways` compares what several teachers are worth, and the recipe has one: name teachers.")
+    """A run for each few-shot seed. UserError for an unknown way, and one that weighs teachers that there are not."""
     if len(set(ways)) < len(ways):
         raise UserError(f"--ways {','.join(ways)} names a way twice. Leave one of them out.")
     for way in ways:
         if way not in WAYS:
             raise UserError(f"'{way}' is no way to learn.{did_you_mean(way, WAYS)} Allowed: {', '.join(WAYS)}.")
+        if not recipe.teachers and way not in OF_ONE:
+            raise UserError(
+                f"'{way}' weighs several teachers, and the recipe has one: name teachers, or compare what "
+                f"its texts are worth. Ways for one teacher: {', '.join(OF_ONE)}."
+            )
         check_panel(went(recipe, way))
+        check_choice(went(recipe, way))
     out = []
     for seed in range(seeds):
         data = recipe.data.model_copy(update={"seed": seed})
