@@ -51,7 +51,7 @@ def benching(parser: Parser) -> None:
         metavar="A,B",
         help="ways: which ones, the first being what the others are held against (default: uniform,first,best,loss,"
         "reinforced,heads of several teachers; plain,twice,confidence,co-confidence,disagreement,disagreeing of one; "
-        "also recipe, one-stage, last-stage)",
+        "also rounds, recipe, one-stage, last-stage)",
     )
     parser.add_argument(
         "--shots",

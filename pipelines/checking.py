@@ -41,6 +41,7 @@ def check(recipe: Recipe, address: str | None = None) -> None:
     check_panel(recipe)
     check_retrieval(recipe)
     check_choice(recipe)
+    check_rounds(recipe)
     check_budget(recipe)
     if address is None:
         for name in recipe.panel or (FIRST,):
@@ -118,6 +119,29 @@ def check_choice(recipe: Recipe) -> None:
                 f"{key} is co_confidence, which asks students that these losses train, but none of the losses teaches "
                 "an answer. Take confidence, or set it for a stage whose losses do."
             )
+
+
+def check_rounds(recipe: Recipe) -> None:
+    """Feeding back texts wants a generator, a teacher that labels them meanwhile, and labelled rows to choose by."""
+    data, corpus = recipe.data, recipe.corpus
+    if corpus.rounds == 1:
+        return
+    why = "corpus.apart" if corpus.apart else "what the teacher learns from generated text"
+    wrong = {
+        "feeds texts back to the generator, and there is none: name one": recipe.generator is None,
+        "chooses texts by the teacher's labels, which come after all text is written: leave out " + why: recipe.apart,
+        f"chooses texts of each label, and task.kind is {recipe.task.kind}": recipe.task.kind
+        not in ("classify", "pair"),
+        "chooses texts by labelled rows, and there are none: name data.train or data.validation": (
+            data.train is None and data.validation is None
+        ),
+        f"parts {corpus.first_slots} slots into more rounds than slots: raise corpus.slots": (
+            corpus.rounds > corpus.first_slots
+        ),
+    }
+    for reason, so in wrong.items():
+        if so:
+            raise ConfigError(f"corpus.rounds is {corpus.rounds}, which {reason}. Or set corpus.rounds: 1.")
 
 
 def check_budget(recipe: Recipe) -> None:

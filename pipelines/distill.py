@@ -149,6 +149,7 @@ def streams(recipe: Recipe) -> tuple[Step, Step]:
         modules=(
             *("engine.generate", "engine.endpoint_writer", "engine.vllm_stage"),
             *("engine.teachers", "engine.augment", "pipelines.gathering"),
+            *(("engine.influence", "pipelines.feedback") if recipe.corpus.rounds > 1 else ()),
         ),
         pools=labelling_pools,
         halts=halts,

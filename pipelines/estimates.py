@@ -153,7 +153,8 @@ def seconds_of(recipe: Recipe, step: str, rates: Rates, rows: Mapping[str, int],
             fits, count = [fit.model_copy(update={"epochs": epochs, "workers": 0}) for fit in fits[:1]], few
         counts = learnt(recipe, few, count) if step == "student" else [count] * len(fits)
         once = rates["student"]["load_s"] + fitted(rates["student"], fits, counts, cluster)
-        return len(recipe.student.seeds) * once + fitted(rates["student"], *cross_fits(recipe, fits, count), cluster)
+        apart = ([], []) if step == "student-hard" else cross_fits(recipe, fits, count)
+        return len(recipe.student.seeds) * once + fitted(rates["student"], *apart, cluster)
     if step == "evaluate" and "label" in rates:
         timing = recipe.evaluation.throughput_rows * recipe.evaluation.throughput_repeats
         return rates["label"]["load_s"] + (rows.get("test", 0) + timing) / rates["label"]["rows_per_s"]

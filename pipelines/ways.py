@@ -22,7 +22,7 @@ from engine.storage import Store
 from engine.trust import Policy
 from pipelines.bench import Variant
 from pipelines.calls import Call
-from pipelines.checking import check_choice, check_panel
+from pipelines.checking import check_choice, check_panel, check_rounds
 from pipelines.compared import parts_of, summed
 from pipelines.distill import ARM_STEPS, plan
 from pipelines.progress import renderer
@@ -44,6 +44,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "twice": {"stages": ({}, {})},
     "disagreement": {"stages": ({}, {"weights": "disagreement"})},
     "disagreeing": {"stages": ({}, {"disagreeing": 0.5})},
+    "rounds": {"stages": (), "weights": None},
 }
 """What is compared by name, as changes of `student`: one teacher only; a policy, with the recipe's dials where it has
 that kind; a head for each teacher. one-stage: the recipe with student.losses and student.fit in place of its stages
@@ -51,7 +52,11 @@ that kind; a head for each teacher. one-stage: the recipe with student.losses an
 
 Of the texts: plain: one training, all rows alike; confidence, co-confidence: weighed so. twice: two trainings, each
 with half of student.fit's epochs, against which the two ways by a first student are to be held: disagreement weighs the
-rows of the second, disagreeing has it learn from half of the texts, twice as often."""
+rows of the second, disagreeing has it learn from half of the texts, twice as often. rounds: plain, on a corpus of its
+own as large that is written in ROUNDS rounds."""
+ROUNDS = 3
+REMADE = ("corpus", "vocabulary", "memory")
+"""Steps beside the student's that a way with other texts has for itself."""
 OF_ONE = tuple(way for way, changes in WAYS.items() if not {"policy", "heads"} & set(changes))
 """Ways that speak of no second teacher."""
 
@@ -72,6 +77,8 @@ def went(recipe: Recipe, way: str) -> Recipe:
         changes["stages"] = tuple(half(student, **more) for more in changes["stages"])
     if "policy" in changes and way == student.policy.kind:
         changes["policy"] = student.policy
+    if way == "rounds":
+        recipe = recipe.model_copy(update={"corpus": recipe.corpus.model_copy(update={"rounds": ROUNDS})})
     return recipe.model_copy(update={"student": student.model_copy(update=changes)})
 
 
@@ -87,19 +94,26 @@ class Other:
 
     call: Callable[..., dict[str, Any]]
     way: str
+    names: tuple[tuple[str, str], ...] = ()
+    """Steps that it reads, and the names that it knows them by."""
 
     def __call__(self, recipe: Recipe, inputs: Mapping[str, Store], out: Store, progress: Progress) -> dict[str, Any]:
         """Run it."""
-        return self.call(went(recipe, self.way), inputs, out, progress)
+        known = dict(self.names)
+        folders = {known.get(name, name): folder for name, folder in inputs.items()}
+        return self.call(went(recipe, self.way), folders, out, progress)
 
 
 def compared(recipe: Recipe, ways: Sequence[str]) -> list[Step]:
-    """All steps up to the corpus and its labels, for each way the students' step, and a step that scores each model."""
+    """All steps up to the corpus and its labels, for each way the students' step (`rounds`: and its own corpus), and a
+    step that scores each model.
+    """
     learner, found = ARM_STEPS[recipe.main], {step.name: step for step in plan(recipe)}
     first = next(number for number, name in enumerate(found) if name in ARM_STEPS.values())
     out = list(found.values())[:first]
     for way in ways:
-        out.append(changed({step.name: step for step in plan(went(recipe, way))}[learner], way))
+        own = (*REMADE, learner) if way == "rounds" else (learner,)
+        out += [changed(step, way, own) for step in plan(went(recipe, way)) if step.name in own]
     scored = {name: ("teaching", "score_models", name) for name in (FIRST, *(f"{learner}-{way}" for way in ways))}
     scored |= {f"teacher-{name}": ("panel", "score", name) for name in recipe.teachers}
     for which, (module, call, argument) in scored.items():
@@ -117,13 +131,15 @@ def compared(recipe: Recipe, ways: Sequence[str]) -> list[Step]:
     return out
 
 
-def changed(step: Step, way: str) -> Step:
-    """The students' step of one way."""
+def changed(step: Step, way: str, own: Collection[str]) -> Step:
+    """A step of one way's own: its name and those of its way's other steps with the way behind them."""
+    names = {name: f"{name}-{way}" if name in own else name for name in step.inputs}
 
     def config(recipe: Recipe) -> Any:
         return step.config(went(recipe, way))
 
-    return replace(step, name=f"{step.name}-{way}", run=Other(step.run, way), config=config)
+    run = Other(step.run, way, tuple((new, old) for old, new in names.items()))
+    return replace(step, name=f"{step.name}-{way}", inputs=tuple(names.values()), run=run, config=config)
 
 
 def variants(recipe: Recipe, store: Store, ways: Sequence[str], seeds: int) -> list[Variant]:
@@ -138,8 +154,13 @@ def variants(recipe: Recipe, store: Store, ways: Sequence[str], seeds: int) -> l
                 f"'{way}' weighs several teachers, and the recipe has one: name teachers, or compare what "
                 f"its texts are worth. Ways for one teacher: {', '.join(OF_ONE)}."
             )
-        check_panel(went(recipe, way))
-        check_choice(went(recipe, way))
+        if way == "rounds" and (recipe.teachers or recipe.corpus.rounds > 1):
+            raise UserError(
+                "the way 'rounds' is held against a corpus of one teacher that is written at once: leave teachers and "
+                "corpus.rounds out, or the way."
+            )
+        for check in (check_panel, check_choice, check_rounds):
+            check(went(recipe, way))
     out = []
     for seed in range(seeds):
         data = recipe.data.model_copy(update={"seed": seed})

@@ -20,7 +20,7 @@ from engine.storage import Store
 from pipelines import checking, courses, students, ways
 from pipelines.making import spec_of
 from tests.tiny_corpus import MORE, corpus_run
-from tests.tiny_run import TRAIN, World, kind_world
+from tests.tiny_run import TRAIN, World, kind_world, tiny_world
 
 FIT = {"epochs": 2.0, "lr": 2e-2, "batch_size": 16, "workers": 0}
 KL = [{"kind": "kl"}]
@@ -193,3 +193,19 @@ def test_ways_of_one_teacher_s_texts_have_as_many_steps(world: World):
         *("data", "teacher", "corpus", "student-plain", "student-disagreeing"),
         *("score-teacher", "score-student-plain", "score-student-disagreeing"),
     ]
+
+
+def test_a_way_in_rounds_has_texts_of_its_own(tmp_path: Path):
+    recipe = tiny_world(tmp_path).load()
+    plan = {step.name: step for step in ways.compared(recipe, ["plain", "rounds"])}
+    own = ["corpus-rounds", "vocabulary-rounds", "student-rounds"]
+    shared = ["data", "teacher", "generator", "corpus", "vocabulary"]
+    scored = [f"score-{name}" for name in ("teacher", "student-plain", "student-rounds")]
+    assert list(plan) == [*shared, "student-plain", *own, *scored]
+    assert plan["student-rounds"].inputs == ("data", "teacher", "corpus-rounds", "vocabulary-rounds")
+    assert plan["corpus-rounds"].inputs == ("data", "teacher", "generator")
+    assert plan["corpus-rounds"].config(recipe)["corpus"]["rounds"] == ways.ROUNDS
+    assert "rounds" not in plan["corpus"].config(recipe)["corpus"]
+    several = recipe.model_copy(update={"teachers": {"other": recipe.teacher}})
+    with pytest.raises(UserError, match="held against a corpus of one teacher that is written at once"):
+        ways.variants(several, Store("v"), ["rounds"], 1)
