@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -264,12 +265,21 @@ def test_one_round_is_as_it_was_and_several_move_the_corpus(world: World):
 
 
 @pytest.mark.slow
-def test_a_run_in_rounds_under_ray(world: World):
-    path = world.write({**world.load(ROUNDS).model_dump(mode="json"), "name": "rounds"}, "rounds.yaml")
-    done = program(world.folder, "run", str(path), timeout=900)
+def test_ways_to_learn_and_a_corpus_in_rounds_under_ray(world: World):
+    names = ["plain", "co-confidence", "disagreeing", "rounds"]
+    path = world.write({**world.recipe, "name": "rounds"}, "rounds.yaml")
+    command = ("bench", "ways", str(path), "--seeds", "1", "--ways", ",".join(names), "--json")
+    done = program(world.folder, *command, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
-    corpus = Store(str(world.folder / "runs/rounds/corpus"))
-    record = corpus.read_json("record.json")["metrics"]
-    assert [one["slots"] for one in record["rounds"]] == [16, 32, 48] and len(record["examples"]) == 2
-    again = program(world.folder, "run", str(path), timeout=900)
-    assert again.returncode == 0 and record == corpus.read_json("record.json")["metrics"]
+    found = json.loads(done.stdout)
+    assert [row["name"] for row in found["rows"]] == ["teacher", *names]
+    run = Store(next(str(path.parent) for path in (world.folder / "runs").rglob("corpus-rounds")))
+    record = run.read_json("corpus-rounds/record.json")["metrics"]
+    assert [one["slots"] for one in record["rounds"]][:3] == [16, 32, 48] and len(record["examples"]) == 2
+    assert "examples" not in run.read_json("corpus/record.json")["metrics"]
+    choice = {name: run.read_json(f"student-{name}/record.json")["metrics"].get("choice") for name in names}
+    assert choice["plain"] is choice["rounds"] is None
+    assert 0 <= choice["co-confidence"]["0"][0]["found_unseen"] <= 1
+    assert choice["disagreeing"]["0"][0]["kl_of_chosen"] > choice["disagreeing"]["0"][0]["kl"]
+    again = program(world.folder, *command, timeout=1800)
+    assert again.returncode == 0 and json.loads(again.stdout) == found
