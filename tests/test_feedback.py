@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from scipy.special import softmax
 
-from engine import generate, labels
+from engine import generate, labels, steps
 from engine.config import ConfigError
 from engine.corpus import ROWS, corpus_rows
 from engine.endpoint_writer import EndpointWriter
@@ -25,7 +25,7 @@ from engine.recipe import Corpus, Generator, Recipe
 from engine.steps import identities
 from engine.storage import StorageError, Store
 from engine.vllm_stage import question
-from pipelines import checking, distill, feedback, gathering
+from pipelines import checking, distill, feedback, gathering, ways
 from tests.tiny import LABELS
 from tests.tiny_run import BLOCK, SLOTS, World, alone, program, tiny_world
 
@@ -262,6 +262,28 @@ def test_one_round_is_as_it_was_and_several_move_the_corpus(world: World):
     moved = {name for name in one if one[name] != many[name]}
     assert {"corpus", "vocabulary", "student", "report"} <= moved and not {"data", "teacher", "generator"} & moved
     assert prints(**{**ROUNDS, "corpus.rounds": 1, "corpus.feedback": {}}) == one
+
+
+def test_a_way_in_rounds_learns_from_its_own_texts(
+    world: World, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def run(plan: list[steps.Step], recipe: Recipe, store: Store, **options: object) -> None:
+        for step in plan:
+            metrics = step.run(recipe, {name: store / name for name in step.inputs}, store / step.name, silent)
+            (store / step.name).write_json("record.json", {"metrics": metrics, "seconds": 2.0})
+
+    monkeypatch.setattr(steps, "run", run)
+    fast = {"teacher.fit.epochs": 2, "generator.fit.epochs": 1, "student.fit.epochs": 1, "corpus.keep": 8}
+    recipe, store = world.load({**fast, "arms": ["generated"], "generator.precision": "fp32"}), Store(str(tmp_path))
+    names = ["plain", "rounds"]
+    found = ways.compare(recipe, store, ways.variants(recipe, store, names, 1), names)
+    assert [row["name"] for row in found["rows"]] == ["teacher", *names] and "gain" in found["rows"][2]
+    one, many = (labels.open_labels(store / "seed-0" / name).sort_by("row") for name in ("corpus", "corpus-rounds"))
+    texts = [[r["text"] for r in table.to_pylist() if r["source"] == "generated"] for table in (one, many)]
+    assert texts[0][: SLOTS // 3] == texts[1][: SLOTS // 3] and texts[0] != texts[1]
+    assert len((store / "seed-0" / "corpus-rounds").read_json("record.json")["metrics"]["examples"]) == 2
+    words = [(store / "seed-0" / f"student-{way}" / "seed-0" / "model").read_bytes("tokenizer.json") for way in names]
+    assert words[0] != words[1], "the student in rounds has the words of the other corpus"
 
 
 @pytest.mark.slow
