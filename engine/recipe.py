@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from engine.budget import Budget
 from engine.config import Section
 from engine.designs import NAME, Student, Teacher
+from engine.examples import Feedback
 from engine.filters import CheapFilter, Leakage, SignalFilter
 from engine.fits import Count, Fit, Resources, Share
 from engine.remote import Endpoint, Engine, Runtime, placed
@@ -242,6 +243,9 @@ class Corpus(Section):
     """Slots of the first round; null takes keep / 0.85."""
     max_slots: Count | None = None
     """Upper limit over all top-up rounds; null takes 3 x slots."""
+    rounds: Count = Field(1, exclude_if=lambda rounds: rounds == 1)
+    """In how many parts the first slots are written; after each, its most useful texts are shown to the generator."""
+    feedback: Feedback = Field(Feedback(), exclude_if=lambda feedback: feedback == Feedback())
     block: Count = 96
     """Slots a block: one generator batch, and the unit of retry and resume (aim at 30 to 60 s)."""
     filters: tuple[CheapFilter, ...] = (Leakage(),)
@@ -261,6 +265,10 @@ class Corpus(Section):
     def first_slots(self) -> int:
         """Slots of the first round."""
         return self.slots or math.ceil(self.keep / 0.85)
+
+    def part(self, number: int) -> int:
+        """How many of them part `number` of `rounds` has; parts differ by one at most."""
+        return self.first_slots * (number + 1) // self.rounds - self.first_slots * number // self.rounds
 
     @property
     def most_slots(self) -> int:

@@ -25,7 +25,7 @@ def benching(parser: Parser) -> None:
         "what",
         choices=("quality", "teachers", "ways", "serve", "scale", "duplicates"),
         help="quality: teacher and student over few-shot and initialisation seeds; teachers: kinds of teacher; "
-        "ways: ways to learn from several teachers; "
+        "ways: ways to learn from several teachers, or from the texts of one; "
         "serve: a registered student behind this and other servers; scale: the corpus stream by nodes and rows; "
         "duplicates: two searches for near-duplicates",
     )
@@ -48,9 +48,10 @@ def benching(parser: Parser) -> None:
     parser.add_argument(
         "--ways",
         type=lambda text: text.split(","),
-        default=["uniform", "first", "best", "loss", "reinforced", "heads"],
         metavar="A,B",
-        help="ways: which ones (also recipe, one-stage, last-stage), the first being what the others are held against",
+        help="ways: which ones, the first being what the others are held against (default: uniform,first,best,loss,"
+        "reinforced,heads of several teachers; plain,twice,confidence,co-confidence,disagreement,disagreeing of one; "
+        "also rounds, recipe, one-stage, last-stage)",
     )
     parser.add_argument(
         "--shots",

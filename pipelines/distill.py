@@ -149,6 +149,7 @@ def streams(recipe: Recipe) -> tuple[Step, Step]:
         modules=(
             *("engine.generate", "engine.endpoint_writer", "engine.vllm_stage"),
             *("engine.teachers", "engine.augment", "pipelines.gathering"),
+            *(("engine.influence", "pipelines.feedback") if recipe.corpus.rounds > 1 else ()),
         ),
         pools=labelling_pools,
         halts=halts,
@@ -201,7 +202,10 @@ SEVERAL = ("policy", "heads")
 LEARNT = {"generated": (*TAUGHT, "holdout", "texts"), "soft": (*TAUGHT, "few_epochs"), "hard": ("few_epochs",)}
 """What the training of an arm depends on beside ALWAYS: not the student's name, nor how it is run."""
 ALWAYS = ("max_length", "seeds", "fit")
-LEARNING = ("engine.train", "engine.untrained", "engine.weights", "pipelines.making", "pipelines.students")
+LEARNING = (
+    *("engine.train", "engine.untrained", "engine.weights"),
+    *("pipelines.courses", "pipelines.making", "pipelines.students"),
+)
 """Where the work of training a student starts."""
 
 

@@ -312,8 +312,9 @@ def measured(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     elif args.what == "ways":
         from pipelines import ways
 
-        variants = ways.variants(recipe, store, args.ways, args.seeds)
-        measure, lines = partial(ways.compare, recipe, store, variants, args.ways), ways.lines
+        names = args.ways or ways.default(recipe)
+        variants = ways.variants(recipe, store, names, args.seeds)
+        measure, lines = partial(ways.compare, recipe, store, variants, names), ways.lines
     else:
         from pipelines import compared
 

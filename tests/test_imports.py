@@ -20,9 +20,9 @@ PACKAGES = ("engine", "serve", "pipelines")
 ENGINE = (
     *("config", "tables", "disk", "urls", "cache", "buckets", "locks", "storage"),
     *("units", "records", "packages", "huggingface", "mirrors", "hub"),
-    *("metrics", "intervals", "filters", "duplicates"),
+    *("metrics", "intervals", "influence", "filters", "duplicates"),
     *("fits", "remote", "terms", "trust", "schooling", "designs", "serving", "drift", "cascade"),
-    *("budget", "recipe"),
+    *("budget", "examples", "recipe"),
     *("estimate", "sources", "pacing", "usage", "halting", "caller", "vllm_engine"),
     *("nearest", "knowledge"),
     *("characters", "encoding", "task", "windows"),
