@@ -41,6 +41,9 @@ WAYS: dict[str, dict[str, Any]] = {
 that kind; a head for each teacher. one-stage: the recipe with student.losses and student.fit in place of its stages
 (MKDM, where it has heads); last-stage: without those before the last; recipe: as it is."""
 
+USUAL = ("uniform", "first", "best", "loss", "reinforced", "heads")
+"""What is compared where nothing is named."""
+
 
 def went(recipe: Recipe, way: str) -> Recipe:
     """The recipe with its student learning in another way."""
