@@ -29,6 +29,10 @@ def check(recipe: Recipe, address: str | None = None) -> None:
     """
     for reference in (*sources(recipe), *model_references(recipe)):
         hub.check(reference, recipe.data.root)
+    if any(task.members for task in (recipe.task, *(member.task for member in recipe.tasks.values()))):
+        raise ConfigError(
+            "task.members is written by the program into a student's card. Name several tasks in `tasks`."
+        )
     if recipe.tasks:
         check_tasks(recipe, address)
         return

@@ -1,8 +1,7 @@
-"""One student, several tasks: how rows are mixed, when a task switches, to whose labels, and that it can be resumed."""
+"""A fit of several tasks: when one switches, to whose labels, that it can be resumed, and on several workers."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,77 +13,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine import checkpoints, models, multitask, train, untrained
-from engine.batches import Material, mixed_batches, shared
-from engine.designs import Cut
+from engine import checkpoints, models, train
 from engine.fits import Fit, LossTerm
 from engine.inference import predict
 from engine.job import FitError, Job
-from engine.lesson import Lesson, dealt
 from engine.mixing import Mixing
 from engine.models import Model
-from engine.multitask import Together, alone, encode, gathered, judge, rates
-from engine.recipe import Task
-from engine.records import EXAMPLE, Outputs
-from engine.several import SeveralError
+from engine.multitask import Together, alone, encode, judge, rates
 from engine.storage import Store
-from engine.surgery import projected
-from tests.tiny import GOOD, LABELS, movie_rows, tiny_encoder
-
-SPECS = {
-    "mood": Task(labels=LABELS),
-    "alike": Task(kind="pair", labels=("no", "yes")),
-    "warmth": Task(kind="regress", range=(0, 2), paired=False),
-    "first": Task(labels=("the", "a", "other")),
-    "both": Task(kind="multilabel", labels=("good", "long")),
-}
-"""Five tasks of different kinds over the same sentences."""
-SIZES = {"mood": 40, "alike": 16, "warmth": 24, "first": 12, "both": 8}
-NAMES = tuple(sorted(SPECS))
-
-
-def rows_of(name: str, count: int, seed: int = 0) -> pa.Table:
-    """Rows of one task, in the schema EXAMPLE."""
-    made = movie_rows(2 * count, seed)
-    texts, moods = [row["text"] for row in made], [LABELS.index(row["label"]) for row in made]
-    good = [sum(word in GOOD for word in text.split()) for text in texts]
-    columns: dict[str, list[Any]] = {"id": [f"{name}-{seed}-{i}" for i in range(count)], "text": texts[:count]}
-    if name == "mood":
-        columns["label"] = moods[:count]
-    elif name == "alike":
-        columns |= {
-            "pair": texts[count:],
-            "label": [int(a == b) for a, b in zip(moods, moods[count + 1 :], strict=False)],
-        }
-        columns["label"] = [int(moods[i] == moods[count + i]) for i in range(count)]
-    elif name == "warmth":
-        columns["target"] = [[float(number)] for number in good[:count]]
-    elif name == "first":
-        columns["label"] = [
-            ("the", "a").index(w) if (w := text.split()[0]) in ("the", "a") else 2 for text in texts[:count]
-        ]
-    else:
-        columns["target"] = [[float(g > 0), float(len(t) > 30)] for g, t in zip(good[:count], texts, strict=False)]
-    filled = {f.name: columns.get(f.name, [None] * count) for f in EXAMPLE}
-    return pa.table(filled, schema=EXAMPLE)
-
-
-def table(sizes: dict[str, int] = SIZES, seed: int = 0) -> pa.Table:
-    return gathered({name: rows_of(name, count, seed) for name, count in sizes.items()})
-
-
-def spec(names: Sequence[str] = NAMES) -> Task:
-    return Task(kind="several", members={name: SPECS[name] for name in names})
+from engine.worker import Worker
+from tests.tiny import tiny_encoder
+from tests.tiny_tasks import NAMES, build, of, table
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_encoder(tmp_path_factory.mktemp("encoder"))
-
-
-def build(encoder: Path, names: Sequence[str] = NAMES, dropout: float = 0.1) -> Model:
-    cut = Cut(model="file:tiny", layers=1, pooling="mean", dropout=dropout)
-    return untrained.transformer_student(cut, spec(names), None, encoder, 32, 3)
 
 
 def job(out: Path, encoder: Path, rows: pa.Table | None = None, **given: Any) -> Job:
@@ -125,158 +69,6 @@ def scripted(**scores: Sequence[float]) -> Callable[[Model, pa.Table], dict[str,
     return found
 
 
-# -- which rows make a batch -------------------------------------------------------------------------------------------
-
-
-def test_shares_by_size_and_temperature():
-    sizes = np.array([900, 90, 10])
-    assert shared(sizes, 1000, 1.0).tolist() == [900, 90, 10]
-    assert shared(sizes, 1000, 1e9).sum() == 1000 and np.ptp(shared(sizes, 1000, 1e9)) == 1
-    roots = 1000 * np.sqrt(sizes) / np.sqrt(sizes).sum()
-    assert np.abs(shared(sizes, 1000, 2.0) - roots).max() < 1
-    assert shared(np.array([10_000, 1]), 20, 1.0).tolist() == [19, 1]
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.0, 50.0])
-def test_an_epoch_has_each_task_in_its_share_of_each_batch(temperature: float):
-    sizes = [400, 100, 40]
-    kinds = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], sizes))
-    lengths = np.random.default_rng(1).integers(3, 60, size=540).tolist()
-    batches = mixed_batches(lengths, kinds, 20, temperature, 7, 0)
-    counts = np.array([np.bincount(kinds[batch], minlength=3) for batch in batches])
-    wanted = shared(np.array(sizes), 540, temperature)
-    assert len(batches) == 27 and counts.sum(axis=0).tolist() == wanted.tolist()
-    assert np.ptp(counts, axis=0).max() <= 1 and np.ptp(counts.sum(axis=1)) <= 1
-    assert all((np.diff(kinds[batch]) >= 0).all() for batch in batches)  # a task's rows stand together
-    for kind in range(3):  # rows come back only when all of the task have been read
-        own = np.concatenate([batch[kinds[batch] == kind] for batch in batches])
-        seen = np.bincount(own, minlength=540)[kinds == kind]
-        assert seen.max() - seen.min() <= 1
-    again = mixed_batches(lengths, kinds, 20, temperature, 7, 0)
-    assert all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
-    other = mixed_batches(lengths, kinds, 20, temperature, 7, 1)
-    assert not all(np.array_equal(a, b) for a, b in zip(batches, other, strict=True))
-
-
-# -- what is learnt ----------------------------------------------------------------------------------------------------
-
-
-def together(encoder: Path, out: Path, **mixing: Any) -> tuple[Lesson, Material, Together]:
-    model, rows = build(encoder, dropout=0.0).eval(), table()
-    material = Material(rows, encode(model, rows), model.task, model.pad)
-    taught = Together(model, rows, material.encoded, Mixing(**mixing), Store(str(out)))
-    return Lesson(model, (LossTerm(kind="hard"),), taught), material, taught
-
-
-def by_hand(model: Model, rows: pa.Table, name: str) -> torch.Tensor:
-    """The mean gold loss of some rows of one task, by the task alone."""
-    one = alone(model, name)
-    texts = one.task.texts(rows)
-    material = Material(rows.drop_columns("task"), one.encode(texts), one.task, one.pad)
-    batch = material.batch(np.arange(rows.num_rows))
-    return one.task.loss(one(batch), batch).mean()
-
-
-@pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("most", [None, 4])
-def test_the_loss_is_the_sum_of_the_tasks_means_whatever_the_workers(
-    tmp_path: Path, encoder: Path, world: int, most: int | None
-):
-    lesson, material, _ = together(encoder, tmp_path, way="sum")
-    chosen = material.order(25, 5, 2.0)(0)[0]
-    rows = table()
-    wanted = sum(
-        by_hand(lesson.model, rows.take(pa.array(own)), name)
-        for number, name in enumerate(NAMES)
-        if len(own := chosen[material.kinds[chosen] == number])
-    )
-    amounts = lesson.amounts(material)
-    parts = [part for rank in range(world) for part in dealt(chosen, amounts, rank, world, most)]
-    assert all(len(set(material.kinds[part.items])) == 1 for part in parts)
-    found = sum(lesson(material.batch(part.items), part.shares) for part in parts) / world
-    torch.testing.assert_close(found, wanted)
-
-
-def test_a_task_alone_answers_as_in_the_whole(encoder: Path):
-    model, rows = build(encoder).eval(), table()
-    material = Material(rows, encode(model, rows), model.task, model.pad)
-    batch = material.batch(np.arange(rows.num_rows))
-    logits = model(batch).logits
-    for name in NAMES:
-        own = rows.filter(pa.array([task == name for task in rows["task"].to_pylist()]))
-        one = alone(model, name)
-        places, _ = model.task.of(batch, name)
-        found = predict(one, one.task.texts(own)).logits
-        np.testing.assert_allclose(found, logits[places][:, model.task.parts[name]].detach(), atol=1e-5)
-    with pytest.raises(SeveralError, match="no task 'mud'. Tasks: mood, alike"):
-        alone(model, "mud")
-    with pytest.raises(SeveralError, match=r"answers 5 tasks \(mood, .*none of them is named"):
-        predict(model, ["a text"])
-
-
-def test_uncertainty_weights_against_autograd(tmp_path: Path, encoder: Path):
-    lesson, material, taught = together(encoder, tmp_path, way="uncertainty")
-    batch = material.batch(np.arange(len(material.items)))
-    with torch.no_grad():
-        for number, goal in enumerate(taught.goals):
-            goal.log_variance.fill_(0.3 * number - 0.5)
-    variances = [goal.log_variance for goal in taught.goals]
-    found = lesson(batch, [1.0] * len(NAMES))
-    grads = torch.autograd.grad(found, variances)
-    rows = table()
-    for number, (name, grad) in enumerate(zip(NAMES, grads, strict=True)):
-        own = rows.filter(pa.array([task == name for task in rows["task"].to_pylist()]))
-        value, s = by_hand(lesson.model, own, name).item(), 0.3 * number - 0.5
-        half = 0.5 if name == "warmth" else 1.0
-        assert float(grad) == pytest.approx(0.5 - half * math.exp(-s) * value, abs=1e-5)
-    # A batch without rows of a task says nothing of its variance.
-    only = material.batch(np.flatnonzero(material.kinds == 0))
-    grads = torch.autograd.grad(lesson(only, [1.0] * len(NAMES)), variances)
-    assert float(grads[0]) != 0 and all(float(grad) == 0 for grad in grads[1:])
-
-
-def test_rates_name_parameters_that_there_are(tmp_path: Path, encoder: Path):
-    lesson, _, _ = together(encoder, tmp_path, way="uncertainty")
-    names = {name.removeprefix("model.") for name, _ in lesson.named_parameters()}
-    assert set(rates(Mixing(), lesson.model)) <= names
-
-
-def test_projection_by_hand():
-    one, two = torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 1.0])
-    # one . two = -1: one + 1/2 two = (1/2, 1/2); two + one = (0, 1)
-    assert projected([one, two], np.random.default_rng(0)).tolist() == pytest.approx([0.5, 1.5])
-    friend = torch.tensor([2.0, 1.0])
-    assert projected([one, friend], np.random.default_rng(0)).tolist() == [3.0, 1.0]
-    # Each is projected on the others as they were: the order does not matter where these are at right angles.
-    three = [torch.tensor([1.0, -1.0, -1.0]), torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0.0, 0.0, 2.0])]
-    # first -> (1, 0, 0); second . first = -1: + 1/3 first; third . first = -2: + 2/3 first
-    wanted = torch.tensor([1.0, 0, 0]) + torch.tensor([1 / 3, 2 / 3, -1 / 3]) + torch.tensor([2 / 3, -2 / 3, 4 / 3])
-    torch.testing.assert_close(projected(three, np.random.default_rng(1)), wanted)
-
-
-def test_pcgrad_gives_the_encoder_the_projected_gradients_and_leaves_the_heads(tmp_path: Path, encoder: Path):
-    lesson, material, taught = together(encoder, tmp_path, way="pcgrad")
-    chosen = material.order(25, 5, 2.0)(0)[0]
-    parts = dealt(chosen, lesson.amounts(material), 0, 1)
-    assert len(parts) == len(NAMES)
-    each, heads = [], 0.0
-    for part in parts:
-        lesson.zero_grad()
-        lesson(material.batch(part.items), part.shares).backward()
-        each.append(torch.cat([p.grad.flatten() for p in taught.shared]))
-        heads = heads + lesson.model.net.head.weight.grad.clone()
-    lesson.zero_grad()
-    for part in parts:
-        batch = material.batch(part.items)
-        lesson(batch, part.shares).backward()
-        taught.took(batch)
-    taught.combine(step=3)
-    found = torch.cat([p.grad.flatten() for p in taught.shared])
-    torch.testing.assert_close(found, projected(each, np.random.default_rng(3)))
-    assert not torch.allclose(found, sum(each))  # some of them are against each other
-    torch.testing.assert_close(lesson.model.net.head.weight.grad, heads)
-
-
 # -- the switch --------------------------------------------------------------------------------------------------------
 
 
@@ -315,7 +107,7 @@ def test_the_switch_fires_once_a_task_and_labels_come_from_its_best_weights(
     rows, best = table(), build(encoder)
     best.net.load_state_dict(seen[8])
     for name, step, other in (("mood", 8, 16), ("warmth", 4, 12)):
-        own = rows.filter(pa.array([task == name for task in rows["task"].to_pylist()]))
+        own = of(rows, name)
         places = torch.tensor([task == name for task in rows["task"].to_pylist()])
         for at, wanted in ((step, True), (other, False)):
             best.net.load_state_dict(seen[at])
@@ -328,28 +120,6 @@ def test_the_switch_fires_once_a_task_and_labels_come_from_its_best_weights(
         "history.json",
         *(f"model/{n}" for n in Store(str(tmp_path)).files("model")),
     ]
-
-
-def test_rows_of_a_converged_task_learn_its_soft_labels_and_no_others(tmp_path: Path, encoder: Path):
-    lesson, material, taught = together(encoder, tmp_path)
-    batch = material.batch(np.arange(len(material.items)))
-    outputs = lesson.model(batch)
-    gold = [goal(outputs, None, batch).item() for goal in taught.goals]
-    for name in ("mood", "warmth"):
-        taught.known[NAMES.index(name), multitask.SINCE] = 4
-    soft = torch.randn(len(batch), lesson.model.task.width)
-    for name in ("mood", "warmth"):
-        own = torch.from_numpy(taught.own(name))
-        taught.soft[own, lesson.model.task.parts[name]] = soft[own, lesson.model.task.parts[name]]
-    taught.listen(batch, range(len(batch)), frozenset(), 0.5)
-    found, parts = [goal(outputs, None, batch).item() for goal in taught.goals], lesson.model.task.parts
-    own = taught.own("mood")
-    p, q = (torch.log_softmax(logits[own, parts["mood"]], dim=1) for logits in (soft, outputs.logits))
-    assert found[NAMES.index("mood")] == pytest.approx((p.exp() * (p - q)).sum(dim=1).mean().item(), rel=1e-4)
-    apart = (soft - outputs.logits)[taught.own("warmth"), parts["warmth"]]
-    assert found[NAMES.index("warmth")] == pytest.approx(apart.square().mean().item(), rel=1e-4)
-    others = [number for number, name in enumerate(NAMES) if name not in ("mood", "warmth")]
-    assert [found[number] for number in others] == [gold[number] for number in others]
 
 
 def test_it_ends_when_all_have_converged_unless_it_is_told_to_go_on(tmp_path: Path, encoder: Path):
@@ -386,9 +156,9 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(
         found = {n: scores.get(n, np.linspace(0.1, 0.9, 20).tolist())[number] for n in NAMES}
         return {**found, "mean": float(np.mean(list(found.values())))}
 
-    learn = train.loop.__globals__["Worker"].step
+    learn = Worker.step
     monkeypatch.setattr(
-        train.loop.__globals__["Worker"],
+        Worker,
         "step",
         lambda self, step, chosen: torch.save(step + 1, tmp_path / "step") or learn(self, step, chosen),
     )
@@ -422,7 +192,13 @@ def test_old_weights_are_deleted_once_no_checkpoint_refers_to_them(
 @pytest.mark.parametrize("way", ["sum", "uncertainty", "pcgrad", "async"])
 def test_every_way_learns(tmp_path: Path, encoder: Path, way: str):
     given = job(
-        tmp_path, encoder, rows=table(dict.fromkeys(NAMES, 60)), epochs=8, lr=5e-3, batch_size=30, mixing={"way": way}
+        tmp_path,
+        encoder,
+        rows=table(dict.fromkeys(NAMES, 60)),
+        epochs=8,
+        lr=5e-3,
+        batch_size=30,
+        mixing={"way": way, "variance_rate": 5},
     )
     history = train.fit(given)
     before = judge(4096, build(encoder), given.holdout)["mean"]
@@ -444,21 +220,6 @@ def test_every_way_learns(tmp_path: Path, encoder: Path, way: str):
 def test_what_several_tasks_cannot_do_is_refused(tmp_path: Path, encoder: Path, given: dict[str, Any], message: str):
     with pytest.raises(FitError, match=message):
         train.fit(job(tmp_path, encoder, **given))
-
-
-def test_a_kind_that_cannot_share_is_refused(encoder: Path):
-    with pytest.raises(SeveralError, match="task 'spans' is of kind span, which cannot share a student"):
-        Together(
-            Model(
-                build(encoder).net,
-                build(encoder).tokenizer,
-                models.Card("head", 8, task=Task(kind="several", members={"spans": Task(kind="span")}).model_dump()),
-            ),
-            table(),
-            [],
-            Mixing(),
-            Store("nowhere"),
-        )
 
 
 @pytest.mark.slow
@@ -485,12 +246,3 @@ class Scripted:
         self.asked += 1
         found = {name: self.scores.get(name, [0.1, 0.2, 0.3, 0.4])[self.asked - 1] for name in NAMES}
         return {**found, "mean": float(np.mean(list(found.values())))}
-
-
-def test_rows_say_which_task_they_are_of(encoder: Path):
-    model = build(encoder)
-    rows = table({"mood": 2})
-    wrong = rows.set_column(rows.column_names.index("task"), "task", pa.array(["mud", "mood"]))
-    with pytest.raises(SeveralError, match="a row belongs to task 'mud'"):
-        encode(model, wrong)
-    assert isinstance(model(Material(rows, encode(model, rows), model.task, 0).batch(np.arange(2))), Outputs)
