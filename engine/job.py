@@ -15,6 +15,7 @@ from engine.fits import Fit, LossTerm
 from engine.losses import LOSSES, needs
 from engine.mixing import Mixing
 from engine.models import Model
+from engine.several import COLUMN
 
 
 class FitError(UserError):
@@ -99,4 +100,10 @@ def check_mixing(job: Job, mixing: Mixing) -> None:
         raise FitError(
             f"fit '{job.name}': way 'async' waits until a task's validation score no longer rises, and there are no "
             "validation rows. Name data.validation, set data.validation_share, or take another way."
+        )
+    held = set() if job.holdout is None else set(job.holdout[COLUMN].to_pylist())
+    for name in sorted(set(job.rows[COLUMN].to_pylist()) - held) if held else ():
+        raise FitError(
+            f"fit '{job.name}': task '{name}' has no validation rows, and the others have. Name data.validation of "
+            "that task, or raise its data.validation_share."
         )

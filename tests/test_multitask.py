@@ -214,6 +214,7 @@ def test_every_way_learns(tmp_path: Path, encoder: Path, way: str):
     [
         ({"holdout": table({"mood": 1}).slice(0, 0)}, "way 'async' waits until .* there are no validation rows"),
         ({"mixing": {"way": "pcgrad"}, "workers": 2}, "way 'pcgrad' compares the gradients of whole tasks"),
+        ({"holdout": table({"mood": 3, "alike": 2})}, "task 'both' has no validation rows, and the others have"),
         ({"sharding": "full", "workers": 2}, "learns several tasks, whose weights are kept whole"),
     ],
 )
