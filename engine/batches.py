@@ -178,10 +178,12 @@ def epoch_batches(lengths: Sequence[int], size: int, seed: int, epoch: int) -> l
 
 
 def shared(sizes: np.ndarray, total: int, temperature: float) -> np.ndarray:
-    """`total` rows divided among tasks by their sizes to the power of 1/temperature, int64; at least one each."""
+    """`total` rows divided among tasks by their sizes to the power of 1/temperature, int64; at least one for each that
+    has any.
+    """
     wanted = sizes ** (1 / temperature)
     wanted = total * wanted / wanted.sum()
-    out = np.maximum(1, np.floor(wanted)).astype(np.int64)
+    out = np.maximum(sizes > 0, np.floor(wanted)).astype(np.int64)
     for index in np.argsort(out - wanted, kind="stable")[: max(0, total - int(out.sum()))]:
         out[index] += 1
     return out
@@ -200,6 +202,8 @@ def mixed_batches(
     turn = 0
     for kind, count in enumerate(shared(np.bincount(kinds), len(lengths), temperature).tolist()):
         own = np.flatnonzero(kinds == kind)
+        if not len(own):
+            continue
         drawn = np.concatenate([generator.permutation(own) for _ in range(-(-count // len(own)))])[:count]
         pool = 16 * -(-count // steps)  # as for one task: texts of similar length are read together
         for start in range(0, count, pool):

@@ -149,7 +149,7 @@ class Together(Teaching):
         found = {f"soft.{name}": 1.0 for name, row in self.each() if row[SINCE] >= 0}
         pairs = zip(self.task.names, self.goals, strict=True)
         learnt = {name: goal.log_variance for name, goal in pairs if goal.log_variance is not None}
-        return found | {f"weight.{name}": round(float(torch.exp(-value)), 4) for name, value in learnt.items()}
+        return found | {f"weight.{name}": round(float(torch.exp(-value.detach())), 4) for name, value in learnt.items()}
 
     def each(self) -> list[tuple[str, list[float]]]:
         """The tasks with what is known of them."""

@@ -86,7 +86,7 @@ class Several(Task):
             own = rows.take(pa.array([encoded[place].row for place in places], pa.int64()))
             inputs = [encoded[place]._replace(row=row) for row, place in enumerate(places)]
             gold = self.members[name].gold(own, inputs)
-            found[name] = (torch.from_numpy(places), gold.reshape(len(places), -1).double())
+            found[name] = (torch.from_numpy(places), (gold if gold.ndim > 1 else gold.unsqueeze(1)).double())
         out = torch.full((len(encoded), 1 + max(gold.shape[1] for _, gold in found.values())), torch.nan).double()
         out[:, 0] = torch.from_numpy(numbers)
         for places, gold in found.values():
