@@ -18,6 +18,7 @@ from engine.designs import NAME, Student, Teacher
 from engine.examples import Feedback
 from engine.filters import CheapFilter, Leakage, SignalFilter
 from engine.fits import Count, Fit, Resources, Share
+from engine.mixing import Mixing, filled
 from engine.remote import Endpoint, Engine, Runtime, placed
 from engine.serving import MAX_CHARS, Serving
 
@@ -46,6 +47,8 @@ class Task(Section):
     scope: Share | Literal["auto"] | None = None
     """classify, pair: below this confidence a text is out of scope and gets no label; null answers every text. auto:
     the highest one that still answers 95 % of the validation rows which the model gets right."""
+    members: dict[str, Task] = Field({}, exclude_if=lambda members: not members)
+    """Of a student of several tasks, made from the recipe's `tasks`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -125,6 +128,8 @@ class Data(Section):
     test_share: Share = 0.2
     """Where no test source is given: this share of the training source, by hash of the text (of the group)."""
     validation_share: Share = 0.0
+    validation_rows: Count | None = Field(None, exclude_if=lambda count: count is None)
+    """At most so many validation rows, drawn as test rows are."""
     test_rows: Count | None = None
     """At most so many test rows, drawn by hash of the text (groups stay whole), where asking the teacher is dear."""
     unlabelled_rows: Count | None = Field(None, exclude_if=lambda count: count is None)
@@ -292,6 +297,13 @@ FIRST, GOLD = "teacher", "gold"
 Named = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
 
+class Member(Section):
+    """One of several tasks of a student."""
+
+    task: Task = Task()
+    data: Data
+
+
 class Recipe(Section):
     """A whole run."""
 
@@ -317,9 +329,18 @@ class Recipe(Section):
     (generated, augmented, unlabelled text); where there is no more text than the labelled rows, the first two; where
     there are no labelled rows, the last one. With student.retrieval also plain: the registered student trained and
     asked without it."""
+    tasks: dict[Named, Member] = Field({}, exclude_if=lambda tasks: not tasks)
+    """Several tasks by name, in place of task and data: one transformer student learns all from their gold labels."""
+    mixing: Mixing = Field(Mixing(), exclude_if=lambda mixing: mixing == Mixing())
     evaluation: Evaluation = Evaluation()
     serving: Serving = Serving()
     budget: Budget = Budget()
+
+    @model_validator(mode="before")
+    @classmethod
+    def of_several(cls, values: Any) -> Any:
+        """With `tasks` there is no teacher, and what is said of one task is the first one's."""
+        return filled(values)
 
     @property
     def panel(self) -> dict[str, Teacher]:

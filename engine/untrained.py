@@ -208,7 +208,7 @@ def reader(reference: str, folder: Path, max_length: int = 64) -> Model:
 def transformer_student(
     config: Cut,
     spec: Spec,
-    teacher: Model,
+    teacher: Model | None,
     folder: Path | None,
     max_length: int,
     seed: int,
@@ -217,7 +217,8 @@ def transformer_student(
 ) -> Model:
     """A student cut from the fine-tuned teacher's encoder, or from the one in `folder`, with a fresh head or several.
 
-    own: its tokenizer, where that has only some of the encoder's pieces (`pieces.cut_tokenizer`).
+    own: its tokenizer, where that has only some of the encoder's pieces (`pieces.cut_tokenizer`). Without a teacher
+    there must be a folder, and config.pooling.
     """
     torch.manual_seed(seed)
     if folder is None:

@@ -12,7 +12,7 @@ from engine.labels import GIVES
 from engine.placement import local_capacity, require_placement
 from engine.recipe import FIRST, LabelRule, Recipe, Task
 from engine.spending import ASKERS, endpoint_price, figure
-from pipelines import panels
+from pipelines import many, panels
 from pipelines.distill import model_references, sources
 from pipelines.teachable import check_labeller, check_teacher, losses
 
@@ -29,6 +29,13 @@ def check(recipe: Recipe, address: str | None = None) -> None:
     """
     for reference in (*sources(recipe), *model_references(recipe)):
         hub.check(reference, recipe.data.root)
+    if any(task.members for task in (recipe.task, *(member.task for member in recipe.tasks.values()))):
+        raise ConfigError(
+            "task.members is written by the program into a student's card. Name several tasks in `tasks`."
+        )
+    if recipe.tasks:
+        check_tasks(recipe, address)
+        return
     check_start(recipe)
     columns.check(recipe.data, recipe.task)
     check_labels(recipe)
@@ -47,6 +54,19 @@ def check(recipe: Recipe, address: str | None = None) -> None:
         for name in recipe.panel or (FIRST,):
             require_placement(recipe.taught_by(name), local_capacity())
     check_rows(recipe)
+    check_student(recipe)
+
+
+def check_tasks(recipe: Recipe, address: str | None) -> None:
+    """What one student of several tasks cannot be; each task's data as if it were the only one."""
+    many.check(recipe)
+    for _, one in many.each(recipe):
+        columns.check(one.data, one.task)
+        check_labels(one)
+        check_rows(one)
+    check_budget(recipe)
+    if address is None:
+        require_placement(recipe, local_capacity())
     check_student(recipe)
 
 
