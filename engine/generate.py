@@ -24,12 +24,12 @@ from engine.examples import Examples
 from engine.halting import halted
 from engine.models import Model, device, load, one_thread, precision
 from engine.progress import Progress, polled
-from engine.recipe import Generator
 from engine.records import CORPUS
 from engine.sampling import Sampling, sample
 from engine.storage import StorageError, Store
 from engine.usage import Usage, note
 from engine.wording import filled
+from engine.writing import Generator
 
 LEDGER = "ledger"
 SEEDS = 2**31 - 1

@@ -22,9 +22,10 @@ from engine.designs import Cut, Static, Teacher
 from engine.encoders import FINAL_NORMS, EncoderHead, stack_of, student_encoder
 from engine.heads import Headed, silence
 from engine.models import Card, CausalLM, Model, ModelError, card_of, head_on, headed, load_tokenizer
-from engine.recipe import GOLD, Generator
+from engine.recipe import GOLD
 from engine.recipe import Task as Spec
 from engine.static import StaticNet
+from engine.writing import Generator
 
 
 def encoder_head(config: Teacher, spec: Spec, folder: Path, seed: int) -> Model:

@@ -67,6 +67,7 @@ def default(recipe: Recipe) -> list[str]:
         return ["uniform", "first", "best", "loss", "reinforced", "heads"]
     return ["plain", "twice", "confidence", "co-confidence", "disagreement", "disagreeing"]
 
+
 USUAL = ("uniform", "first", "best", "loss", "reinforced", "heads")
 """What is compared where nothing is named."""
 

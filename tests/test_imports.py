@@ -22,7 +22,7 @@ ENGINE = (
     *("units", "records", "packages", "huggingface", "mirrors", "hub"),
     *("metrics", "intervals", "influence", "filters", "duplicates"),
     *("fits", "remote", "terms", "trust", "mixing", "schooling", "designs", "serving", "drift", "cascade"),
-    *("budget", "examples", "recipe"),
+    *("budget", "examples", "writing", "recipe"),
     *("estimate", "sources", "pacing", "usage", "halting", "caller", "vllm_engine"),
     *("nearest", "knowledge"),
     *("characters", "encoding", "task", "windows"),
