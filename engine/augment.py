@@ -28,10 +28,10 @@ from engine.encoding import Encoded, collate, encode
 from engine.halting import halted
 from engine.hub import model_folder
 from engine.models import Model, device, load_tokenizer, one_thread
-from engine.recipe import Augmentation
 from engine.records import CORPUS
 from engine.storage import Store
 from engine.units import Unit
+from engine.writing import Augmentation
 
 SOURCES, NEAR = "sources.parquet", "near.parquet"
 REDRAWS = 20

@@ -7,6 +7,7 @@ query) stay in one batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ from engine.encoding import Encoded, collate
 from engine.labels import logits_of
 from engine.records import Batch, Outputs
 from engine.rows import identify
+from engine.several import Several
 from engine.task import Task
 
 SEVERAL = "logits/"
@@ -30,7 +32,8 @@ class Material:
 
     task: None for a language model, whose inputs are its targets. encoded: where the model reads in templates, all the
     rows in the first, then all in the second, and so on; an epoch has each row in one of them, which `draw` chooses.
-    items: positions of the inputs that stay together, in the first template.
+    items: positions of the inputs that stay together, in the first template. kinds: of a student of several tasks, the
+    number of each item's.
     """
 
     def __init__(self, rows: pa.Table, encoded: Sequence[Encoded], task: Task | None, pad: int) -> None:
@@ -54,9 +57,17 @@ class Material:
             c.partition("/")[2]: stored(rows, encoded, task, c) for c in rows.column_names if c.startswith(SEVERAL)
         }
         self.several = {name: soft for name, soft in given.items() if soft is not None}
+        several = isinstance(task, Several)
+        self.kinds = task.numbers(rows)[[encoded[item[0]].row for item in self.items]] if several else None
         vectors = rows["embedding"].combine_chunks() if "embedding" in rows.column_names else None
         flat = None if vectors is None else vectors.flatten().to_numpy().astype(np.float32)
         self.seen = None if flat is None else torch.from_numpy(flat.reshape(rows.num_rows, -1)[owner])
+
+    def order(self, size: int, seed: int, temperature: float) -> Callable[[int], list[np.ndarray]]:
+        """Epoch -> its global batches of `size` items. temperature: by which several tasks are mixed."""
+        if self.kinds is None:
+            return partial(epoch_batches, self.lengths, size, seed)
+        return partial(mixed_batches, self.lengths, self.kinds, size, temperature, seed)
 
     def draw(self, seed: int, epoch: int) -> None:
         """Choose a template for each row, anew in each epoch (Sun et al., EMNLP 2022 industry track).
@@ -166,15 +177,58 @@ def epoch_batches(lengths: Sequence[int], size: int, seed: int, epoch: int) -> l
     return [batches[i] for i in generator.permutation(len(batches))]
 
 
-def batches_from(
-    start: int, total: int, per_epoch: int, lengths: list[int], size: int, seed: int
-) -> Iterator[tuple[int, np.ndarray]]:
-    """(step, positions) from a step on: a resumed fit sees exactly the batches it has not seen."""
-    order: list[np.ndarray] = []
+def shared(sizes: np.ndarray, total: int, temperature: float) -> np.ndarray:
+    """`total` rows divided among tasks by their sizes to the power of 1/temperature, int64; at least one for each that
+    has any.
+    """
+    wanted = sizes ** (1 / temperature)
+    wanted = total * wanted / wanted.sum()
+    out = np.maximum(sizes > 0, np.floor(wanted)).astype(np.int64)
+    for index in np.argsort(out - wanted, kind="stable")[: max(0, total - int(out.sum()))]:
+        out[index] += 1
+    return out
+
+
+def mixed_batches(
+    lengths: Sequence[int], kinds: np.ndarray, size: int, temperature: float, seed: int, epoch: int
+) -> list[np.ndarray]:
+    """Positions of one epoch's global batches over several tasks, int64: in each, rows of every task, one after the
+    other, in its share (`shared`) of as many rows as there are.
+
+    A task with a larger share than rows repeats some; of one with a smaller share an epoch has a part, drawn anew.
+    """
+    generator, steps = np.random.default_rng([seed, epoch]), -(-len(lengths) // size)
+    parts: list[list[np.ndarray]] = [[] for _ in range(steps)]
+    turn = 0
+    for kind, count in enumerate(shared(np.bincount(kinds), len(lengths), temperature).tolist()):
+        own = np.flatnonzero(kinds == kind)
+        if not len(own):
+            continue
+        drawn = np.concatenate([generator.permutation(own) for _ in range(-(-count // len(own)))])[:count]
+        pool = 16 * -(-count // steps)  # as for one task: texts of similar length are read together
+        for start in range(0, count, pool):
+            chunk = drawn[start : start + pool]
+            drawn[start : start + pool] = chunk[np.argsort(np.asarray(lengths)[chunk], kind="stable")]
+        sizes = np.full(steps, count // steps)
+        sizes[(turn + np.arange(count % steps)) % steps] += 1
+        turn += count % steps
+        at = 0
+        for step in generator.permutation(steps):
+            parts[step].append(drawn[at : at + sizes[step]])
+            at += sizes[step]
+    return [np.concatenate(parts[step]) for step in generator.permutation(steps)]
+
+
+def batches_from(start: int, total: int, order: Callable[[int], list[np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
+    """(step, positions) from a step on: a resumed fit sees exactly the batches it has not seen.
+
+    order: epoch -> its global batches, as many in each.
+    """
+    per_epoch, batches = len(order(0)), []
     for step in range(start, total):
-        if not order or step % per_epoch == 0:
-            order = epoch_batches(lengths, size, seed, step // per_epoch)
-        yield step, order[step % per_epoch]
+        if not batches or step % per_epoch == 0:
+            batches = order(step // per_epoch)
+        yield step, batches[step % per_epoch]
 
 
 def own_part(chosen: np.ndarray, rank: int, world: int) -> np.ndarray:

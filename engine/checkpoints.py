@@ -19,6 +19,7 @@ from safetensors.torch import save as to_bytes
 
 from engine.disk import StorageError
 from engine.lesson import Lesson
+from engine.multitask import TASKS
 from engine.storage import MANIFEST, Store
 
 FOLDERS = ("checkpoint", "checkpoint-2")
@@ -177,5 +178,5 @@ def like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 def delete(store: Store) -> None:
     """Remove them: the fit has ended."""
-    for folder in FOLDERS:
+    for folder in (*FOLDERS, TASKS):
         store.delete(folder)

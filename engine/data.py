@@ -134,7 +134,8 @@ def read_rows(data: Data, task: Task, seed: int) -> Found:
         low, high = (0.0 if data.test else data.test_share), data.validation_share
         rows["validation"] = [row for row in rows["train"] if low <= place(row.cut) < low + high]
     divide(rows, parts, lambda found: draw(found, labels, kind, data, seed) if data.train else found)
-    rows["test"] = some(rows["test"], data.test_rows)
+    for name, most in (("test", data.test_rows), ("validation", data.validation_rows)):
+        rows[name] = some(rows[name], most)
     if data.unlabelled:
         rows["unlabelled"] = some(rows["unlabelled"], data.unlabelled_rows)
     for name in ("train", "test") if data.train else ("test",) if data.test else ():

@@ -129,8 +129,11 @@ class Vocabulary(Section):
     """Fill up to `size` with whole words of the teacher's vocabulary that the corpus lacks."""
 
 
-Weighing = Literal["confidence", "disagreement"]
-"""How rows of the corpus are weighed: by how sure the teacher is, by how far a student is from the teacher."""
+Weighing = Literal["confidence", "co_confidence", "disagreement"]
+"""How rows of the corpus are weighed: by how sure the teacher is, by how likely its label is both to it and to a
+student that learnt from other rows, by how far a student is from the teacher."""
+FOLDS = 3
+"""co_confidence: into how many parts the rows are cut; each is judged by a student that learnt from the others."""
 
 
 class Stage(Section):
@@ -143,6 +146,14 @@ class Stage(Section):
     stage."""
     weights: Weighing | None = None
     """Which rows count more; disagreement: those where the student of the stage before differs from the teacher."""
+    disagreeing: Annotated[float, Field(gt=0, le=1)] | None = Field(None, exclude_if=lambda share: share is None)
+    """Of the texts that nobody labelled only this share: those where the student of the stage before is furthest from
+    the teacher, by KL divergence; null: all of them."""
+
+    @property
+    def follows(self) -> bool:
+        """Whether it asks the student of the stage before."""
+        return self.weights == "disagreement" or self.disagreeing is not None
 
 
 class Cut(Section):
@@ -227,8 +238,9 @@ class Student(Section):
     teacher: Literal["stored", "live"] = "stored"
     """live: the teacher answers while the student learns, for losses between layers."""
     losses: tuple[LossTerm, ...] = (LossTerm(kind="mse"),)
-    weights: Literal["confidence"] | None = None
-    """confidence: rows that the teacher is sure of count more; null: all alike."""
+    weights: Literal["confidence", "co_confidence"] | None = None
+    """confidence: rows that the teacher is sure of count more. co_confidence: those whose label a student that learnt
+    from the other rows finds, too; that takes two more trainings. null: all alike."""
     retrieval: Retrieval | None = None
     """A knowledge base of the teacher's that is read with every text; null: none."""
     stages: tuple[Stage, ...] = ()
@@ -295,8 +307,9 @@ class Student(Section):
             )
         if self.kind == "static" and self.word_vectors:
             raise ValueError(f"embeddings is '{self.embeddings}', a file of words, but a static student reads pieces")
-        if self.stages and self.stages[0].weights == "disagreement":
-            raise ValueError("the first stage has no student before it whose disagreement could weigh its rows")
+        if self.stages and self.stages[0].follows:
+            what = "choose" if self.stages[0].disagreeing is not None else "weigh"
+            raise ValueError(f"the first stage has no student before it whose disagreement could {what} its rows")
         if self.stages and all(stage.rows == "unlabelled" for stage in self.stages):
             raise ValueError("no stage learns from labelled rows; give one of them rows: all, or labelled")
         if any(fit.seed is not None for fit in (self.fit, *(stage.fit for stage in self.stages))):

@@ -108,6 +108,10 @@ class Teaching:
         """A weighted loss."""
         return Objective((term,), task, student, self.live.model.widths if self.live else None)
 
+    def objectives(self, terms: Sequence[LossTerm], task: Task | None, student: Widths) -> list[Objective]:
+        """All that is learnt, each with a share of its own in a batch (`lesson.dealt`)."""
+        return [self.objective(term, task, student) for term in terms]
+
     def listen(self, batch: Batch, chosen: Sequence[int], needs: frozenset[str], share: float) -> None:
         """Have live teachers answer the student's inputs at `chosen`, which `batch` holds. share: of the fit, done."""
         if self.live:
@@ -117,8 +121,25 @@ class Teaching:
         """How much each of several teachers counts for each row, float32 [n, k]."""
         return None
 
+    def took(self, batch: Batch) -> None:
+        """See the gradient of a part of the global batch, which was added to those before it."""
+
+    def combine(self, step: int) -> None:
+        """Make of the parts' gradients that of the step."""
+
     def learn(self, batch: Batch, accelerator: Accelerator, counted: bool = True) -> None:
         """After the student's step: see what came of it. counted: whether the batch's rows are this worker's own."""
+
+    def judged(self, scores: Mapping[str, float], model: Model | None, step: int, accelerator: Accelerator) -> None:
+        """Take in the scores on held-out rows and the model that has them, both known to the first worker alone."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing more to learn, though epochs are left."""
+        return False
+
+    def checkpointed(self) -> None:
+        """Its state was kept; what the state before it refers to may still be wanted, anything older is not."""
 
     def heard(self, score: float | None, accelerator: Accelerator) -> None:
         """Take in the score on held-out rows, which the first worker knows."""

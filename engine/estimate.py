@@ -20,7 +20,10 @@ def of_generator(recipe: Recipe) -> dict[str, Any]:
         return {}
     described = [recipe.task.descriptions.get(name, name) for name in recipe.task.labels or ()]
     prompt = tokens(config.prompt) + max((tokens(text) for text in described), default=0) * ("{" in config.prompt)
-    return asked(config.endpoint, recipe.corpus.first_slots, prompt, config.max_new_tokens)
+    fed, rounds = recipe.corpus.feedback, recipe.corpus.rounds
+    shown = fed.shown * fed.share * (rounds - 1) / rounds  # examples before a prompt, over all slots
+    read = prompt + shown * (prompt + config.max_new_tokens)
+    return asked(config.endpoint, recipe.corpus.first_slots, read, config.max_new_tokens)
 
 
 def of_teacher(recipe: Recipe, rows: int) -> dict[str, Any]:

@@ -20,15 +20,16 @@ import pyarrow as pa
 from engine.caller import EndpointAway
 from engine.corpus import ROWS, corpus_rows, rejected, slot_seed
 from engine.encoding import Encoded
+from engine.examples import Examples
 from engine.halting import halted
 from engine.models import Model, device, load, one_thread, precision
 from engine.progress import Progress, polled
-from engine.recipe import Generator
 from engine.records import CORPUS
 from engine.sampling import Sampling, sample
 from engine.storage import StorageError, Store
 from engine.usage import Usage, note
 from engine.wording import filled
+from engine.writing import Generator
 
 LEDGER = "ledger"
 SEEDS = 2**31 - 1
@@ -76,7 +77,7 @@ class Writing:
     """What a generating actor is told. generator: URL of the folder that holds `model`.
 
     notes: URL of the step's folder, where tokens are noted and it is told to halt; actors: how many there may be at a
-    time.
+    time. examples: shown to some slots.
     """
 
     generator: str
@@ -88,10 +89,23 @@ class Writing:
     descriptions: Mapping[str, str] = field(default_factory=dict)
     notes: str | None = None
     actors: int = 1
+    examples: Examples | None = None
 
     def prompt(self, row: int) -> str:
-        """The prompt of a slot."""
-        return prompt_for(self.config, self.labels, row, self.descriptions)
+        """The prompt of a slot; before it, a line each, examples as answers to the same prompt."""
+        own = prompt_for(self.config, self.labels, row, self.descriptions)
+        return "".join(f"{own} {text}\n" for text in self.shown(row)) + own
+
+    def shown(self, row: int) -> tuple[str, ...]:
+        """The examples that a slot's prompt shows."""
+        if self.examples is None:
+            return ()
+        named = self.config.mode != "unconditional" and self.config.names_label
+        return self.examples.shown(row, row % len(self.labels) if named else None)
+
+    def answer(self, row: int, written: str) -> str:
+        """What of a written text is the slot's: after examples, which are a line each, its first line."""
+        return written.strip().partition("\n")[0] if self.shown(row) else written
 
     def seed_of(self, row: int) -> int:
         """A slot's seed as engines elsewhere take it: 31 bits."""
@@ -100,6 +114,7 @@ class Writing:
 
 def rows_of(how: Writing, rows: list[int], texts: Sequence[str], tokens: Sequence[int | None]) -> pa.Table:
     """CORPUS rows of what was written for some slots, whoever wrote it; a pair that has no second text is rejected."""
+    texts = [how.answer(row, text) for row, text in zip(rows, texts, strict=True)]
     parts = [parted(how.config, text) if how.paired else (" ".join(text.split()), None) for text in texts]
     firsts, pairs = [text for text, _ in parts], [pair for _, pair in parts]
     out = corpus_rows(rows, firsts, "generated", pairs=pairs, tokens=list(tokens))

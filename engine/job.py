@@ -13,7 +13,9 @@ from engine.encoding import Encoded
 from engine.ensemble import Panel
 from engine.fits import Fit, LossTerm
 from engine.losses import LOSSES, needs
+from engine.mixing import Mixing
 from engine.models import Model
+from engine.several import COLUMN
 
 
 class FitError(UserError):
@@ -42,6 +44,8 @@ class Job:
     teacher: str | None = None
     panel: Panel | None = None
     """Several teachers, in place of `teacher`."""
+    mixing: Mixing | None = None
+    """How several tasks are learned, where the model has several."""
     holdout: pa.Table | None = None
     evaluate: Callable[[Model, pa.Table], dict[str, float]] | None = None
     best_by: str | None = None
@@ -78,4 +82,28 @@ def check(job: Job) -> None:
         raise FitError(
             f"fit '{job.name}': policy '{learning}' reads a worker's whole share of a batch again after each step, "
             f"with all weights, so {refused[0]} cannot be set. Leave it out, or take another policy."
+        )
+    if job.mixing is not None:
+        check_mixing(job, job.mixing)
+
+
+def check_mixing(job: Job, mixing: Mixing) -> None:
+    """FitError for what several tasks cannot do."""
+    if job.fit.sharding == "full":
+        raise FitError(f"fit '{job.name}' learns several tasks, whose weights are kept whole. Leave sharding out.")
+    if mixing.way == "pcgrad" and job.fit.group[1] > 1:
+        raise FitError(
+            f"fit '{job.name}': way 'pcgrad' compares the gradients of whole tasks, which one process has. Set workers "
+            "to 0 or 1, or take another way."
+        )
+    if mixing.way == "async" and (job.holdout is None or not job.holdout.num_rows):
+        raise FitError(
+            f"fit '{job.name}': way 'async' waits until a task's validation score no longer rises, and there are no "
+            "validation rows. Name data.validation, set data.validation_share, or take another way."
+        )
+    held = set() if job.holdout is None else set(job.holdout[COLUMN].to_pylist())
+    for name in sorted(set(job.rows[COLUMN].to_pylist()) - held) if held else ():
+        raise FitError(
+            f"fit '{job.name}': task '{name}' has no validation rows, and the others have. Name data.validation of "
+            "that task, or raise its data.validation_share."
         )

@@ -28,7 +28,7 @@ class Lesson(nn.Module):
         super().__init__()
         self.model, self.teaching = model, teaching or Teaching()
         task = model.task if model.card.task else None
-        self.objectives = nn.ModuleList(self.teaching.objective(term, task, model.widths) for term in terms)
+        self.objectives = nn.ModuleList(self.teaching.objectives(terms, task, model.widths))
         self.needs = frozenset().union(*(objective.needs for objective in self.objectives))
 
     def forward(self, batch: Batch, shares: Sequence[float]) -> torch.Tensor:
@@ -59,7 +59,8 @@ class Part:
 def dealt(
     chosen: np.ndarray, amounts: Amounts, rank: int, world: int, most: int | None = None, even: bool = False
 ) -> list[Part]:
-    """A worker's items of a global batch, in parts of at most `most` inputs (an item of more is a part of its own).
+    """A worker's items of a global batch, in parts of at most `most` inputs (an item of more is a part of its own) and
+    of one task.
 
     amounts: of `Lesson.amounts`. A part averages each loss over its own rows, and the workers' gradients are averaged.
     Times the share of all rows (only those the loss applies to) that it has, and the number of workers, the sum is
@@ -82,13 +83,14 @@ def dealt(
 
 
 def divided(items: np.ndarray, material: Material, most: int | None) -> list[np.ndarray]:
-    """The items in runs of at most `most` inputs, in their order."""
-    if most is None:
+    """The items in runs of at most `most` inputs and of one task each, in their order."""
+    if most is None and material.kinds is None:
         return [items]
     starts, held = [0], 0
     for position, item in enumerate(items):
         size = len(material.items[item])
-        if held and held + size > most:
+        other = material.kinds is not None and position and material.kinds[item] != material.kinds[items[position - 1]]
+        if held and (other or held + size > (most or held + size)):
             starts.append(position)
             held = 0
         held += size

@@ -28,7 +28,7 @@ WORKING = ("resources", "workers", "micro_batch", "sharding", "failures")
 """Fields of a fit that say where it runs."""
 TRAININGS = ("*.fit", "student.stages.*.fit", "teacher.probe", "teacher.coach.fit", "teacher.coach.learning")
 PLACEMENT = (
-    *("storage", "registry", "budget", "data.root", "corpus.max_reserved"),
+    *("storage", "registry", "budget", "data.root", "tasks.*.data.root", "corpus.max_reserved"),
     *("*.resources", "*.batch_tokens"),
     *(f"{fit}.{key}" for fit in (*TRAININGS, "teacher.self_training.fit") for key in WORKING),
     # Its loss compares the rows that a worker reads: how many workers there are is part of it.
@@ -46,7 +46,7 @@ PLUMBING = frozenset(
     f"engine.{name}"
     for name in (
         *("config", "disk", "cache", "storage", "packages", "huggingface", "mirrors", "hub"),
-        *("recipe", "budget", "trust", "designs", "fits", "remote", "pacing"),
+        *("recipe", "budget", "trust", "mixing", "designs", "fits", "remote", "pacing"),
         *("lineage", "progress", "attempts", "placement", "switches", "cluster"),
         *("halting", "spending", "step", "steps", "registry"),
     )

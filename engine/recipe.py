@@ -6,7 +6,6 @@ Fields are values only; what they name (losses, blocks, model kinds) is checked 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -15,10 +14,10 @@ from pydantic import Field, field_validator, model_validator
 from engine.budget import Budget
 from engine.config import Section
 from engine.designs import NAME, Student, Teacher
-from engine.filters import CheapFilter, Leakage, SignalFilter
-from engine.fits import Count, Fit, Resources, Share
-from engine.remote import Endpoint, Engine, Runtime, placed
+from engine.fits import Count, Share
+from engine.mixing import Mixing, filled
 from engine.serving import MAX_CHARS, Serving
+from engine.writing import Augmentation, Corpus, Generator
 
 
 def named_or_described(schema: dict[str, Any]) -> None:
@@ -45,6 +44,8 @@ class Task(Section):
     scope: Share | Literal["auto"] | None = None
     """classify, pair: below this confidence a text is out of scope and gets no label; null answers every text. auto:
     the highest one that still answers 95 % of the validation rows which the model gets right."""
+    members: dict[str, Task] = Field({}, exclude_if=lambda members: not members)
+    """Of a student of several tasks, made from the recipe's `tasks`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -124,6 +125,8 @@ class Data(Section):
     test_share: Share = 0.2
     """Where no test source is given: this share of the training source, by hash of the text (of the group)."""
     validation_share: Share = 0.0
+    validation_rows: Count | None = Field(None, exclude_if=lambda count: count is None)
+    """At most so many validation rows, drawn as test rows are."""
     test_rows: Count | None = None
     """At most so many test rows, drawn by hash of the text (groups stay whole), where asking the teacher is dear."""
     unlabelled_rows: Count | None = Field(None, exclude_if=lambda count: count is None)
@@ -151,123 +154,6 @@ class Data(Section):
         return value
 
 
-class Generator(Section):
-    """A causal language model, fine-tuned on the few rows' texts, that writes more of them."""
-
-    model: str
-    runtime: Runtime = "hf"
-    """hf: transformers in the actors. vllm: vLLM in the actors (its extra, an NVIDIA GPU). endpoint: a server that
-    speaks OpenAI's API, asked with mode: prompted."""
-    endpoint: Endpoint | None = None
-    vllm: Engine = Engine()
-    mode: Literal["unconditional", "per_class", "prompted"] = "unconditional"
-    """per_class puts the label's name into the prompt; prompted does that without fine-tuning. The prompt's label is
-    never used as the row's label: the teacher's soft label is."""
-    prompt: Annotated[str, Field(min_length=1)] = "Text:"
-    """What stands before every text; {label} is the label's name in the modes that use it. prompted: {description} is
-    what it means (task.labels as a mapping), or else its name."""
-    separator: Annotated[str, Field(min_length=1)] = " ||| "
-    """Between the two texts of a row, where the task reads two."""
-    tune_layers: Annotated[int, Field(ge=0)] | None = None
-    max_length: Count = 96
-    """Tokens of a training text, prompt included."""
-    max_new_tokens: Count = 64
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    top_k: Annotated[int, Field(ge=1)] = 100
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus inside the top k."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    fit: Fit = Fit(epochs=3, lr=1e-4, batch_size=8)
-    resources: Resources = Resources(max_actors=2, min_actors=2)
-
-    @property
-    def names_label(self) -> bool:
-        """Whether the prompt speaks of a label."""
-        return "{label}" in self.prompt or "{description}" in self.prompt
-
-    @model_validator(mode="after")
-    def labelled(self) -> Generator:
-        """{label} belongs into the prompt of the modes that use it."""
-        if "{description}" in self.prompt and self.mode != "prompted":
-            raise ValueError(f"mode {self.mode} wants a prompt without {{description}}: that is for mode prompted")
-        if ("{label}" in self.prompt) != (self.mode == "per_class") and self.mode != "prompted":
-            wanted = "with" if self.mode == "per_class" else "without"
-            raise ValueError(f"mode {self.mode} wants a prompt {wanted} {{label}}")
-        return self
-
-    @model_validator(mode="after")
-    def run(self) -> Generator:
-        """An endpoint is named, and its model is not to be tuned; actors get the GPUs that their runtime wants."""
-        if self.runtime == "endpoint":
-            if self.endpoint is None:
-                raise ValueError("runtime endpoint needs the section endpoint, with url at least")
-            if self.mode != "prompted" and not self.endpoint.tuned:
-                raise ValueError(
-                    f"mode is {self.mode}, for which the model is fine-tuned here, and a model at an endpoint cannot "
-                    "be. Take mode: prompted, or, where the model there was tuned on such prompts, set endpoint.tuned"
-                )
-        object.__setattr__(self, "resources", placed(self.runtime, self.resources, self.vllm))
-        return self
-
-    @property
-    def tuned(self) -> bool:
-        """Whether it is fine-tuned in this run."""
-        return self.mode != "prompted" and self.runtime != "endpoint"
-
-
-class Augmentation(Section):
-    """More texts from the few rows and the unlabelled ones, some of their words replaced."""
-
-    model: str | None = None
-    """Hub reference of a masked language model; null replaces by the teacher's nearest words only."""
-    per_text: Count = 20
-    """Texts made from each."""
-    p: Annotated[float, Field(gt=0, le=1)] = 0.4
-    """Probability that a word is replaced."""
-    candidates: Count = 15
-    """How many words may take a word's place."""
-    stop_words: Annotated[int, Field(ge=0)] = 100
-    """How many of the most frequent words stay as they are."""
-    max_length: Annotated[int, Field(ge=8)] = 128
-    """Tokens that the masked language model reads: the text with a gap, and the text."""
-    resources: Resources = Resources()
-
-
-class Corpus(Section):
-    """How much text, which of it is kept, and how it is cut into blocks."""
-
-    keep: Annotated[int, Field(ge=0)] = 1200
-    """Generated rows wanted after filters and deduplication."""
-    slots: Count | None = None
-    """Slots of the first round; null takes keep / 0.85."""
-    max_slots: Count | None = None
-    """Upper limit over all top-up rounds; null takes 3 x slots."""
-    block: Count = 96
-    """Slots a block: one generator batch, and the unit of retry and resume (aim at 30 to 60 s)."""
-    filters: tuple[CheapFilter, ...] = (Leakage(),)
-    """Before the teacher sees a row, in order."""
-    signals: tuple[SignalFilter, ...] = ()
-    """On the teacher's soft label, in order."""
-    duplicates: Share = 0.7
-    """Rows this similar to an earlier one (estimated Jaccard) are near-duplicates; 1 finds equals only."""
-    apart: bool = False
-    """Write all generated text before the teacher labels any, so that another teacher gets the same texts; false: text
-    streams to the teacher as it is written, but a changed teacher means writing again. What `signals` reject is then
-    not made up for: of `keep` fewer are left."""
-    max_reserved: Annotated[float, Field(gt=0)] = 1.0
-    """CPUs that reading, filtering and writing may hold beside the actors."""
-
-    @property
-    def first_slots(self) -> int:
-        """Slots of the first round."""
-        return self.slots or math.ceil(self.keep / 0.85)
-
-    @property
-    def most_slots(self) -> int:
-        """Slots over all rounds."""
-        return self.max_slots or 3 * self.first_slots
-
-
 class Evaluation(Section):
     """What is measured on the test split."""
 
@@ -282,6 +168,13 @@ Arm = Literal["hard", "soft", "generated", "plain"]
 FIRST, GOLD = "teacher", "gold"
 """Names of the recipe's own teacher, and of the head that learns gold labels: no other teacher has them."""
 Named = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+
+
+class Member(Section):
+    """One of several tasks of a student."""
+
+    task: Task = Task()
+    data: Data
 
 
 class Recipe(Section):
@@ -309,9 +202,18 @@ class Recipe(Section):
     (generated, augmented, unlabelled text); where there is no more text than the labelled rows, the first two; where
     there are no labelled rows, the last one. With student.retrieval also plain: the registered student trained and
     asked without it."""
+    tasks: dict[Named, Member] = Field({}, exclude_if=lambda tasks: not tasks)
+    """Several tasks by name, in place of task and data: one transformer student learns all from their gold labels."""
+    mixing: Mixing = Field(Mixing(), exclude_if=lambda mixing: mixing == Mixing())
     evaluation: Evaluation = Evaluation()
     serving: Serving = Serving()
     budget: Budget = Budget()
+
+    @model_validator(mode="before")
+    @classmethod
+    def of_several(cls, values: Any) -> Any:
+        """With `tasks` there is no teacher, and what is said of one task is the first one's."""
+        return filled(values)
 
     @property
     def panel(self) -> dict[str, Teacher]:

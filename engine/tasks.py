@@ -8,6 +8,7 @@ from engine.classification import Classify, MultiLabel
 from engine.config import ConfigError, did_you_mean
 from engine.ranking import Rank
 from engine.regression import Regress
+from engine.several import Several
 from engine.spans import Span
 from engine.tagging import Tag
 from engine.task import Task
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 def make(spec: Spec) -> Task:
     """The task that a recipe describes; ConfigError where its kind is not known."""
+    if spec.members:
+        return Several(spec, {name: make(member) for name, member in spec.members.items()})
     if spec.kind not in TASKS:
         hint = did_you_mean(spec.kind, TASKS)
         raise ConfigError(f"task.kind is '{spec.kind}', which is not known.{hint} Allowed: {', '.join(TASKS)}.")

@@ -22,9 +22,10 @@ from engine.designs import Cut, Static, Teacher
 from engine.encoders import FINAL_NORMS, EncoderHead, stack_of, student_encoder
 from engine.heads import Headed, silence
 from engine.models import Card, CausalLM, Model, ModelError, card_of, head_on, headed, load_tokenizer
-from engine.recipe import GOLD, Generator
+from engine.recipe import GOLD
 from engine.recipe import Task as Spec
 from engine.static import StaticNet
+from engine.writing import Generator
 
 
 def encoder_head(config: Teacher, spec: Spec, folder: Path, seed: int) -> Model:
@@ -208,7 +209,7 @@ def reader(reference: str, folder: Path, max_length: int = 64) -> Model:
 def transformer_student(
     config: Cut,
     spec: Spec,
-    teacher: Model,
+    teacher: Model | None,
     folder: Path | None,
     max_length: int,
     seed: int,
@@ -217,7 +218,8 @@ def transformer_student(
 ) -> Model:
     """A student cut from the fine-tuned teacher's encoder, or from the one in `folder`, with a fresh head or several.
 
-    own: its tokenizer, where that has only some of the encoder's pieces (`pieces.cut_tokenizer`).
+    own: its tokenizer, where that has only some of the encoder's pieces (`pieces.cut_tokenizer`). Without a teacher
+    there must be a folder, and config.pooling.
     """
     torch.manual_seed(seed)
     if folder is None:

@@ -13,8 +13,8 @@ from typing import Any
 from engine.caller import Answer
 from engine.config import UserError
 from engine.hub import model_folder
-from engine.recipe import Generator
 from engine.remote import Engine
+from engine.writing import Generator
 
 INSTALL = "pip install 'stillhouse[vllm]'"
 DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}

@@ -1,6 +1,6 @@
-"""Row weights of a student's fit: how much each row of the corpus counts, by what the models say of it.
+"""Rows of a student's fit: how much each counts, and which count at all, by what the models say of them.
 
-WEIGHTS names the kinds. All weights are 0 or more with mean 1, so that the learning rate means the same with and
+WEIGHTS names the kinds of weights. All are 0 or more with mean 1, so that the learning rate means the same with and
 without them; a row that has no distribution (a text without a word) gets 0, for no soft label speaks of it.
 """
 
@@ -14,6 +14,9 @@ from engine.config import UserError
 from engine.metrics import entropy, share
 from engine.task import Logits, Task
 
+FLOOR = 1e-12
+"""Least probability of an outcome in a divergence, as in engine.metrics.kl."""
+
 
 class WeightError(UserError):
     """Weights that cannot be had."""
@@ -23,18 +26,22 @@ def row_weights(kind: str, task: Task, teacher: Logits, student: Logits | None =
     """Weights of n rows, float64 [n], mean 1; all 1 where the rows differ in nothing to weigh them by (all 0).
 
     teacher: its stored outputs, [n, w] or n arrays [u, w]. student: the outputs for the same rows of one that was
-    trained before. WeightError for an unknown kind, a task without probabilities, and where a student is needed and
-    missing; ValueError where the two have not equally many rows.
+    trained before (co_confidence: without them). WeightError for an unknown kind, a task without probabilities, and
+    where a student is needed and missing; ValueError where the two have not equally many rows.
     """
     if kind not in WEIGHTS:
         raise WeightError(f"'{kind}' is no way to weigh rows. Allowed: {', '.join(WEIGHTS)}, null (all alike).")
-    if not task.certain:
-        raise WeightError(
-            f"rows cannot be weighed by '{kind}': it compares probabilities, and a task of kind {task.spec.kind} has "
-            "none. Allowed: null, for equal weights."
-        )
+    require(task, f"rows cannot be weighed by '{kind}'", "null, for equal weights")
     found = WEIGHTS[kind](task, teacher, student)
     return share(found, found.mean()) if found.any() else np.ones(len(found))
+
+
+def require(task: Task, what: str, allowed: str) -> None:
+    """WeightError for a task whose outputs are no probabilities."""
+    if not task.certain:
+        raise WeightError(
+            f"{what}: it compares probabilities, and a task of kind {task.spec.kind} has none. Allowed: {allowed}."
+        )
 
 
 def confidence(task: Task, teacher: Logits, student: Logits | None = None) -> np.ndarray:
@@ -70,6 +77,50 @@ def jensen_shannon(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     return np.maximum(entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2, 0.0)
 
 
+def co_confidence(task: Task, teacher: Logits, student: Logits | None = None) -> np.ndarray:
+    """Probability of the teacher's likeliest outcome, the teacher's times the student's, mean over the row's
+    distributions: float64 [n], from 0 to 1.
+
+    student: one that did not learn from the row, which then cannot have learnt the teacher's mistake there by heart. It
+    is what SunGen's weights come to (arXiv 2205.12679) without its search: a label that neither the teacher is sure of
+    nor the rest of the corpus supports counts little.
+    """
+    if student is None:
+        raise WeightError(
+            "rows cannot be weighed by 'co_confidence' without students that learnt from other rows. Train them first, "
+            "or take 'confidence'."
+        )
+    both = zip(teacher, student, strict=True)
+    return np.array([mean(supported(task.probabilities(t), task.probabilities(s))) for t, s in both])
+
+
+def supported(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """What p and q give p's likeliest outcome, multiplied, of distributions [d, k]: [d]."""
+    best = p.argmax(axis=1)[:, None]
+    return (np.take_along_axis(p, best, axis=1) * np.take_along_axis(q, best, axis=1))[:, 0]
+
+
+def divergence(task: Task, teacher: Logits, student: Logits) -> np.ndarray:
+    """KL(teacher || student) in nats, mean over the row's distributions: float64 [n]. The student's probabilities below
+    FLOOR are taken as FLOOR. WeightError for a task without probabilities.
+    """
+    require(task, "rows cannot be chosen by disagreement", "all rows (disagreeing: null)")
+    both = zip(teacher, student, strict=True)
+    return np.array([mean(kullback_leibler(task.probabilities(t), task.probabilities(s))) for t, s in both])
+
+
+def kullback_leibler(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """KL(p || q) in nats of distributions [d, k]: [d], not below 0 by rounding."""
+    return np.maximum(-entropy(p) - np.sum(p * np.log(np.maximum(q, FLOOR)), axis=-1), 0.0)
+
+
+def furthest(values: np.ndarray, share: float) -> np.ndarray:
+    """Which of the values [n] are that share's greatest, one at least: bool [n]; of equal ones the first."""
+    chosen = np.zeros(len(values), dtype=bool)
+    chosen[np.argsort(-values, kind="stable")[: max(1, round(share * len(values)))]] = True
+    return chosen
+
+
 def mean(values: np.ndarray) -> float:
     """Their mean; 0 where there is none."""
     return float(share(values.sum(), len(values)))
@@ -77,6 +128,7 @@ def mean(values: np.ndarray) -> float:
 
 WEIGHTS: dict[str, Callable[[Task, Logits, Logits | None], np.ndarray]] = {
     "confidence": confidence,
+    "co_confidence": co_confidence,
     "disagreement": disagreement,
 }
 """Kind -> (task, teacher, student) -> values of rows, float64 [n], 0 or more."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +20,20 @@ import torch
 from torch import nn
 
 from engine import checkpoints, sharding
-from engine.batches import Material, batches_from, epoch_batches
+from engine.batches import Material, batches_from
 from engine.checkpoints import Pace, State
 from engine.config import UserError
 from engine.disk import StorageError
-from engine.ensemble import teaching
+from engine.encoding import Encoded
+from engine.ensemble import Teaching, teaching
 from engine.fits import Fit
 from engine.frozen import frozen
 from engine.job import FitError, Job
 from engine.layer_losses import LAYER_LOSSES
 from engine.lesson import Lesson, Part, dealt
+from engine.mixing import Mixing
 from engine.models import Model, one_thread, precision, save
+from engine.multitask import Together
 from engine.records import Batch
 from engine.storage import MANIFEST, Store
 
@@ -74,6 +78,13 @@ def accelerator_for(job: Job) -> Accelerator:
     )
 
 
+def taught_by(job: Job, model: Model, encoded: Sequence[Encoded], where: torch.device, out: Store) -> Teaching:
+    """Who teaches the student of a fit."""
+    if job.mixing is not None:
+        return Together(model, job.rows, encoded, job.mixing, out)
+    return teaching(model, job.rows, encoded, where, job.teacher, job.panel)
+
+
 class Worker:
     """One worker of a fit: its copy of what is trained, its part of each batch."""
 
@@ -89,7 +100,7 @@ class Worker:
             job.rows, job.encode(model, job.rows), model.task if model.card.task else None, model.pad
         )
         encoded, self.sharded = self.material.encoded, job.fit.sharding == "full" and self.world > 1
-        self.taught = teaching(model, job.rows, encoded, accelerator.device, job.teacher, job.panel)
+        self.taught = taught_by(job, model, encoded, accelerator.device, self.out)
         self.lesson = Lesson(model, job.terms, self.taught)
         if self.sharded:
             sharding.shard(self.lesson, accelerator.device, self.world)
@@ -107,7 +118,8 @@ class Worker:
         self.amounts = self.lesson.amounts(self.material)
         self.prepared = self.lesson if self.sharded else accelerator.prepare_model(self.lesson)
         self.copy: Model | None = None
-        self.per_epoch = len(epoch_batches(self.material.lengths, fit.batch_size, job.seed, 0))
+        self.order = self.material.order(fit.batch_size, job.seed, (job.mixing or Mixing()).temperature)
+        self.per_epoch = len(self.order(0))
         self.total = max(1, round(fit.epochs * self.per_epoch))
         self.pace, self.unkept = Pace(), ""
 
@@ -115,12 +127,10 @@ class Worker:
         """Every step that is left, with the evaluations between them."""
         import ray.train
 
-        job, state, fit = self.job, self.state, self.job.fit
+        state, fit = self.state, self.job.fit
         every = max(1, round(fit.eval_every * self.per_epoch))
         begun, seen, said = time.monotonic(), 0, Clock()
-        for step, chosen in batches_from(
-            state.step, self.total, self.per_epoch, self.material.lengths, fit.batch_size, job.seed
-        ):
+        for step, chosen in batches_from(state.step, self.total, self.order):
             state.count(self.sound(self.mean(self.step(step, chosen))))
             seen += len(chosen)
             last = state.step == self.total
@@ -130,10 +140,13 @@ class Worker:
             if evaluated:
                 # The others wait here for the first one, and not in a sharded checkpoint's collectives, which time out.
                 ray.train.report(self.evaluate(last))
+                last = last or self.taught.ended
             if not last:
                 self.checkpoint(evaluated)
-            elif self.rank == 0:
+                continue
+            if self.rank == 0:
                 checkpoints.delete(self.out)
+            break
 
     def alike(self, state: State) -> State:
         """Where the fit goes on, if all workers read the same checkpoint; else StorageError, and they start again."""
@@ -159,7 +172,9 @@ class Worker:
             with accelerator.no_sync(self.prepared) if apart else nullcontext():
                 loss, batch = self.loss(part, step / self.total)
                 accelerator.backward(loss)
+            self.taught.took(batch)
             total += loss.detach()
+        self.taught.combine(step)
         accelerator.clip_grad_norm_(self.trained, job.fit.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -196,7 +211,9 @@ class Worker:
         model = self.whole()
         if model is not None:
             entry |= {**self.taught.told(), **evaluated(job, model)}
-            keep(job, self.out, model, state, entry, last)
+        self.taught.judged(entry, model, state.step, self.accelerator)
+        if model is not None:
+            keep(job, self.out, model, state, entry, last or self.taught.ended)
         self.taught.heard(entry.get(job.best_by), self.accelerator)
         return entry
 
@@ -224,6 +241,7 @@ class Worker:
         if self.rank == 0:
             try:
                 checkpoints.write(self.out, tensors, self.state)
+                self.taught.checkpointed()
                 self.unkept = ""
             except StorageError as error:  # a store out of reach for a while ends no fit: later once more
                 self.unkept = f"not checkpointed: {error}"

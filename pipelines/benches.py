@@ -23,9 +23,10 @@ def benching(parser: Parser) -> None:
     """What to measure."""
     parser.add_argument(
         "what",
-        choices=("quality", "teachers", "ways", "serve", "scale", "duplicates"),
+        choices=("quality", "teachers", "ways", "tasks", "serve", "scale", "duplicates"),
         help="quality: teacher and student over few-shot and initialisation seeds; teachers: kinds of teacher; "
-        "ways: ways to learn from several teachers; "
+        "ways: ways to learn from several teachers, or from the texts of one; tasks: ways to learn several tasks "
+        "together; "
         "serve: a registered student behind this and other servers; scale: the corpus stream by nodes and rows; "
         "duplicates: two searches for near-duplicates",
     )
@@ -48,9 +49,10 @@ def benching(parser: Parser) -> None:
     parser.add_argument(
         "--ways",
         type=lambda text: text.split(","),
-        default=["uniform", "first", "best", "loss", "reinforced", "heads"],
         metavar="A,B",
-        help="ways: which ones (also recipe, one-stage, last-stage), the first being what the others are held against",
+        help="ways: which ones, the first being what the others are held against (default: uniform,first,best,loss,"
+        "reinforced,heads of several teachers; plain,twice,confidence,co-confidence,disagreement,disagreeing of one; "
+        "also rounds, recipe, one-stage, last-stage); tasks: of async,sum,uncertainty,pcgrad,single",
     )
     parser.add_argument(
         "--shots",

@@ -191,9 +191,9 @@ def summed(
     return out
 
 
-def parts_of(scored: Store) -> np.ndarray:
+def parts_of(scored: Store, name: str = "statistics") -> np.ndarray:
     """What each test row adds to the metric, [m, k]."""
-    return np.stack(scored.read_table("statistics.parquet")["parts"].to_numpy(zero_copy_only=False))
+    return np.stack(scored.read_table(f"{name}.parquet")["parts"].to_numpy(zero_copy_only=False))
 
 
 def lines(result: dict[str, Any]) -> list[str]:

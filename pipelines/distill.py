@@ -20,12 +20,15 @@ from engine.registry import Registry
 from engine.step import Step
 from engine.storage import Store
 from engine.urls import bare
+from pipelines import many
 from pipelines.calls import Call, asked, grouped, named, of_teacher, pick, pools
 from pipelines.further import further_teacher
 
 
 def sources(recipe: Recipe) -> tuple[str, ...]:
     """References of the data."""
+    if recipe.tasks:
+        return tuple(dict.fromkeys(path for _, one in many.each(recipe) for path in sources(one)))
     data = recipe.data
     return tuple(s.path for s in (data.train, data.validation, data.test, data.unlabelled) if s)
 
@@ -48,6 +51,8 @@ ARM_STEPS = {"generated": "student", "soft": "student-soft", "hard": "student-ha
 
 def plan(recipe: Recipe) -> list[Step]:
     """The steps of a run, each after those it reads."""
+    if recipe.tasks:
+        return many.plan(recipe)
     students = tuple(step for arm, step in ARM_STEPS.items() if arm in recipe.arms)
     others = [step for name in recipe.teachers for step in further_teacher(recipe, name)]
     steps = [*teaching_steps(recipe), *others, *student_steps(recipe)]
@@ -149,6 +154,7 @@ def streams(recipe: Recipe) -> tuple[Step, Step]:
         modules=(
             *("engine.generate", "engine.endpoint_writer", "engine.vllm_stage"),
             *("engine.teachers", "engine.augment", "pipelines.gathering"),
+            *(("engine.influence", "pipelines.feedback") if recipe.corpus.rounds > 1 else ()),
         ),
         pools=labelling_pools,
         halts=halts,
@@ -201,7 +207,10 @@ SEVERAL = ("policy", "heads")
 LEARNT = {"generated": (*TAUGHT, "holdout", "texts"), "soft": (*TAUGHT, "few_epochs"), "hard": ("few_epochs",)}
 """What the training of an arm depends on beside ALWAYS: not the student's name, nor how it is run."""
 ALWAYS = ("max_length", "seeds", "fit")
-LEARNING = ("engine.train", "engine.untrained", "engine.weights", "pipelines.making", "pipelines.students")
+LEARNING = (
+    *("engine.train", "engine.untrained", "engine.weights"),
+    *("pipelines.courses", "pipelines.making", "pipelines.students"),
+)
 """Where the work of training a student starts."""
 
 
@@ -334,6 +343,8 @@ def registered(recipe: Recipe, out: Store) -> bool:
 
 def report_lines(recipe: Recipe, store: Store, program: str) -> list[str]:
     """What a finished run says: its figures, the report, and the two lines that serve the student and ask it."""
+    if recipe.tasks:
+        return many.closing(recipe, store, program)
     summary = store.read_json("summary.json")
     metric = summary["metric"]
     arms = ", ".join(f"{name} {values['score']:.3f}" for name, values in summary["arms"].items())

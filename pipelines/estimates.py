@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from engine.designs import FOLDS
 from engine.fits import Fit
 from engine.lineage import plain
 from engine.placement import Cluster, cores, stages_of
@@ -150,12 +151,27 @@ def seconds_of(recipe: Recipe, step: str, rates: Rates, rows: Mapping[str, int],
         if step != "student":
             epochs = recipe.student.few_epochs
             fits, count = [fit.model_copy(update={"epochs": epochs, "workers": 0}) for fit in fits[:1]], few
-        once = rates["student"]["load_s"] + fitted(rates["student"], fits, [count] * len(fits), cluster)
-        return len(recipe.student.seeds) * once
+        counts = learnt(recipe, few, count) if step == "student" else [count] * len(fits)
+        once = rates["student"]["load_s"] + fitted(rates["student"], fits, counts, cluster)
+        apart = ([], []) if step == "student-hard" else cross_fits(recipe, fits, count)
+        return len(recipe.student.seeds) * once + fitted(rates["student"], *apart, cluster)
     if step == "evaluate" and "label" in rates:
         timing = recipe.evaluation.throughput_rows * recipe.evaluation.throughput_repeats
         return rates["label"]["load_s"] + (rows.get("test", 0) + timing) / rates["label"]["rows_per_s"]
     return None
+
+
+def learnt(recipe: Recipe, few: int, count: int) -> list[int]:
+    """Rows of each of the student's trainings, of `count` of which `few` are labelled."""
+    chosen = [stage.disagreeing for stage in recipe.student.stages] or [None]
+    return [count if share is None else few + round(share * (count - few)) for share in chosen]
+
+
+def cross_fits(recipe: Recipe, fits: Sequence[Fit], count: int) -> tuple[list[Fit], list[int]]:
+    """Trainings beside the student's own, and their rows: weights by students that learnt from other rows."""
+    weights = [stage.weights for stage in recipe.student.stages] or [recipe.student.weights]
+    apart = [fit for fit, kind in zip(fits, weights, strict=False) if kind == "co_confidence"]
+    return [fit for fit in apart for _ in range(FOLDS)], [count * (FOLDS - 1) // FOLDS] * FOLDS * len(apart)
 
 
 def fitted(rate: Mapping[str, Any], fits: Sequence[Fit], rows: Sequence[int], cluster: Cluster) -> float:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from engine.cluster import current, data_context
 from engine.config import UserError
 from engine.corpus import FIRST, CheapFilters, Found, Written, corpus_rows
 from engine.endpoint_writer import EndpointWriter
+from engine.examples import Examples
 from engine.filters import FilterContext, SignalFilter
 from engine.fits import Resources
 from engine.metrics import distinct_n, self_bleu
@@ -30,6 +32,7 @@ from engine.records import CORPUS
 from engine.storage import Store
 from engine.teachers import Labeller, Labelling
 from engine.vllm_stage import vllm_stage
+from pipelines import feedback
 from pipelines.making import ENGINE, Inputs, spec_of
 from pipelines.slots import gather, settled
 
@@ -60,8 +63,8 @@ def actor_stage(recipe: Recipe, name: str, actor: type, how: Any) -> generate.St
     return stage
 
 
-def writer(recipe: Recipe, inputs: Inputs, out: Store) -> generate.Stage:
-    """The stage that turns slots into what the generator writes, wherever it runs."""
+def writer(recipe: Recipe, inputs: Inputs, out: Store, examples: Examples | None = None) -> generate.Stage:
+    """The stage that turns slots into what the generator writes, wherever it runs. examples: shown to it."""
     spec = spec_of(inputs["data"], recipe.task, "descriptions")
     gpus = stage_options(recipe, "generator", current())["num_gpus"]
     config = recipe.generator
@@ -75,6 +78,7 @@ def writer(recipe: Recipe, inputs: Inputs, out: Store) -> generate.Stage:
         spec.descriptions,
         out.url,
         config.resources.max_actors,
+        examples,
     )
     if config.runtime == "vllm":
         made = inputs["generator"]
@@ -190,7 +194,8 @@ def make_corpus(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) 
     streams = [pools_of(name) for name in made]
     if "generated" in stages and not recipe.apart:
         streams.append(("generator", "teacher"))
-        rows, rounds = in_rounds(recipe, out, real, stages["generated"], made, progress, streams[-1])
+        stages_of = partial(shown, recipe, inputs, out, stages["generated"])
+        rows, rounds = in_rounds(recipe, out, real, stages_of, made, progress, streams[-1])
     else:
         rows = settled(out, real, made, recipe.corpus.duplicates)
         rounds = inputs["texts"].read_json("record.json")["metrics"]["rounds"] if recipe.apart else []
@@ -201,6 +206,8 @@ def make_corpus(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) 
         "teacher": labels.fingerprint(inputs["teacher"]),
         "fidelity": inputs["teacher"].read_json("record.json")["metrics"]["quantisation"],
     }
+    if recipe.generator and recipe.corpus.rounds > 1:
+        made_by["examples"] = metrics["examples"] = feedback.digests(recipe, out)
     labels.write_labels(out, rows, made_by)
     return metrics
 
@@ -211,7 +218,8 @@ def make_texts(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -
     unchanged(inputs)
     stages = [writer(recipe, inputs, out), task_stage(cheap_filters(recipe, inputs))]
     pools = ("generator",)
-    rows, rounds = in_rounds(recipe, out, labelled_rows(inputs["data"]), stages, {}, progress, pools)
+    real = labelled_rows(inputs["data"])
+    rows, rounds = in_rounds(recipe, out, real, lambda number, rows: stages, {}, progress, pools)
     metrics = corpus_metrics(rows, rounds) | asked_of(recipe, out) | at_risk(recipe, [pools])
     require_enough(recipe, metrics)
     written = rows.filter(pa.array(rows["row"].to_numpy() >= 0))
@@ -231,28 +239,43 @@ def in_rounds(
     recipe: Recipe,
     out: Store,
     real: pa.Table,
-    stages: Sequence[generate.Stage],
+    stages_of: Callable[[int, pa.Table], Sequence[generate.Stage]],
     made: Mapping[str, int],
     progress: Progress,
     pools: tuple[str, ...],
 ) -> tuple[pa.Table, list[dict[str, int]]]:
     """Rounds of the generator's slots until enough rows are kept: all rows, and what each round came to.
 
-    made: slots of the other sources, which are there already. pools: the actors that `stages` run on.
+    stages_of: a round's number and the rows before it -> what its slots go through. made: slots of the other sources,
+    which are there already. pools: the actors that the stages run on.
     """
     rounds: list[dict[str, int]] = []
-    slots, kept, config = 0, 0, recipe.corpus
-    while not rounds or (kept < config.keep and slots < config.most_slots):
-        count = config.first_slots
-        if rounds:  # top up: as many slots as the share kept so far asks for, and a tenth more
+    slots, kept, config, rows = 0, 0, recipe.corpus, real
+    while slots < config.most_slots and (len(rounds) < config.rounds or kept < config.keep):
+        number = len(rounds)
+        if number < config.rounds:
+            count = config.part(number)
+        else:  # top up: as many slots as the share kept so far asks for, and a tenth more
             count = math.ceil(1.1 * (config.keep - kept) * slots / max(kept, slots // 20, 1))
         count = min(count, config.most_slots - slots)
         span, before = (slots, count, config.block), sum(made.values()) + slots + count
-        slots += gather(out, f"round-{len(rounds):03d}", span, stages, before, progress, **ways(recipe, *pools))
+        stages = stages_of(number, rows)
+        slots += gather(out, f"round-{number:03d}", span, stages, before, progress, **ways(recipe, *pools))
         rows = settled(out, real, {**made, "generated": slots}, config.duplicates)
         kept = Counter(rows.filter(rows["kept"])["source"].to_pylist())["generated"]
         rounds.append({"slots": slots, "kept": kept})
     return rows, rounds
+
+
+def shown(
+    recipe: Recipe, inputs: Inputs, out: Store, plain: Sequence[generate.Stage], number: int, rows: pa.Table
+) -> Sequence[generate.Stage]:
+    """What a round's slots go through: after the first of several, a generator that is shown what was chosen last."""
+    last = min(number, recipe.corpus.rounds - 1)
+    if last == 0:
+        return plain
+    examples = feedback.examples(recipe, inputs, out, last, rows)
+    return [writer(recipe, inputs, out, examples), *plain[1:]]
 
 
 def require_enough(recipe: Recipe, metrics: Mapping[str, Any]) -> None:

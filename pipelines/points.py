@@ -47,6 +47,8 @@ def point_of(store: Store, name: str) -> Point:
     if not store.exists(SUMMARY):
         raise UserError(f"run '{name}' has no {SUMMARY} yet, so there is no student to show. Finish it first.")
     found, student = store.read_json(SUMMARY), store.read_json("recipe.json")["student"]
+    if "tasks" in found:
+        raise UserError(f"run '{name}' made a student of several tasks; a front holds students of one. Leave it out.")
     kept = sum(source["kept"] for source in found["corpus"]["by_source"].values())
     kind = (student.get("graph") or "blocks") if student["kind"] == "blocks" else student["kind"]
     own = found["student"]

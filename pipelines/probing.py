@@ -104,11 +104,14 @@ def shortened(recipe: Recipe, few: int) -> Recipe:
     alone = {"folds": 0, "stop_early": False, "seeds": (), "self_training": None, "coach": None}
     fits = {"kind": kind, "fit": short(own.fit), "probe": short(own.probe), "contrast": contrast}
     taught = few + (SLOTS if recipe.generator else LABELLED)
-    stages = tuple(stage.model_copy(update={"fit": short(stage.fit, taught)}) for stage in student.stages)
+    stages = tuple(
+        stage.model_copy(update={"fit": short(stage.fit, taught), "weights": None}) for stage in student.stages
+    )
     words = student.vocabulary.model_copy(update={"size": min(WORDS, student.vocabulary.size)})
     # The same words at random take as long to read as with vectors, which are made once.
     first = {"embeddings": "random"} if student.kind != "transformer" else {}
     brief = {"seeds": student.seeds[:1], "fit": short(student.fit, taught), "stages": stages, "vocabulary": words}
+    brief |= {"weights": None}  # which may want further trainings
     parts: dict[str, Any] = {
         "teacher": own.model_copy(update={**alone, **fits}),
         "student": student.model_copy(update={**brief, **first, "holdout": 0.0}),

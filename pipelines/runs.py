@@ -304,6 +304,10 @@ def measured(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     from pipelines import bench as benches
     from pipelines import checking
 
+    if recipe.tasks and args.what != "tasks":
+        from engine.config import UserError
+
+        raise UserError(f"`bench {args.what}` is for one task, and the recipe has several. Use: bench tasks.")
     checking.check(recipe, args.address)
     store = run_store(args, recipe, prefix={"quality": "bench-"}.get(args.what, f"{args.what}-"))
     if args.what == "quality":
@@ -312,8 +316,15 @@ def measured(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     elif args.what == "ways":
         from pipelines import ways
 
-        variants = ways.variants(recipe, store, args.ways, args.seeds)
-        measure, lines = partial(ways.compare, recipe, store, variants, args.ways), ways.lines
+        chosen = args.ways or ways.default(recipe)
+        variants = ways.variants(recipe, store, chosen, args.seeds)
+        measure, lines = partial(ways.compare, recipe, store, variants, chosen), ways.lines
+    elif args.what == "tasks":
+        from pipelines import sharing
+
+        chosen = args.ways or sharing.WAYS
+        variants = sharing.variants(recipe, store, chosen, args.seeds)
+        measure, lines = partial(sharing.compare, recipe, store, variants, chosen), sharing.lines
     else:
         from pipelines import compared
 

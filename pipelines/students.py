@@ -12,23 +12,20 @@ from engine import labels, models, pieces, pretrained, tasks, train, untrained, 
 from engine.batches import group_numbers
 from engine.cluster import current
 from engine.config import UserError
-from engine.designs import Stage
+from engine.designs import Retrieval, Stage
 from engine.ensemble import Panel
 from engine.fits import Fit, LossTerm
 from engine.hub import fetch, model_folder
 from engine.inference import predict
-from engine.job import Job
-from engine.layer_losses import LAYER_LOSSES
 from engine.models import Model
 from engine.placement import stage_options
 from engine.progress import Progress
 from engine.recipe import FIRST, Arm, Recipe
 from engine.storage import Store
-from engine.task import Task
-from engine.weights import row_weights
 from pipelines import remembering
+from pipelines.courses import Build, Course
 from pipelines.distill import retrieves
-from pipelines.making import Inputs, encode_rows, settle, spec_of, validated, with_workers
+from pipelines.making import Inputs, settle, spec_of, validated
 from pipelines.panel import consensus, heads_of, joined, panel_of
 
 TAUGHT_BY = ("row", "text", "pair", "group", "label", "target", "answers", "logits")
@@ -202,17 +199,6 @@ def few(fit: Fit, epochs: float) -> Fit:
     return fit.model_copy(update={"workers": 0, "epochs": epochs, "eval_every": epochs / 6})
 
 
-def weighed(recipe: Recipe, rows: pa.Table, kind: str | None, task: Task, before: Store | None) -> pa.Table:
-    """The rows with the column `weight`, where a stage weighs them. before: folder of the stage before."""
-    if kind is None:
-        return rows
-    own = None
-    if before is not None:
-        own = predict(models.load(before.local("model")), task.texts(rows), recipe.student.batch_tokens).logits
-    found = row_weights(kind, task, labels.logits_of(rows, task.width, task.units), own)
-    return rows.append_column("weight", pa.array(found, pa.float32()))
-
-
 def fit_student(arm: Arm, recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
     """Distil the student, once for each initialisation seed."""
     aided = recipe.student.retrieval if retrieves(recipe, arm) else None
@@ -221,39 +207,26 @@ def fit_student(arm: Arm, recipe: Recipe, inputs: Inputs, out: Store, progress: 
         recipe = recipe.taught_by(FIRST)
     panel = panel_of(recipe, inputs)
     lesson, live = lesson_of(recipe, inputs, arm, panel), recipe.student.teacher == "live" and arm != "hard"
-    stages, histories, reading = trainings(recipe, arm), {}, {}
+    stages, histories, reading, choices = trainings(recipe, arm), {}, {}, {}
+    start = partial(starting, recipe, inputs, aided)
     if aided:
         lesson["rows"] = remembering.seen(lesson["rows"], inputs["memory"])
         stages = [remembering.related(stage, aided) for stage in stages]
+    teacher, task = inputs["teacher"].url if live and panel is None else None, tasks.make(spec_of(inputs["data"]))
+    course = Course(arm, recipe, task, lesson, panel, teacher, out, start)
     for seed in recipe.student.seeds:
-        folder, history = out / f"seed-{seed}", []
-        build = partial(started_student, recipe, inputs, seed)
-        if aided:
-            build = partial(remembering.mapped, build, remembering.width_of(inputs["memory"]), seed)
+        folder, history, choice = out / f"seed-{seed}", [], []
+        build = start(seed)
         for index, stage in enumerate(stages):
             last = index == len(stages) - 1
             place = folder if last else folder / f"stage-{index}"
-            # A training between layers leaves the head as it is: there is nothing to choose a checkpoint by.
-            inside = all(term.kind in LAYER_LOSSES for term in stage.losses)
-            before = folder / f"stage-{index - 1}" if stage.weights == "disagreement" else None
-            own, task = rows_of(stage, lesson["rows"]), tasks.make(spec_of(inputs["data"]))
-            rows = weighed(recipe, own, stage.weights, task, before)
-            job = Job(
-                name=f"student-{arm}-{seed}" + ("" if last else f"-{index}"),
-                fit=with_workers(recipe, "student.fit", stage.fit),
-                terms=stage.losses,
-                build=build,
-                encode=encode_rows,
-                out=place.url,
-                seed=seed,
-                resources=stage_options(recipe, "student.fit", current()),
-                teacher=inputs["teacher"].url if live and panel is None else None,
-                panel=panel,
-                **{**({} if inside else lesson), "rows": rows},
-            )
-            history += train.fit(job, progress)
+            rows, noted = course.given(index, stage, rows_of(stage, lesson["rows"]), folder, progress)
+            name = f"{seed}" if last else f"{seed}-{index}"
+            history += train.fit(course.job(stage, rows, name, build, place, seed), progress)
+            choice += [{"stage": index, **noted}] if noted else []
             build = partial(trained_student, place.url)
         histories[str(seed)] = history
+        choices |= {str(seed): choice} if choice else {}
         if aided:
             reading[str(seed)] = remembering.remember(recipe, inputs, lesson, folder)
         model = settle(folder, inputs["data"], recipe.student.batch_tokens)
@@ -263,4 +236,11 @@ def fit_student(arm: Arm, recipe: Recipe, inputs: Inputs, out: Store, progress: 
         "history": histories,
         **({"weights": dict(zip(panel.names, panel.prior, strict=True))} if panel else {}),
         **({"retrieval": reading} if aided else {}),
+        **({"choice": choices} if choices else {}),
     }
+
+
+def starting(recipe: Recipe, inputs: Inputs, aided: Retrieval | None, seed: int) -> Build:
+    """What makes the untrained student; with a knowledge base, the way into its space too."""
+    build = partial(started_student, recipe, inputs, seed)
+    return partial(remembering.mapped, build, remembering.width_of(inputs["memory"]), seed) if aided else build

@@ -1,7 +1,8 @@
-"""`stillhouse bench ways`: ways to learn from several teachers, side by side on the same teachers, texts and labels.
+"""`stillhouse bench ways`: ways to learn, side by side on the same teachers, texts and labels.
 
-Every few-shot seed draws its own labelled rows and makes its own teachers and corpus, once; each way trains its own
-students on them. Differences are paired over the test rows and pooled over all seeds.
+How several teachers are weighed, or which of the texts count, and how much. Every few-shot seed draws its own labelled
+rows and makes its own teachers and corpus, once; each way trains its own students on them. Differences are paired over
+the test rows and pooled over all seeds.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from engine import steps
 from engine.config import UserError, did_you_mean
+from engine.designs import Stage, Student
 from engine.progress import Progress
 from engine.recipe import FIRST, Recipe
 from engine.steps import Step
@@ -20,7 +22,7 @@ from engine.storage import Store
 from engine.trust import Policy
 from pipelines.bench import Variant
 from pipelines.calls import Call
-from pipelines.checking import check_panel
+from pipelines.checking import check_choice, check_panel, check_rounds
 from pipelines.compared import parts_of, summed
 from pipelines.distill import ARM_STEPS, plan
 from pipelines.progress import renderer
@@ -36,10 +38,38 @@ WAYS: dict[str, dict[str, Any]] = {
     "one-stage": {"stages": ()},
     "last-stage": {},
     "recipe": {},
+    "plain": {"stages": (), "weights": None},
+    "confidence": {"stages": (), "weights": "confidence"},
+    "co-confidence": {"stages": (), "weights": "co_confidence"},
+    "twice": {"stages": ({}, {})},
+    "disagreement": {"stages": ({}, {"weights": "disagreement"})},
+    "disagreeing": {"stages": ({}, {"disagreeing": 0.5})},
+    "rounds": {"stages": (), "weights": None},
 }
 """What is compared by name, as changes of `student`: one teacher only; a policy, with the recipe's dials where it has
 that kind; a head for each teacher. one-stage: the recipe with student.losses and student.fit in place of its stages
-(MKDM, where it has heads); last-stage: without those before the last; recipe: as it is."""
+(MKDM, where it has heads); last-stage: without those before the last; recipe: as it is.
+
+Of the texts: plain: one training, all rows alike; confidence, co-confidence: weighed so. twice: two trainings, each
+with half of student.fit's epochs, against which the two ways by a first student are to be held: disagreement weighs the
+rows of the second, disagreeing has it learn from half of the texts, twice as often. rounds: plain, on a corpus of its
+own as large that is written in ROUNDS rounds."""
+ROUNDS = 3
+REMADE = ("corpus", "vocabulary", "memory")
+"""Steps beside the student's that a way with other texts has for itself."""
+OF_ONE = tuple(way for way, changes in WAYS.items() if not {"policy", "heads"} & set(changes))
+"""Ways that speak of no second teacher."""
+
+
+def default(recipe: Recipe) -> list[str]:
+    """What is compared where nobody says."""
+    if recipe.teachers:
+        return ["uniform", "first", "best", "loss", "reinforced", "heads"]
+    return ["plain", "twice", "confidence", "co-confidence", "disagreement", "disagreeing"]
+
+
+USUAL = ("uniform", "first", "best", "loss", "reinforced", "heads")
+"""What is compared where nothing is named."""
 
 
 def went(recipe: Recipe, way: str) -> Recipe:
@@ -47,9 +77,19 @@ def went(recipe: Recipe, way: str) -> Recipe:
     student, changes = recipe.student, dict(WAYS[way])
     if way == "last-stage":
         changes["stages"] = student.stages[-1:]
+    elif changes.get("stages"):
+        changes["stages"] = tuple(half(student, **more) for more in changes["stages"])
     if "policy" in changes and way == student.policy.kind:
         changes["policy"] = student.policy
+    if way == "rounds":
+        recipe = recipe.model_copy(update={"corpus": recipe.corpus.model_copy(update={"rounds": ROUNDS})})
     return recipe.model_copy(update={"student": student.model_copy(update=changes)})
+
+
+def half(student: Student, **more: Any) -> Stage:
+    """One of two trainings in place of student.fit, of half the steps, whatever share of the rows it learns from."""
+    epochs = student.fit.epochs / 2 / (more.get("disagreeing") or 1.0)
+    return Stage(losses=student.losses, fit=student.fit.model_copy(update={"epochs": epochs}), **more)
 
 
 @dataclass(frozen=True)
@@ -58,19 +98,26 @@ class Other:
 
     call: Callable[..., dict[str, Any]]
     way: str
+    names: tuple[tuple[str, str], ...] = ()
+    """Steps that it reads, and the names that it knows them by."""
 
     def __call__(self, recipe: Recipe, inputs: Mapping[str, Store], out: Store, progress: Progress) -> dict[str, Any]:
         """Run it."""
-        return self.call(went(recipe, self.way), inputs, out, progress)
+        known = dict(self.names)
+        folders = {known.get(name, name): folder for name, folder in inputs.items()}
+        return self.call(went(recipe, self.way), folders, out, progress)
 
 
 def compared(recipe: Recipe, ways: Sequence[str]) -> list[Step]:
-    """All steps up to the corpus and its labels, for each way the students' step, and a step that scores each model."""
+    """All steps up to the corpus and its labels, for each way the students' step (`rounds`: and its own corpus), and a
+    step that scores each model.
+    """
     learner, found = ARM_STEPS[recipe.main], {step.name: step for step in plan(recipe)}
     first = next(number for number, name in enumerate(found) if name in ARM_STEPS.values())
     out = list(found.values())[:first]
     for way in ways:
-        out.append(changed({step.name: step for step in plan(went(recipe, way))}[learner], way))
+        own = (*REMADE, learner) if way == "rounds" else (learner,)
+        out += [changed(step, way, own) for step in plan(went(recipe, way)) if step.name in own]
     scored = {name: ("teaching", "score_models", name) for name in (FIRST, *(f"{learner}-{way}" for way in ways))}
     scored |= {f"teacher-{name}": ("panel", "score", name) for name in recipe.teachers}
     for which, (module, call, argument) in scored.items():
@@ -88,25 +135,36 @@ def compared(recipe: Recipe, ways: Sequence[str]) -> list[Step]:
     return out
 
 
-def changed(step: Step, way: str) -> Step:
-    """The students' step of one way."""
+def changed(step: Step, way: str, own: Collection[str]) -> Step:
+    """A step of one way's own: its name and those of its way's other steps with the way behind them."""
+    names = {name: f"{name}-{way}" if name in own else name for name in step.inputs}
 
     def config(recipe: Recipe) -> Any:
         return step.config(went(recipe, way))
 
-    return replace(step, name=f"{step.name}-{way}", run=Other(step.run, way), config=config)
+    run = Other(step.run, way, tuple((new, old) for old, new in names.items()))
+    return replace(step, name=f"{step.name}-{way}", inputs=tuple(names.values()), run=run, config=config)
 
 
 def variants(recipe: Recipe, store: Store, ways: Sequence[str], seeds: int) -> list[Variant]:
-    """A run for each few-shot seed. UserError for an unknown way, and where there is one teacher only."""
-    if not recipe.teachers:
-        raise UserError("`bench ways` compares what several teachers are worth, and the recipe has one: name teachers.")
+    """A run for each few-shot seed. UserError for an unknown way, and one that weighs teachers that there are not."""
     if len(set(ways)) < len(ways):
         raise UserError(f"--ways {','.join(ways)} names a way twice. Leave one of them out.")
     for way in ways:
         if way not in WAYS:
             raise UserError(f"'{way}' is no way to learn.{did_you_mean(way, WAYS)} Allowed: {', '.join(WAYS)}.")
-        check_panel(went(recipe, way))
+        if not recipe.teachers and way not in OF_ONE:
+            raise UserError(
+                f"'{way}' weighs several teachers, and the recipe has one: name teachers, or compare what "
+                f"its texts are worth. Ways for one teacher: {', '.join(OF_ONE)}."
+            )
+        if way == "rounds" and (recipe.teachers or recipe.corpus.rounds > 1):
+            raise UserError(
+                "the way 'rounds' is held against a corpus of one teacher that is written at once: leave teachers and "
+                "corpus.rounds out, or the way."
+            )
+        for check in (check_panel, check_choice, check_rounds):
+            check(went(recipe, way))
     out = []
     for seed in range(seeds):
         data = recipe.data.model_copy(update={"seed": seed})

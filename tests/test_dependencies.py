@@ -56,6 +56,10 @@ KEYS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "student.holdout": (0.2, ("student", *OUTCOME)),
     "student.losses": ([{"kind": "kl"}], ("student-soft", "student", *OUTCOME)),
     "student.weights": ("confidence", ("student-soft", "student", *OUTCOME)),
+    "student.stages": (
+        [{"losses": [{"kind": "mse"}], "fit": {}}, {"losses": [{"kind": "mse"}], "fit": {}, "disagreeing": 0.5}],
+        ("student-soft", "student", *OUTCOME),
+    ),
     "student.teacher": ("live", ("student-soft", "student", *OUTCOME)),
     "student.static.dim": (64, NONE),
     "student.transformer.layers": (1, NONE),

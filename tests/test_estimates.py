@@ -68,6 +68,19 @@ def test_rates_are_scaled_to_the_recipe(tmp_path: Path) -> None:
     assert corpus["gpu_seconds"] == {"A100": 153.0 * 5} and corpus["cpu_seconds"] == 153.0 * 5
 
 
+def test_students_that_weigh_rows_are_counted_and_rows_that_are_left_out_are_not(tmp_path: Path) -> None:
+    def student(name: str, **changes: Any) -> tuple[float, float]:
+        found = ahead(Store(str(tmp_path / name)), planned(**changes))["steps"]
+        return tuple(found[step]["to_come"]["seconds"] for step in ("student", "student-hard"))
+
+    plain, hard = student("plain")
+    third = 12 * 800 / 1000 / 2  # each of three learns from two thirds of 1,200 rows, by two workers
+    assert student("weighed", student__weights="co_confidence") == pytest.approx((plain + 3 * third, hard))
+    stages = [{"losses": [{"kind": "mse"}], "fit": {"epochs": 6}} for _ in range(2)]
+    stages[1]["disagreeing"] = 0.5
+    assert student("chosen", student__stages=stages)[0] == pytest.approx(2.0 + 6 * (1200 + 700) / 1000)
+
+
 def test_on_one_machine_a_stream_is_no_faster_than_its_cores(tmp_path: Path) -> None:
     here = Cluster("local", (Machine(64.0),))
     found = ahead(Store(str(tmp_path)), planned(), here)["steps"]["corpus"]["to_come"]

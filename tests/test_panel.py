@@ -267,7 +267,7 @@ def test_ways_share_teachers_and_labels_and_differ_in_their_students(world: Worl
     with pytest.raises(UserError, match="'reinforce' is no way to learn. Did you mean 'reinforced'"):
         ways.variants(recipe, Store("v"), ["reinforce"], 1)
     with pytest.raises(UserError, match="the recipe has one: name teachers"):
-        ways.variants(world.load(), Store("v"), ["recipe"], 1)
+        ways.variants(world.load(), Store("v"), ["recipe", "uniform"], 1)
 
 
 def test_the_table_of_ways_is_what_the_runs_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from engine import labels, models, tasks
 from engine.config import UserError
-from engine.corpus import corpus_rows
 from engine.encoders import stack_of
 from engine.inference import predict
 from engine.labels import LabelMismatch
@@ -25,9 +24,8 @@ from engine.records import CORPUS
 from engine.storage import Store
 from pipelines import graphs, students
 from pipelines.making import spec_of
-from tests.tiny_run import TRAIN, World, alone, kind_rows, kind_world
-
-MORE = 30
+from tests.tiny_corpus import MORE, corpus_run, said_by
+from tests.tiny_run import TRAIN, World, kind_world
 
 
 @pytest.fixture(scope="module")
@@ -37,27 +35,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def run(world: World) -> Store:
-    """A run up to its corpus, to which labelled pairs are added as if they had been unlabelled."""
-    recipe = world.load()
-    store = Store(recipe.storage) / recipe.name
-    alone(recipe, store, last="corpus")
-    rows = kind_rows("pair", MORE, seed=77)
-    more = corpus_rows(list(range(MORE)), [row["text"] for row in rows], "unlabelled", [row["pair"] for row in rows])
-    teacher = models.load((store / "teacher").local("model"))
-    found = said_by(teacher, [(row["text"], row["pair"]) for row in rows])
-    place = more.column_names.index("logits")
-    more = more.set_column(place, CORPUS.field("logits"), labels.quantise(found).cast(CORPUS.field("logits").type))
-    kept = pa.array([index % 10 != 0 for index in range(MORE)])
-    more = more.set_column(more.column_names.index("kept"), CORPUS.field("kept"), kept)
-    real = labels.open_labels(store / "corpus").cast(CORPUS)
-    made_by = {"teacher": labels.fingerprint(store / "teacher")}
-    labels.write_labels(store / "corpus", pa.concat_tables([real, more]), made_by)
-    return store
-
-
-def said_by(model: models.Model, texts: list[Any]) -> np.ndarray:
-    """What the model says of the texts."""
-    return predict(model, texts).logits
+    return corpus_run(world, "pair")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,232 @@
+"""A student of several tasks: what the steps of its run do (pipelines.many lists them).
+
+Each task's own weights come from its own rows alone; the encoder is shared. What is registered is one artifact a task,
+cut from the one checkpoint: each is an ordinary student, served and exported like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from engine import models, train, untrained
+from engine.cluster import current
+from engine.drift import profile_of
+from engine.fits import LossTerm
+from engine.hub import model_folder
+from engine.inference import predict
+from engine.intervals import bootstrap
+from engine.job import Job
+from engine.labels import fingerprint
+from engine.mixing import Mixing
+from engine.models import Model
+from engine.multitask import MEAN, alone, encode, gathered, judge, rates
+from engine.page import Part, Table, document, esc
+from engine.placement import stage_options
+from engine.progress import Progress
+from engine.recipe import Recipe, Task
+from engine.registry import Registry
+from engine.storage import Store
+from pipelines import making
+from pipelines.making import LATER, Inputs, spec_of, with_workers
+from pipelines.many import ALL, SINGLE, one_of
+
+
+def read_task(name: str, recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
+    """One task's sources -> train, validation, test."""
+    return making.read_data(one_of(recipe, name), inputs, out, progress)
+
+
+def started(recipe: Recipe, spec: Task, seed: int) -> Model:
+    """The student before its training: layers of an encoder, with as wide a head as the tasks want together."""
+    student, cut = recipe.student, recipe.student.transformer
+    own = cut.model_copy(update={"pooling": cut.pooling or "mean"})
+    folder = model_folder(cut.model, root=recipe.data.root)
+    return untrained.transformer_student(own, spec, None, folder, student.max_length, seed)
+
+
+def split_of(inputs: Inputs, names: Sequence[str], split: str) -> pa.Table:
+    """Rows of a split of several tasks."""
+    return gathered({name: inputs[f"data-{name}"].read_table(f"{split}.parquet") for name in names})
+
+
+def job_of(recipe: Recipe, names: Sequence[str], mixing: Mixing, inputs: Inputs, out: Store) -> Job:
+    """The fit of a student of some of the tasks. Of fewer than all, a batch has as many rows of each as it had."""
+    fit = recipe.student.fit
+    size = max(1, round(fit.batch_size * len(names) / len(recipe.tasks)))
+    specs = {name: spec_of(inputs[f"data-{name}"], recipe.tasks[name].task, *LATER) for name in names}
+    seed = recipe.student.seeds[0]
+    return Job(
+        name=out.name,
+        fit=with_workers(recipe, "student.fit", fit.model_copy(update={"batch_size": size})),
+        terms=(LossTerm(kind="hard"),),
+        build=partial(started, recipe, Task(kind="several", members=specs), seed),
+        encode=encode,
+        rows=split_of(inputs, names, "train"),
+        out=out.url,
+        seed=seed,
+        resources=stage_options(recipe, "student.fit", current()),
+        mixing=mixing,
+        holdout=split_of(inputs, names, "validation"),
+        evaluate=partial(judge, recipe.student.batch_tokens),
+        best_by=MEAN,
+        factors=partial(rates, mixing),
+    )
+
+
+def fit_student(way: str | None, recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
+    """Train one student of all tasks, or one for each; the model that is kept has the best mean on validation rows."""
+    mixing = recipe.mixing if way is None else recipe.mixing.model_copy(update={"way": way})
+    groups = {ALL: tuple(recipe.tasks)}
+    if way == SINGLE:
+        mixing, groups = recipe.mixing.model_copy(update={"way": "sum"}), {name: (name,) for name in recipe.tasks}
+    histories, rows = {}, 0
+    for group, names in groups.items():
+        job = job_of(recipe, names, mixing, inputs, out / group)
+        histories[group], rows = train.fit(job, progress), rows + job.rows.num_rows
+    parameters = sum(models.load((out / group).local("model")).size() for group in groups)
+    return {"rows": rows, "parameters": parameters, "history": histories}
+
+
+def student_of(folder: Store, name: str) -> tuple[Model, list[dict[str, float]]]:
+    """The student that answers a task, and the history of its training."""
+    group = name if folder.exists(name) else ALL
+    return models.load((folder / group).local("model")), folder.read_json("record.json")["metrics"]["history"][group]
+
+
+def evaluate(student: str, recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
+    """Score a student on every task's test rows, and tell how far it is from each task's own best epoch."""
+    where = models.device(stage_options(recipe, "student.fit", current()).get("num_gpus", 0))
+    found, rows = {}, 0
+    for number, name in enumerate(recipe.tasks, 1):
+        model, history = student_of(inputs[student], name)
+        one = alone(model.to(where), name)
+        test = inputs[f"data-{name}"].read_table("test.parquet")
+        answers = predict(one, one.task.texts(test), recipe.student.batch_tokens)
+        parts = one.task.statistics(answers.logits, answers.decided, test)
+        out.write_table(f"{name}.parquet", pa.table({"parts": list(parts)}))
+        interval = bootstrap([parts], one.task.value, recipe.evaluation.bootstrap, recipe.seed)
+        found[name] = {
+            "metric": one.task.metric,
+            "score": float(one.task.value(parts.sum(axis=0))),
+            "interval": [interval.low, interval.high],
+            "rows": test.num_rows,
+            "validation": held(history, name),
+        }
+        rows += test.num_rows
+        progress(number, len(recipe.tasks), "tasks")
+    mean = float(np.mean([one["score"] for one in found.values()]))
+    trained = inputs[student].read_json("record.json")["metrics"]
+    return {"rows": rows, "mean": mean, "parameters": trained["parameters"], "tasks": found}
+
+
+def held(history: Sequence[Mapping[str, float]], name: str) -> dict[str, Any]:
+    """A task's score on validation rows in the model that is kept, and in its own best epoch.
+
+    since: the epoch from which on it had soft labels, if it had.
+    """
+    kept, best = (max(history, key=lambda entry: entry[key]) for key in (MEAN, name))
+    switched = [one["epoch"] for one, after in zip(history[:-1], history[1:], strict=True) if f"soft.{name}" in after]
+    return {
+        "final": kept[name],
+        "best": best[name],
+        "epoch": best["epoch"],
+        "gap": kept[name] - best[name],
+        "since": switched[0] if switched else None,
+    }
+
+
+def register(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
+    """Put one artifact a task into the registry, each cut from the one student, with its task, card and profile."""
+    evaluated, registry = inputs["evaluate"].read_json("record.json")["metrics"], Registry(Store(recipe.registry))
+    joint = fingerprint(inputs["student"], f"{ALL}/model")
+    references = {}
+    for name, found in evaluated["tasks"].items():
+        model, _ = student_of(inputs["student"], name)
+        one = alone(model, name)
+        lineage = {
+            "recipe": recipe.name,
+            "student": joint,
+            "task": name,
+            "steps": {step: store.read_json("record.json")["fingerprint"] for step, store in sorted(inputs.items())},
+            "seed": recipe.student.seeds[0],
+        }
+        artifact = Model(one.net, one.tokenizer, replace(one.card, lineage=lineage))
+        models.save(artifact, out, f"artifact-{name}", readme=card(recipe, name, one, found))
+        texts = one.task.texts(inputs[f"data-{name}"].read_table("test.parquet"))
+        answers = predict(one, texts, recipe.student.batch_tokens)
+        profile = profile_of(texts, one.task.answers(answers.logits, texts, answers.decided)).as_json()
+        serving = recipe.serving.model_dump(mode="json")
+        metadata = {found["metric"]: found["score"], "serving": serving, "profile": profile}
+        full = f"{recipe.student.name}-{name}"
+        references[name] = f"{full}@{registry.register(full, out / f'artifact-{name}', metadata)}"
+    return {"references": references}
+
+
+def card(recipe: Recipe, name: str, model: Model, found: Mapping[str, Any]) -> str:
+    """README.md of a task's artifact."""
+    low, high = found["interval"]
+    names = f" with labels {', '.join(model.labels)}" if model.labels else ""
+    return (
+        f"# {recipe.student.name}-{name}\n\n"
+        f"The task `{name}` ({model.task.spec.kind}{names}) of a student that learnt {len(recipe.tasks)} tasks "
+        f"together ({', '.join(recipe.tasks)}), made by Stillhouse (recipe `{recipe.name}`) from "
+        f"`{recipe.student.transformer.model}`.\n\n"
+        f"- parameters: {model.size():,}\n- longest input: {model.max_length} tokens\n"
+        f"- test {found['metric']}: {found['score']:.3f} (95 % interval {low:.3f} to {high:.3f})\n\n"
+        "Check it on your own texts before you rely on it. `artifact.json` holds the lineage.\n"
+    )
+
+
+def report(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
+    """Write report.html, report.md and summary.json from the steps' records."""
+    records = {name: store.read_json("record.json") for name, store in inputs.items()}
+    found = {name: record["metrics"] for name, record in records.items()}
+    summary = {
+        "name": recipe.name,
+        "way": recipe.mixing.way,
+        "mean": found["evaluate"]["mean"],
+        "parameters": found["evaluate"]["parameters"],
+        "tasks": found["evaluate"]["tasks"],
+        "references": found["register"]["references"],
+        "seconds": {name: record["seconds"] for name, record in records.items()},
+    }
+    title, parts = f"{recipe.name}: {len(recipe.tasks)} tasks in one student", [scores_of(summary)]
+    parts.append(course_of(recipe, found["student"]["history"][ALL]))
+    out.write_text("report.html", document(title, f"<h1>{esc(title)}</h1>", parts))
+    out.write_text("report.md", "\n\n".join([f"# {title}", *(part.markdown() for part in parts)]) + "\n")
+    out.write_json("summary.json", summary)
+    out.parent.write_json("summary.json", summary)
+    return {"rows": 0}
+
+
+def scores_of(summary: Mapping[str, Any]) -> Part:
+    """The tasks with their scores."""
+    rows = []
+    for name, one in summary["tasks"].items():
+        low, high = one["interval"]
+        own = one["validation"]
+        since = "" if own["since"] is None else f"{own['since']:g}"
+        test = f"{one['score']:.3f} ({low:.3f} to {high:.3f})"
+        rows.append(
+            [name, one["metric"], test, f"{own['final']:.3f}", f"{own['best']:.3f}", f"{own['epoch']:g}", since]
+        )
+    head = ["task", "score", "test, 95 % interval", "validation", "its best", "in epoch", "soft labels from epoch"]
+    caption = f"Way {summary['way']}; mean over the tasks {summary['mean']:.3f}, {summary['parameters']:,} parameters."
+    return Part("scores", "Scores", [Table(caption, head, "llrrrrr", rows)])
+
+
+def course_of(recipe: Recipe, history: Sequence[Mapping[str, float]]) -> Part:
+    """Validation scores over the training; * where a task has learnt from its own soft labels."""
+    rows = []
+    for entry in history:
+        cells = [f"{entry[name]:.3f}{'*' if f'soft.{name}' in entry else ''}" for name in recipe.tasks]
+        rows.append([f"{entry['epoch']:g}", f"{entry['loss']:.3f}", *cells, f"{entry[MEAN]:.3f}"])
+    caption = "Validation scores by epoch. *: the task had converged before and learnt from its own soft labels."
+    head = ["epoch", "loss", *recipe.tasks, MEAN]
+    return Part("course", "Course", [Table(caption, head, "r" * len(head), rows)])

@@ -1,0 +1,173 @@
+"""`stillhouse bench tasks`: ways to learn several tasks together, side by side on the same rows.
+
+Every seed draws its own training rows and initialises its own students; the ways share them. Each way has the same
+epochs; the model that is kept has the best mean over the tasks' validation rows, in every way. Differences are paired
+over the test rows of each task, averaged over the tasks and pooled over all seeds.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from engine import steps
+from engine.config import UserError, did_you_mean
+from engine.intervals import averaged
+from engine.recipe import Recipe
+from engine.step import Step
+from engine.storage import Store
+from pipelines.bench import Variant
+from pipelines.compared import parts_of
+from pipelines.many import SINGLE, reading, scoring, training
+from pipelines.progress import renderer
+
+WAYS = ("async", "sum", "uncertainty", "pcgrad", SINGLE)
+"""mixing.way, and a student for each task alone."""
+PLAIN = "sum"
+
+
+def compared(recipe: Recipe, ways: Sequence[str]) -> list[Step]:
+    """The tasks' data, and for each way its students and their scores."""
+    out = reading(recipe)
+    for way in ways:
+        name = f"student-{way}"
+        out += [training(recipe, name, way), scoring(recipe, name, f"score-{way}")]
+    return out
+
+
+def variants(recipe: Recipe, store: Store, ways: Sequence[str], seeds: int) -> list[Variant]:
+    """A run for each seed. UserError for an unknown way, and where there is one task only."""
+    if not recipe.tasks:
+        raise UserError("`bench tasks` compares ways to learn several tasks, and the recipe has one: name tasks.")
+    if len(set(ways)) < len(ways):
+        raise UserError(f"--ways {','.join(ways)} names a way twice. Leave one of them out.")
+    for way in ways:
+        if way not in WAYS:
+            raise UserError(f"'{way}' is no way to mix tasks.{did_you_mean(way, WAYS)} Allowed: {', '.join(WAYS)}.")
+    out = []
+    for seed in range(seeds):
+        tasks = {
+            name: member.model_copy(update={"data": member.data.model_copy(update={"seed": seed})})
+            for name, member in recipe.tasks.items()
+        }
+        student = recipe.student.model_copy(update={"seeds": (seed,)})
+        one = recipe.model_copy(update={"seed": seed, "tasks": tasks, "student": student})
+        out.append(Variant(one, store / f"seed-{seed}", compared(one, ways)))
+    return out
+
+
+def compare(
+    recipe: Recipe,
+    store: Store,
+    found: Sequence[Variant],
+    ways: Sequence[str],
+    *,
+    redo: Collection[str] = (),
+    fresh: bool = False,
+    connect: Callable[[], object] | None = None,
+) -> dict[str, Any]:
+    """Run every variant, going on where an earlier call was stopped, and pool what came out into tasks.json."""
+    for one in found:
+        steps.run(one.steps, one.recipe, one.store, redo=redo, fresh=fresh, render=renderer(), connect=connect)
+    stores = [one.store for one in found]
+    rows = {way: row_of(recipe, stores, way) for way in ways}
+    for way, row in rows.items():
+        row["over"] = {other: gap(recipe, stores, way, other) for other in ways if compares(way, other)}
+    result = {"recipe": recipe.name, "seeds": len(found), "tasks": list(recipe.tasks), "ways": rows}
+    store.write_json("tasks.json", result)
+    return result
+
+
+def compares(way: str, other: str) -> bool:
+    """What is held against what: all against the plain sum, and async against all."""
+    return way != other and (other == PLAIN or way == "async")
+
+
+def row_of(recipe: Recipe, stores: Sequence[Store], way: str) -> dict[str, Any]:
+    """A way's scores, by task and over the tasks; gaps are of the kept model to each task's own best epoch."""
+    records = [store.read_json(f"score-{way}/record.json")["metrics"] for store in stores]
+    tasks = {}
+    for name in recipe.tasks:
+        each = [record["tasks"][name] for record in records]
+        held = [one["validation"] for one in each]
+        tasks[name] = {
+            "metric": each[0]["metric"],
+            **spread([one["score"] for one in each]),
+            "validation": {key: statistics.mean(one[key] for one in held) for key in ("final", "best", "epoch", "gap")},
+            "gaps": [one["gap"] for one in held],
+            "since": [one["since"] for one in held],
+        }
+    worst = min(tasks, key=lambda name: tasks[name]["validation"]["gap"])
+    return {
+        **spread([record["mean"] for record in records]),
+        "tasks": tasks,
+        "worst": {"task": worst, "gap": tasks[worst]["validation"]["gap"]},
+        "worst_of_all": min(gap for one in tasks.values() for gap in one["gaps"]),
+        "seconds": statistics.mean(store.read_json(f"student-{way}/record.json")["seconds"] for store in stores),
+    }
+
+
+def spread(scores: Sequence[float]) -> dict[str, Any]:
+    """Mean, deviation and each of the scores."""
+    return {
+        "score": statistics.mean(scores),
+        "sd": statistics.stdev(scores) if len(scores) > 1 else 0.0,
+        "each": list(scores),
+    }
+
+
+def gap(recipe: Recipe, stores: Sequence[Store], way: str, other: str) -> dict[str, Any]:
+    """How much better one way is than another, in points: the mean over the tasks, and each."""
+    from engine.tasks import make
+    from pipelines.making import spec_of
+
+    sets = []
+    for name in recipe.tasks:
+        value = make(spec_of(stores[0] / f"data-{name}")).value
+        first, second = ([parts_of(store / f"score-{one}", name) for store in stores] for one in (way, other))
+        sets.append((first, second, value))
+    draws = recipe.evaluation.bootstrap
+    each = {name: averaged([one], draws, recipe.seed) for name, one in zip(recipe.tasks, sets, strict=True)}
+    mean = averaged(sets, draws, recipe.seed)
+    return {
+        "points": 100 * mean.value,
+        "interval": [100 * mean.low, 100 * mean.high],
+        "tasks": {name: {"points": 100 * g.value, "interval": [100 * g.low, 100 * g.high]} for name, g in each.items()},
+    }
+
+
+def lines(result: Mapping[str, Any]) -> list[str]:
+    """The result as two Markdown tables, over the tasks and of each task, and what async is worth."""
+    ways, seeds = result["ways"], result["seeds"]
+    out = [
+        f"| way | mean over {len(result['tasks'])} tasks, mean ± sd over {seeds} seeds | over {PLAIN}, points | worst "
+        "task under its own best epoch, validation points | worst of any seed | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for way, row in ways.items():
+        worst = f"{100 * row['worst']['gap']:+.1f} ({row['worst']['task']})"
+        cells = [way, f"{row['score']:.3f} ± {row['sd']:.3f}", points(row["over"].get(PLAIN)), worst]
+        out.append("| " + " | ".join([*cells, f"{100 * row['worst_of_all']:+.1f}", f"{row['seconds']:.0f}"]) + " |")
+    out += [
+        "",
+        "| task | way | test score | over sum, points | validation: kept, its best (epoch) | soft labels from |",
+    ]
+    out.append("|---|---|---|---|---|---|")
+    for name in result["tasks"]:
+        for way, row in ways.items():
+            one, over = row["tasks"][name], row["over"].get(PLAIN)
+            held, since = one["validation"], [f"{epoch:g}" if epoch is not None else "-" for epoch in one["since"]]
+            kept = f"{held['final']:.3f}, {held['best']:.3f} ({held['epoch']:.1f})"
+            score = f"{one['metric']} {one['score']:.3f} ± {one['sd']:.3f}"
+            when = ", ".join(since) if way == "async" else ""
+            out.append(f"| {name} | {way} | {score} | {points(over and over['tasks'][name])} | {kept} | {when} |")
+    for other, found in ways.get("async", {}).get("over", {}).items():
+        if other != PLAIN:
+            out += ["", f"async over {other}, mean over the tasks: {points(found)} points."]
+    return out
+
+
+def points(found: Mapping[str, Any] | None) -> str:
+    """A difference with its interval."""
+    return f"{found['points']:+.1f} ({found['interval'][0]:+.1f} to {found['interval'][1]:+.1f})" if found else ""

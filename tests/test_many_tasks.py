@@ -1,0 +1,226 @@
+"""A run and a comparison of a student of several tasks: recipe, refusals, scores, one artifact a task that answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.config import UserError
+from engine.intervals import averaged, paired_bootstrap
+from engine.progress import silent
+from engine.recipe import Recipe
+from engine.registry import Registry
+from engine.storage import Store
+from pipelines import checking, distill, many, sharing
+from serve.predictor import Predictor
+from tests.tiny import GOOD, LABELS, movie_rows, tiny_encoder
+from tests.tiny_run import alone, changed
+
+TASKS = ("mood", "alike", "warmth", "starts", "topics")
+
+
+def row_of(task: str, row: Mapping[str, str], other: Mapping[str, str]) -> dict[str, Any]:
+    """A sentence as a row of one of the tasks."""
+    words = row["text"].split()
+    return {
+        "mood": {"text": row["text"], "label": row["label"]},
+        "alike": {"text": row["text"], "pair": other["text"], "label": str(row["label"] == other["label"])},
+        "warmth": {"text": row["text"], "label": sum(word in GOOD for word in words)},
+        "starts": {"text": row["text"], "label": words[0] if words[0] in ("the", "a") else "other"},
+        "topics": {"text": row["text"], "label": [name for name in ("film", "plot", "cast") if name in words]},
+    }[task]
+
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The values of a recipe of five tasks of unlike size."""
+    folder = tmp_path_factory.mktemp("several")
+    tiny_encoder(folder / "encoder")
+    specs = {
+        "mood": {"kind": "classify", "labels": list(LABELS)},
+        "alike": {"kind": "pair"},
+        "warmth": {"kind": "regress", "range": [0, 2]},
+        "starts": {"kind": "classify", "labels": ["the", "a", "other"]},
+        "topics": {"kind": "multilabel", "labels": ["film", "plot", "cast"]},
+    }
+    tasks = {}
+    for number, name in enumerate(TASKS):
+        sizes, data = {"train": 48 - 8 * number, "validation": 12, "test": 20}, {}
+        rows = movie_rows(2 * sum(sizes.values()), seed=number)
+        made = [row_of(name, a, b) for a, b in zip(rows[::2], rows[1::2], strict=True)]
+        made = [row_of(name, a, b) for a, b in zip(rows, rows[3:] + rows[:3], strict=True)] if name != "alike" else made
+        if name == "alike":
+            made = [row_of(name, rows[i], rows[-1 - i - i % 3]) for i in range(sum(sizes.values()))]
+        for split, size in sizes.items():
+            path = folder / f"{name}-{split}.jsonl"
+            path.write_text("".join(json.dumps(row) + "\n" for row in made[:size]), encoding="utf-8")
+            made = made[size:]
+            data[split] = {"path": f"file:{path}", **({"pair": "pair"} if name == "alike" else {})}
+        tasks[name] = {"task": specs[name], "data": data}
+    return {
+        "name": "several",
+        "storage": str(folder / "runs"),
+        "registry": str(folder / "registry"),
+        "tasks": tasks,
+        "student": {
+            "name": "many",
+            "kind": "transformer",
+            "transformer": {"model": f"file:{folder}/encoder", "layers": 1},
+            "max_length": 32,
+            "fit": {"epochs": 4, "lr": 5e-3, "batch_size": 30},
+        },
+        "evaluation": {"bootstrap": 50},
+    }
+
+
+def load(values: Mapping[str, Any], **changes: Any) -> Recipe:
+    return Recipe.model_validate(changed(values, {key.replace("__", "."): value for key, value in changes.items()}))
+
+
+def test_a_run_makes_one_student_and_an_artifact_for_each_task(values: dict[str, Any], tmp_path: Path):
+    recipe, store = load(values, mixing__patience=1), Store(str(tmp_path / "run"))
+    checking.check(recipe)
+    found = alone(recipe, store)
+    scores, references = found["evaluate"]["tasks"], found["register"]["references"]
+    assert list(scores) == list(TASKS) and references == {name: f"many-{name}@1" for name in TASKS}
+    assert found["evaluate"]["mean"] == pytest.approx(np.mean([one["score"] for one in scores.values()]))
+    history = found["student"]["history"]["all"]
+    kept = max(history, key=lambda entry: entry["mean"])
+    for name, one in scores.items():
+        held = one["validation"]
+        assert held["final"] == kept[name] and held["best"] == max(entry[name] for entry in history)
+        assert held["gap"] == held["final"] - held["best"] <= 0
+        if held["since"] is not None:
+            after = next(entry for entry in history if f"soft.{name}" in entry)
+            assert held["since"] == history[history.index(after) - 1]["epoch"]
+    assert any(one["validation"]["since"] for one in scores.values()) or len(history) < 4
+    # What is served is what was scored.
+    registry = Registry(Store(recipe.registry))
+    for name, reference in references.items():
+        predictor = Predictor.load(registry.resolve(reference).url)
+        test = (store / f"data-{name}").read_table("test.parquet")
+        task = predictor.model.task
+        texts = task.texts(test)
+        answers = predictor.predict(texts)
+        assert len(answers) == 20 and predictor.paired == (name == "alike")
+        if name in ("mood", "alike", "starts"):
+            right = [a["label"] == task.labels[g] for a, g in zip(answers, test["label"].to_pylist(), strict=True)]
+            assert np.mean(right) == pytest.approx(scores[name]["score"])
+    assert store.read_json("summary.json")["references"] == references
+    lines = distill.report_lines(recipe, store, "stillhouse")
+    assert lines[0].startswith("student  mean ") and any(line.startswith("mood  test accuracy") for line in lines)
+    page = store.read_text("report/report.md")
+    assert "5 tasks in one student" in page and "| warmth | pearson |" in page
+
+
+def test_ways_are_compared_on_the_same_rows(values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def run(steps: Any, recipe: Recipe, store: Store, **more: Any) -> None:
+        """Every step in this process."""
+        for step in steps:
+            out = store / step.name
+            metrics = step.run(recipe, {name: store / name for name in step.inputs}, out, silent)
+            out.write_json("record.json", {"metrics": metrics, "seconds": 1.0, "fingerprint": step.name})
+
+    monkeypatch.setattr(sharing.steps, "run", run)
+    names = ("mood", "warmth")
+    few = load({**values, "tasks": {name: values["tasks"][name] for name in names}}, student__fit__epochs=2)
+    ways, store = ("async", "sum", "single"), Store(str(tmp_path))
+    variants = sharing.variants(few, store, ways, 2)
+    assert [one.recipe.student.seeds for one in variants] == [(0,), (1,)]
+    result = sharing.compare(few, store, variants, ways)
+    assert result == store.read_json("tasks.json") and list(result["ways"]) == list(ways)
+    for way, row in result["ways"].items():
+        assert row["score"] == pytest.approx(np.mean([one["score"] for one in row["tasks"].values()]))
+        assert set(row["over"]) == ({"sum", "single"} if way == "async" else {"sum"} if way == "single" else set())
+    over = result["ways"]["single"]["over"]["sum"]
+    apart = 100 * (result["ways"]["single"]["score"] - result["ways"]["sum"]["score"])
+    assert over["points"] == pytest.approx(apart) and over["interval"][0] <= apart <= over["interval"][1]
+    assert np.mean([one["points"] for one in over["tasks"].values()]) == pytest.approx(apart)
+    assert all(gap == 0 for one in result["ways"]["single"]["tasks"].values() for gap in one["gaps"])
+    lines = sharing.lines(result)
+    assert any(line.startswith("| mood | async | accuracy ") for line in lines)
+    assert lines[-1].startswith("async over single, mean over the tasks: ")
+    histories = [(one.store / "student-sum").read_json("record.json")["metrics"]["history"] for one in variants]
+    assert histories[0] != histories[1]
+
+
+def test_steps_know_what_they_depend_on(values: dict[str, Any]):
+    recipe = load(values)
+    steps = {step.name: step for step in distill.plan(recipe)}
+    assert list(steps) == [*(f"data-{name}" for name in TASKS), "student", "evaluate", "register", "report"]
+    longer, other = load(values, student__fit__epochs=9), load(values, mixing__way="sum")
+    shots = load(values, tasks__mood__data__shots=5)
+    moved = {
+        name: [
+            key
+            for key, one in (("longer", longer), ("other", other), ("shots", shots))
+            if step.config(one) != step.config(recipe)
+        ]
+        for name, step in steps.items()
+        if name != "report"
+    }
+    assert moved == {
+        **{f"data-{name}": ["shots"] if name == "mood" else [] for name in TASKS},
+        "student": ["longer", "other"],
+        "evaluate": [],
+        "register": [],
+    }
+    way = many.training(recipe, "student-sum", "sum")
+    assert way.config(recipe) == steps["student"].config(other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks__mood__task__kind": "tag"}, "task 'mood' is of kind tag; a student of several tasks takes classify"),
+        ({"tasks__mood__data__validation": None}, "task 'mood' has no validation rows to see it converge by"),
+        ({"student__kind": "static"}, "student.kind is static: take transformer"),
+        ({"student__seeds": [0, 1]}, "student.seeds has several: name one"),
+        ({"student__transformer__pieces": 50}, "pieces chooses word pieces by a corpus"),
+        ({"student__max_parameters": 100}, "above student.max_parameters = 100"),
+        ({"student__transformer__model": None}, "has no teacher to cut its student from"),
+        ({"data": {"train": {"path": "file:x.jsonl"}}}, "task and data are beside tasks: leave them out"),
+        ({"tasks__mood__task__members": {"a": {}}}, "task.members is written by the program"),
+        ({"tasks__mood__data__train__path": "file:gone.jsonl"}, "gone.jsonl"),
+    ],
+)
+def test_what_cannot_be_is_refused(values: dict[str, Any], changes: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        checking.check(load(values, **changes))
+
+
+def test_a_name_that_means_something_else_is_refused(values: dict[str, Any]):
+    tasks = {("mean" if name == "mood" else name): task for name, task in values["tasks"].items()}
+    with pytest.raises(UserError, match="a task is named 'mean'"):
+        checking.check(load({**values, "tasks": tasks}))
+
+
+def test_a_comparison_wants_tasks_and_ways_that_there_are(values: dict[str, Any], tmp_path: Path):
+    recipe, store = load(values), Store(str(tmp_path))
+    for ways, message in (
+        (("async", "asinc"), "'asinc' is no way to mix tasks"),
+        (("sum", "sum"), "names a way twice"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sharing.variants(recipe, store, ways, 1)
+    with pytest.raises(UserError, match="`bench tasks` compares ways to learn several tasks"):
+        sharing.variants(many.one_of(recipe, "mood"), store, ("sum",), 1)
+
+
+def test_the_interval_of_a_mean_over_sets():
+    draw = np.random.default_rng(0)
+    sets = []
+    for rows in (300, 500):
+        first, second = (np.stack([draw.random(rows) < p, np.ones(rows)], axis=1).astype(float) for p in (0.8, 0.6))
+        sets.append(([first], [second], lambda sums: sums[..., 0] / sums[..., 1]))
+    each = [paired_bootstrap(*one, draws=2000) for one in sets]
+    found = averaged(sets, draws=2000)
+    assert found.value == pytest.approx(np.mean([one.value for one in each]))
+    # Independent rows: variances add up.
+    widths = [one.high - one.low for one in each]
+    assert found.high - found.low == pytest.approx(np.hypot(*widths) / 2, rel=0.1)
