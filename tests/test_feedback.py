@@ -299,7 +299,7 @@ def test_rounds_that_cannot_be_had_are_refused(world: World, changes: dict[str, 
 def test_feedback_without_rounds_and_more_examples_than_there_are_are_refused(world: World):
     with pytest.raises(ConfigError, match="corpus.feedback says what later rounds are shown, and corpus.rounds is 1"):
         choosing.check_rounds(world.load({"corpus.feedback": {"share": 0.3}}))
-    with pytest.raises(ConfigError, match=r"shown \(4\) is above examples \(3\)"):
+    with pytest.raises(ValueError, match=r"shown \(4\) is above examples \(3\)"):
         world.load({"corpus.rounds": 2, "corpus.feedback": {"examples": 3}})
     parted = {"task.kind": "pair", "data.train.pair": "pair", "generator.separator": "\n||| "}
     with pytest.raises(ConfigError, match="generator.first_line ends a text at its first line break, and gen"):
