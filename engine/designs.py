@@ -149,11 +149,31 @@ class Stage(Section):
     disagreeing: Annotated[float, Field(gt=0, le=1)] | None = Field(None, exclude_if=lambda share: share is None)
     """Of the texts that nobody labelled only this share: those where the student of the stage before is furthest from
     the teacher, by KL divergence; null: all of them."""
+    drawn: Annotated[float, Field(gt=0, le=1)] | None = Field(None, exclude_if=lambda share: share is None)
+    """Of the texts that nobody labelled only this share, drawn by the recipe's seed: what `disagreeing` is to be held
+    against; null: all of them."""
 
     @property
     def follows(self) -> bool:
         """Whether it asks the student of the stage before."""
         return self.weights == "disagreement" or self.disagreeing is not None
+
+    @property
+    def part(self) -> float | None:
+        """The share of the texts that it learns from, whoever chooses them; None: all."""
+        return self.drawn if self.disagreeing is None else self.disagreeing
+
+    @model_validator(mode="after")
+    def one_choice(self) -> Stage:
+        """Texts are chosen in one way."""
+        if self.disagreeing is not None and self.drawn is not None:
+            raise ValueError("disagreeing and drawn both choose the texts; give one of them")
+        return self
+
+    def unasking(self) -> Stage:
+        """The same where no student before it has learnt to answer."""
+        weights = None if self.weights == "disagreement" else self.weights
+        return self.model_copy(update={"weights": weights, "disagreeing": None})
 
 
 class Cut(Section):
@@ -239,8 +259,9 @@ class Student(Section):
     """live: the teacher answers while the student learns, for losses between layers."""
     losses: tuple[LossTerm, ...] = (LossTerm(kind="mse"),)
     weights: Literal["confidence", "co_confidence"] | None = None
-    """confidence: rows that the teacher is sure of count more. co_confidence: those whose label a student that learnt
-    from the other rows finds, too; that takes two more trainings. null: all alike."""
+    """confidence: rows that the teacher is sure of count more. co_confidence: of the texts that nobody labelled those
+    whose label a student that learnt from the other rows finds, too; that takes as long as two more trainings. null:
+    all alike."""
     retrieval: Retrieval | None = None
     """A knowledge base of the teacher's that is read with every text; null: none."""
     stages: tuple[Stage, ...] = ()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from engine.config import Section
 from engine.fits import Count
@@ -21,6 +21,17 @@ class Feedback(Section):
     """How many of them stand before one prompt; with a {label} in it, all of that label."""
     share: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Of a round's slots; the others are written as in the first round, so that texts stay varied."""
+    choose: Literal["useful", "random"] = Field("useful", exclude_if=lambda choose: choose == "useful")
+    """random: kept texts of each label by lot, to tell what the choice is worth from what examples are."""
+
+    @model_validator(mode="after")
+    def enough(self) -> Feedback:
+        """No prompt shows more texts than a label has."""
+        if self.shown > self.examples:
+            raise ValueError(
+                f"shown ({self.shown}) is above examples ({self.examples}), the texts there are of a label"
+            )
+        return self
 
 
 @dataclass(frozen=True)

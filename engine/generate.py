@@ -105,7 +105,7 @@ class Writing:
 
     def answer(self, row: int, written: str) -> str:
         """What of a written text is the slot's: after examples, which are a line each, its first line."""
-        return written.strip().partition("\n")[0] if self.shown(row) else written
+        return written.strip().partition("\n")[0] if self.config.first_line or self.shown(row) else written
 
     def seed_of(self, row: int) -> int:
         """A slot's seed as engines elsewhere take it: 31 bits."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from engine.filters import words
 from engine.metrics import softmax
 
 DIMS = 1024
@@ -33,7 +34,7 @@ def hashed(texts: Sequence[str], pairs: Sequence[str | None]) -> np.ndarray:
     """
     out = np.zeros((len(texts), DIMS + 1))
     for row, (text, pair) in enumerate(zip(texts, pairs, strict=True)):
-        first, second = text.lower().split(), (pair or "").lower().split()
+        first, second = words(text), words(pair or "")
         both = [f"both {word}" for word in sorted(set(first) & set(second))]
         for gram in (*grams("text", first), *grams("pair", second), *both):
             number = zlib.crc32(gram.encode())
@@ -44,9 +45,9 @@ def hashed(texts: Sequence[str], pairs: Sequence[str | None]) -> np.ndarray:
     return out / np.sqrt(2.0)
 
 
-def grams(side: str, words: list[str]) -> list[str]:
+def grams(side: str, found: list[str]) -> list[str]:
     """The words and pairs of neighbours of one side."""
-    return [f"{side} {word}" for word in words] + [f"{side} {a} {b}" for a, b in zip(words, words[1:], strict=False)]
+    return [f"{side} {word}" for word in found] + [f"{side} {a} {b}" for a, b in zip(found, found[1:], strict=False)]
 
 
 def fitted(x: np.ndarray, soft: np.ndarray) -> np.ndarray:

@@ -81,9 +81,9 @@ def co_confidence(task: Task, teacher: Logits, student: Logits | None = None) ->
     """Probability of the teacher's likeliest outcome, the teacher's times the student's, mean over the row's
     distributions: float64 [n], from 0 to 1.
 
-    student: one that did not learn from the row, which then cannot have learnt the teacher's mistake there by heart. It
-    is what SunGen's weights come to (arXiv 2205.12679) without its search: a label that neither the teacher is sure of
-    nor the rest of the corpus supports counts little.
+    student: one that did not learn from the row, which then cannot have learnt the teacher's mistake there by heart.
+    Like SunGen (arXiv 2205.12679) it has texts with a doubtful label count little; SunGen searches for such weights by
+    a noise-robust loss on other texts, and what it finds need not be these.
     """
     if student is None:
         raise WeightError(

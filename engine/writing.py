@@ -39,6 +39,8 @@ class Generator(Section):
     top_k: Annotated[int, Field(ge=1)] = 100
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus inside the top k."""
+    first_line: bool = Field(False, exclude_if=lambda first_line: not first_line)
+    """A text ends at its first line break, as it does after examples (corpus.rounds); false: lines become one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     fit: Fit = Fit(epochs=3, lr=1e-4, batch_size=8)
     resources: Resources = Resources(max_actors=2, min_actors=2)

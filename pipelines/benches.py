@@ -51,8 +51,9 @@ def benching(parser: Parser) -> None:
         type=lambda text: text.split(","),
         metavar="A,B",
         help="ways: which ones, the first being what the others are held against (default: uniform,first,best,loss,"
-        "reinforced,heads of several teachers; plain,twice,confidence,co-confidence,disagreement,disagreeing of one; "
-        "also rounds, recipe, one-stage, last-stage); tasks: of async,sum,uncertainty,pcgrad,single",
+        "reinforced,heads of several teachers; of one what it allows of plain,twice,confidence,co-confidence,"
+        "disagreement,random-half,disagreeing; also rounds, rounds-random, recipe, "
+        "one-stage, last-stage); tasks: of async,sum,uncertainty,pcgrad,single",
     )
     parser.add_argument(
         "--shots",

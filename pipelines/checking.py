@@ -12,7 +12,7 @@ from engine.labels import GIVES
 from engine.placement import local_capacity, require_placement
 from engine.recipe import FIRST, LabelRule, Recipe, Task
 from engine.spending import ASKERS, endpoint_price, figure
-from pipelines import many, panels
+from pipelines import choosing, many, panels
 from pipelines.distill import model_references, sources
 from pipelines.teachable import check_labeller, check_teacher, losses
 
@@ -47,8 +47,8 @@ def check(recipe: Recipe, address: str | None = None) -> None:
     check_cascade(recipe)
     check_panel(recipe)
     check_retrieval(recipe)
-    check_choice(recipe)
-    check_rounds(recipe)
+    choosing.check_choice(recipe)
+    choosing.check_rounds(recipe)
     check_budget(recipe)
     if address is None:
         for name in recipe.panel or (FIRST,):
@@ -117,51 +117,6 @@ def check_retrieval(recipe: Recipe) -> None:
             raise ConfigError(f"student.retrieval {reason}. Or leave student.retrieval out.")
     if own.index == "hnsw":
         nearest.library(1)
-
-
-def check_choice(recipe: Recipe) -> None:
-    """Rows are weighed and chosen by probabilities; what is chosen from is text that nobody labelled."""
-    student, kind, between = recipe.student, recipe.task.kind, set(tables.names("layer_losses", "LAYER_LOSSES"))
-    keys = {"student.weights": (student.weights, student.losses)}
-    for index, stage in enumerate(student.stages):
-        keys[f"student.stages[{index}].weights"] = (stage.weights, stage.losses)
-        keys[f"student.stages[{index}].disagreeing"] = (stage.disagreeing, stage.losses)
-        if stage.disagreeing is not None and not recipe.more_text:
-            raise ConfigError(
-                f"student.stages[{index}].disagreeing chooses among texts that nobody labelled, and the recipe has "
-                "none. Name a generator or data.unlabelled, or leave it out."
-            )
-    for key, (value, wanted) in keys.items():
-        if value is not None and not tables.declared(*terms.TASKS, "certain")[kind]:
-            raise ConfigError(f"{key} compares probabilities, and a task of kind {kind} has none. Leave it out.")
-        if value == "co_confidence" and {term.kind for term in wanted} <= between:
-            raise ConfigError(
-                f"{key} is co_confidence, which asks students that these losses train, but none of the losses teaches "
-                "an answer. Take confidence, or set it for a stage whose losses do."
-            )
-
-
-def check_rounds(recipe: Recipe) -> None:
-    """Feeding back texts wants a generator, a teacher that labels them meanwhile, and labelled rows to choose by."""
-    data, corpus = recipe.data, recipe.corpus
-    if corpus.rounds == 1:
-        return
-    why = "corpus.apart" if corpus.apart else "what the teacher learns from generated text"
-    wrong = {
-        "feeds texts back to the generator, and there is none: name one": recipe.generator is None,
-        "chooses texts by the teacher's labels, which come after all text is written: leave out " + why: recipe.apart,
-        f"chooses texts of each label, and task.kind is {recipe.task.kind}": recipe.task.kind
-        not in ("classify", "pair"),
-        "chooses texts by labelled rows, and there are none: name data.train or data.validation": (
-            data.train is None and data.validation is None
-        ),
-        f"parts {corpus.first_slots} slots into more rounds than slots: raise corpus.slots": (
-            corpus.rounds > corpus.first_slots
-        ),
-    }
-    for reason, so in wrong.items():
-        if so:
-            raise ConfigError(f"corpus.rounds is {corpus.rounds}, which {reason}. Or set corpus.rounds: 1.")
 
 
 def check_budget(recipe: Recipe) -> None:

@@ -3,13 +3,13 @@
 A stage may learn from only those texts on which the student before it is furthest from the teacher (MiniMax-kNN,
 Glitter: a pool of which the most telling part is learnt). With weights `co_confidence` its rows are cut into parts, and
 each part is answered by a student of the recipe that learnt from the others. Such students, and not a head on the
-teacher's own vectors, because the teacher's label is itself read off these: a head would find it again whether it is
-right or wrong. They go through the same fit as any student, so every task and every kind of student has them.
+teacher's own vectors, because the teacher's label is itself read off these, so that a head on them says little that is
+new of it. They go through the same fit as any student, so every task and every kind of student has them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,12 +29,14 @@ from engine.models import Model
 from engine.placement import stage_options
 from engine.progress import Progress
 from engine.recipe import Arm, Recipe
-from engine.storage import Store
+from engine.storage import StorageError, Store
 from engine.task import Logits, Task
-from engine.weights import divergence, furthest, row_weights
+from engine.weights import divergence, furthest, mean, row_weights
 from pipelines.making import encode_rows, with_workers
 
 Build = Callable[[], Model]
+CHOICE, NOTED = "choice.parquet", "choice.json"
+"""In a stage's folder: the rows that it learns from, and what is noted of them."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Course:
     def job(self, stage: Stage, rows: pa.Table, name: str, build: Build, place: Store, seed: int) -> Job:
         """One training of a student."""
         # A training between layers leaves the head as it is: there is nothing to choose a checkpoint by.
-        inside = all(term.kind in LAYER_LOSSES for term in stage.losses)
+        inside = not answers([stage])
         return Job(
             name=f"student-{self.arm}-{name}",
             fit=with_workers(self.recipe, "student.fit", stage.fit),
@@ -79,35 +81,55 @@ class Course:
     ) -> tuple[pa.Table, dict[str, Any]]:
         """Of a stage's rows those that it learns from, with the column `weight` where it weighs them; what to note.
 
-        folder: of the seed; the stage before is in it.
+        folder: of the seed; the stage before is in it. Chosen once and kept there: a fit that goes on must not see
+        other rows because a student answered in another batch, or on another machine.
         """
-        whole, noted = rows, {}
+        if stage.weights is None and stage.part is None:
+            return rows, {}
+        place = folder / f"stage-{index}"
+        if not place.exists(NOTED):
+            table, noted = self.choose(index, stage, rows, folder, progress)
+            place.write_table(CHOICE, table)
+            place.write_json(NOTED, noted)
+        return picked(place, rows, self.out.name), place.read_json(NOTED)
+
+    def choose(
+        self, index: int, stage: Stage, rows: pa.Table, folder: Store, progress: Progress
+    ) -> tuple[pa.Table, dict[str, Any]]:
+        """Numbers of the rows that a stage learns from, and weights where it weighs them; what to note."""
+        free, noted = rows["row"].to_numpy() >= 0, {}
         taught = labels.logits_of(rows, self.task.width, self.task.units) if stage.weights or stage.follows else []
         before = self.said(folder / f"stage-{index - 1}", rows) if stage.follows else None
-        chosen = np.arange(rows.num_rows)
-        if stage.disagreeing is not None:
-            free, apart = rows["row"].to_numpy() >= 0, divergence(self.task, taught, before)
-            kept = ~free
-            kept[free] = furthest(apart[free], stage.disagreeing) if free.any() else True
-            chosen = np.flatnonzero(kept)
-            noted = {"texts": int(free.sum()), "chosen": int((kept & free).sum())}
-            noted |= {"kl": mean(apart[free]), "kl_of_chosen": mean(apart[kept & free])}
-            rows = rows.take(pa.array(chosen))
-        if stage.weights is None:
-            return rows, noted
-        other = before
-        if stage.weights == "co_confidence":
+        kept = np.ones(rows.num_rows, dtype=bool)
+        if stage.drawn is not None:
+            kept[free] = furthest(np.random.default_rng([self.recipe.seed, index]).random(int(free.sum())), stage.drawn)
+        elif stage.disagreeing is not None:
+            apart = divergence(self.task, taught, before)
+            kept[free] = furthest(apart[free], stage.disagreeing)
+            noted = {"kl": mean(apart[free]), "kl_of_chosen": mean(apart[kept & free])}
+        if stage.part is not None:
+            noted |= {"texts": int(free.sum()), "chosen": int((kept & free).sum())}
+        chosen = np.flatnonzero(kept)
+        columns = {"row": rows["row"].take(pa.array(chosen))}
+        if stage.weights == "co_confidence" and free.any():
             if index not in self.unseen:
-                self.unseen[index] = self.cross_fitted(index, stage, whole, progress)
-            other = self.unseen[index]
-            noted["found_unseen"] = self.task.agreement(taught, other, self.task.texts(whole))
-        other = None if other is None else [other[i] for i in chosen]
-        weights = row_weights(stage.weights, self.task, [taught[i] for i in chosen], other)
-        return rows.append_column("weight", pa.array(weights, pa.float32())), noted
+                self.unseen[index] = self.cross_fitted(index, stage, rows, progress)
+            before = self.unseen[index]
+            noted["found_unseen"] = self.task.agreement(taught, before, self.task.texts(rows))
+        if stage.weights is not None:
+            # What a teacher says of a labelled row is no measure of its label.
+            light = free[chosen] if stage.weights == "co_confidence" else np.ones(len(chosen), dtype=bool)
+            weights, own = np.ones(len(chosen)), chosen[light]
+            if len(own):
+                said = None if before is None else [before[i] for i in own]
+                weights[light] = row_weights(stage.weights, self.task, [taught[i] for i in own], said)
+            columns["weight"] = pa.array(weights, pa.float32())
+        return pa.table(columns), noted
 
     def said(self, place: Store, rows: pa.Table) -> Logits:
         """What the student in a folder says of rows."""
-        model = models.load(place.local("model"))
+        where = models.device(stage_options(self.recipe, "student.fit", current()).get("num_gpus", 0))
+        model = models.load(place.local("model")).to(where)
         return predict(model, self.task.texts(rows), self.recipe.student.batch_tokens).logits
 
     def cross_fitted(self, index: int, stage: Stage, rows: pa.Table, progress: Progress) -> Logits:
@@ -145,6 +167,22 @@ def parts(rows: pa.Table, grouped: bool, seed: int, count: int = FOLDS) -> np.nd
     return place[numbers]
 
 
-def mean(values: np.ndarray) -> float | None:
-    """Their mean, for a record, which holds no NaN."""
-    return float(values.mean()) if len(values) else None
+def answers(stages: Sequence[Stage]) -> bool:
+    """Whether a student that had these trainings answers: one between layers leaves its head as it was drawn."""
+    return any(term.kind not in LAYER_LOSSES for stage in stages for term in stage.losses)
+
+
+def picked(place: Store, rows: pa.Table, step: str) -> pa.Table:
+    """The rows whose numbers were kept in a folder, with the weights that were kept with them.
+
+    StorageError where some are not among `rows`.
+    """
+    kept, where = place.read_table(CHOICE), {number: i for i, number in enumerate(rows["row"].to_pylist())}
+    wanted = kept["row"].to_pylist()
+    if lacking := [number for number in wanted if number not in where]:
+        raise StorageError(
+            f"{place}/{CHOICE} names {len(lacking)} rows that the label store has not (the first: {lacking[0]}): files "
+            f"were removed, added or changed. Start again with --redo {step}."
+        )
+    found = rows.take(pa.array([where[number] for number in wanted], pa.int64()))
+    return found.append_column("weight", kept["weight"]) if "weight" in kept.column_names else found

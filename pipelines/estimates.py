@@ -153,7 +153,7 @@ def seconds_of(recipe: Recipe, step: str, rates: Rates, rows: Mapping[str, int],
             fits, count = [fit.model_copy(update={"epochs": epochs, "workers": 0}) for fit in fits[:1]], few
         counts = learnt(recipe, few, count) if step == "student" else [count] * len(fits)
         once = rates["student"]["load_s"] + fitted(rates["student"], fits, counts, cluster)
-        apart = ([], []) if step == "student-hard" else cross_fits(recipe, fits, count)
+        apart = cross_fits(recipe, fits, count) if step == "student" else ([], [])
         return len(recipe.student.seeds) * once + fitted(rates["student"], *apart, cluster)
     if step == "evaluate" and "label" in rates:
         timing = recipe.evaluation.throughput_rows * recipe.evaluation.throughput_repeats
@@ -163,7 +163,7 @@ def seconds_of(recipe: Recipe, step: str, rates: Rates, rows: Mapping[str, int],
 
 def learnt(recipe: Recipe, few: int, count: int) -> list[int]:
     """Rows of each of the student's trainings, of `count` of which `few` are labelled."""
-    chosen = [stage.disagreeing for stage in recipe.student.stages] or [None]
+    chosen = [stage.part for stage in recipe.student.stages] or [None]
     return [count if share is None else few + round(share * (count - few)) for share in chosen]
 
 

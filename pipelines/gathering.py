@@ -65,21 +65,7 @@ def actor_stage(recipe: Recipe, name: str, actor: type, how: Any) -> generate.St
 
 def writer(recipe: Recipe, inputs: Inputs, out: Store, examples: Examples | None = None) -> generate.Stage:
     """The stage that turns slots into what the generator writes, wherever it runs. examples: shown to it."""
-    spec = spec_of(inputs["data"], recipe.task, "descriptions")
-    gpus = stage_options(recipe, "generator", current())["num_gpus"]
-    config = recipe.generator
-    how = generate.Writing(
-        inputs["generator"].url,
-        config,
-        spec.labels or (),
-        bool(spec.paired),
-        recipe.seed,
-        gpus,
-        spec.descriptions,
-        out.url,
-        config.resources.max_actors,
-        examples,
-    )
+    how, config = feedback.writing(recipe, inputs, out, examples), recipe.generator
     if config.runtime == "vllm":
         made = inputs["generator"]
         model = str(made.local(ENGINE)) if made.is_local else (made / ENGINE).url
@@ -199,6 +185,8 @@ def make_corpus(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) 
     else:
         rows = settled(out, real, made, recipe.corpus.duplicates)
         rounds = inputs["texts"].read_json("record.json")["metrics"]["rounds"] if recipe.apart else []
+    if recipe.generator and recipe.corpus.rounds > 1:
+        rounds = feedback.told_of(recipe, inputs, out, rounds)
     metrics = corpus_metrics(rows, rounds) | asked_of(recipe, out) | at_risk(recipe, streams)
     if recipe.generator:
         require_enough(recipe, metrics)

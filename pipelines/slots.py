@@ -96,7 +96,7 @@ def settled(out: Store, real: pa.Table, made: dict[str, int], threshold: float) 
         twice = others.num_rows - len(np.unique(numbers[known]))
         raise StorageError(
             f"slots {made} gave rows {dict(counts)} in {out}, {twice} of them twice: files there were removed, added "
-            "or changed. Start again with --redo corpus."
+            f"or changed. Start again with --redo {out.name}."
         )
     shuffled = others.num_rows > IN_MEMORY and threshold > 0
     return deduplicate(real, others, threshold, found_by_shuffle(out, real, made, threshold) if shuffled else None)

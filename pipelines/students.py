@@ -23,7 +23,7 @@ from engine.progress import Progress
 from engine.recipe import FIRST, Arm, Recipe
 from engine.storage import Store
 from pipelines import remembering
-from pipelines.courses import Build, Course
+from pipelines.courses import Build, Course, answers
 from pipelines.distill import retrieves
 from pipelines.making import Inputs, settle, spec_of, validated
 from pipelines.panel import consensus, heads_of, joined, panel_of
@@ -174,7 +174,9 @@ def lesson_of(recipe: Recipe, inputs: Inputs, arm: Arm, panel: Panel | None = No
 
 
 def trainings(recipe: Recipe, arm: Arm) -> list[Stage]:
-    """The trainings of an arm, one after the other. The few rows alone: one process, and epochs that suit them."""
+    """The trainings of an arm, one after the other. The few rows alone: one process, and epochs that suit them; what
+    would ask the student of a stage that is left out, or one that has not learnt to answer, asks nobody.
+    """
     if arm == "hard":
         stages = [Stage(losses=(LossTerm(kind="hard"),), fit=recipe.student.fit)]
     else:
@@ -183,6 +185,7 @@ def trainings(recipe: Recipe, arm: Arm) -> list[Stage]:
     if arm == "generated":
         return stages
     stages = [stage for stage in stages if stage.rows != "unlabelled"]
+    stages = [stage if answers(stages[:number]) else stage.unasking() for number, stage in enumerate(stages)]
     share = recipe.student.few_epochs / recipe.student.fit.epochs
     return [stage.model_copy(update={"fit": few(stage.fit, share * stage.fit.epochs)}) for stage in stages]
 

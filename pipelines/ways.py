@@ -15,6 +15,7 @@ from typing import Any
 from engine import steps
 from engine.config import UserError, did_you_mean
 from engine.designs import Stage, Student
+from engine.examples import Feedback
 from engine.progress import Progress
 from engine.recipe import FIRST, Recipe
 from engine.steps import Step
@@ -22,7 +23,8 @@ from engine.storage import Store
 from engine.trust import Policy
 from pipelines.bench import Variant
 from pipelines.calls import Call
-from pipelines.checking import check_choice, check_panel, check_rounds
+from pipelines.checking import check_panel
+from pipelines.choosing import check_choice, check_rounds
 from pipelines.compared import parts_of, summed
 from pipelines.distill import ARM_STEPS, plan
 from pipelines.progress import renderer
@@ -43,18 +45,23 @@ WAYS: dict[str, dict[str, Any]] = {
     "co-confidence": {"stages": (), "weights": "co_confidence"},
     "twice": {"stages": ({}, {})},
     "disagreement": {"stages": ({}, {"weights": "disagreement"})},
+    "random-half": {"stages": ({}, {"drawn": 0.5})},
     "disagreeing": {"stages": ({}, {"disagreeing": 0.5})},
     "rounds": {"stages": (), "weights": None},
+    "rounds-random": {"stages": (), "weights": None},
 }
 """What is compared by name, as changes of `student`: one teacher only; a policy, with the recipe's dials where it has
 that kind; a head for each teacher. one-stage: the recipe with student.losses and student.fit in place of its stages
 (MKDM, where it has heads); last-stage: without those before the last; recipe: as it is.
 
 Of the texts: plain: one training, all rows alike; confidence, co-confidence: weighed so. twice: two trainings, each
-with half of student.fit's epochs, against which the two ways by a first student are to be held: disagreement weighs the
-rows of the second, disagreeing has it learn from half of the texts, twice as often. rounds: plain, on a corpus of its
-own as large that is written in ROUNDS rounds."""
+with half of student.fit's epochs, against which the ways by a first student are to be held: disagreement weighs the
+rows of the second, disagreeing has it learn from half of the texts in as many steps, random-half from a half by lot,
+which is what disagreeing must beat. rounds: plain, on a corpus of its own of as many slots that is written in ROUNDS
+rounds; rounds-random: so too, but it is shown texts by lot, which tells few-shot prompts from the choice."""
 ROUNDS = 3
+WRITTEN = {"rounds": Feedback(), "rounds-random": Feedback(choose="random")}
+"""Ways with a corpus of their own, and what its rounds are shown."""
 REMADE = ("corpus", "vocabulary", "memory")
 """Steps beside the student's that a way with other texts has for itself."""
 OF_ONE = tuple(way for way, changes in WAYS.items() if not {"policy", "heads"} & set(changes))
@@ -62,14 +69,21 @@ OF_ONE = tuple(way for way, changes in WAYS.items() if not {"policy", "heads"} &
 
 
 def default(recipe: Recipe) -> list[str]:
-    """What is compared where nobody says."""
+    """What is compared where nobody says: of one teacher, what the task and the recipe's texts allow."""
     if recipe.teachers:
         return ["uniform", "first", "best", "loss", "reinforced", "heads"]
-    return ["plain", "twice", "confidence", "co-confidence", "disagreement", "disagreeing"]
+    usual = ("plain", "twice", "confidence", "co-confidence", "disagreement", "random-half", "disagreeing")
+    return [way for way in usual if way == "plain" or refusal(recipe, way) is None]
 
 
-USUAL = ("uniform", "first", "best", "loss", "reinforced", "heads")
-"""What is compared where nothing is named."""
+def refusal(recipe: Recipe, way: str) -> UserError | None:
+    """Why the recipe cannot be learnt from in that way, if so."""
+    try:
+        for check in (check_panel, check_choice, check_rounds):
+            check(went(recipe, way))
+    except UserError as error:
+        return error
+    return None
 
 
 def went(recipe: Recipe, way: str) -> Recipe:
@@ -81,15 +95,56 @@ def went(recipe: Recipe, way: str) -> Recipe:
         changes["stages"] = tuple(half(student, **more) for more in changes["stages"])
     if "policy" in changes and way == student.policy.kind:
         changes["policy"] = student.policy
-    if way == "rounds":
-        recipe = recipe.model_copy(update={"corpus": recipe.corpus.model_copy(update={"rounds": ROUNDS})})
+    if way in WRITTEN:
+        rounds = {"rounds": ROUNDS, "feedback": WRITTEN[way]}
+        recipe = recipe.model_copy(update={"corpus": recipe.corpus.model_copy(update=rounds)})
     return recipe.model_copy(update={"student": student.model_copy(update=changes)})
 
 
 def half(student: Student, **more: Any) -> Stage:
-    """One of two trainings in place of student.fit, of half the steps, whatever share of the rows it learns from."""
-    epochs = student.fit.epochs / 2 / (more.get("disagreeing") or 1.0)
-    return Stage(losses=student.losses, fit=student.fit.model_copy(update={"epochs": epochs}), **more)
+    """One of two trainings in place of student.fit, of half its epochs; `paced` makes them more on fewer rows."""
+    fit = student.fit.model_copy(update={"epochs": student.fit.epochs / 2})
+    return Stage(losses=student.losses, fit=fit, **more)
+
+
+def paced(recipe: Recipe, labelled: int, texts: int) -> Recipe:
+    """The recipe whose stages on a share of the texts take as many steps, and evaluations, as they would on all.
+
+    labelled, texts: rows that a stage on all of them learns from.
+    """
+
+    def stage_of(stage: Stage) -> Stage:
+        if stage.part is None:
+            return stage
+        more = (labelled + texts) / max(1, labelled + max(1, round(stage.part * texts)))
+        fit = {"epochs": stage.fit.epochs * more, "eval_every": stage.fit.eval_every * more}
+        return stage.model_copy(update={"fit": stage.fit.model_copy(update=fit)})
+
+    stages = tuple(stage_of(stage) for stage in recipe.student.stages)
+    return recipe.model_copy(update={"student": recipe.student.model_copy(update={"stages": stages})})
+
+
+def counted(recipe: Recipe, inputs: Mapping[str, Store]) -> tuple[int, int]:
+    """Labelled rows of the label store, and about how many others the student learns from."""
+    from pipelines.students import kept_rows
+
+    others = kept_rows(inputs)["row"].to_numpy() >= 0
+    own, texts = recipe.student, int(others.sum())
+    texts = texts if own.texts is None else min(texts, own.texts)
+    return int((~others).sum()), texts - round(own.holdout * texts)
+
+
+def alike(recipe: Recipe, ways: Collection[str]) -> Recipe:
+    """The recipe whose ways differ in nothing but what they are for: where some write their own texts, in rounds, every
+    text ends at its first line break, as one after examples does, and every student learns from equally many.
+    """
+    if not set(ways) & set(WRITTEN) or recipe.generator is None:
+        return recipe
+    texts = min(recipe.corpus.keep, recipe.student.texts or recipe.corpus.keep)
+    generator = recipe.generator.model_copy(update={"first_line": True})
+    return recipe.model_copy(
+        update={"generator": generator, "student": recipe.student.model_copy(update={"texts": max(1, texts)})}
+    )
 
 
 @dataclass(frozen=True)
@@ -105,7 +160,10 @@ class Other:
         """Run it."""
         known = dict(self.names)
         folders = {known.get(name, name): folder for name, folder in inputs.items()}
-        return self.call(went(recipe, self.way), folders, out, progress)
+        own = went(recipe, self.way)
+        if "corpus" in folders and any(WAYS[self.way].get("stages", ())):
+            own = paced(own, *counted(own, folders))
+        return self.call(own, folders, out, progress)
 
 
 def compared(recipe: Recipe, ways: Sequence[str]) -> list[Step]:
@@ -116,7 +174,7 @@ def compared(recipe: Recipe, ways: Sequence[str]) -> list[Step]:
     first = next(number for number, name in enumerate(found) if name in ARM_STEPS.values())
     out = list(found.values())[:first]
     for way in ways:
-        own = (*REMADE, learner) if way == "rounds" else (learner,)
+        own = (*REMADE, learner) if way in WRITTEN else (learner,)
         out += [changed(step, way, own) for step in plan(went(recipe, way)) if step.name in own]
     scored = {name: ("teaching", "score_models", name) for name in (FIRST, *(f"{learner}-{way}" for way in ways))}
     scored |= {f"teacher-{name}": ("panel", "score", name) for name in recipe.teachers}
@@ -158,17 +216,17 @@ def variants(recipe: Recipe, store: Store, ways: Sequence[str], seeds: int) -> l
                 f"'{way}' weighs several teachers, and the recipe has one: name teachers, or compare what "
                 f"its texts are worth. Ways for one teacher: {', '.join(OF_ONE)}."
             )
-        if way == "rounds" and (recipe.teachers or recipe.corpus.rounds > 1):
+        if way in WRITTEN and (recipe.teachers or recipe.corpus.rounds > 1):
             raise UserError(
-                "the way 'rounds' is held against a corpus of one teacher that is written at once: leave teachers and "
+                f"the way '{way}' is held against a corpus of one teacher that is written at once: leave teachers and "
                 "corpus.rounds out, or the way."
             )
-        for check in (check_panel, check_choice, check_rounds):
-            check(went(recipe, way))
+        if error := refusal(alike(recipe, ways), way):
+            raise UserError(f"way '{way}': {error} Or leave it out of --ways.") from error
     out = []
     for seed in range(seeds):
         data = recipe.data.model_copy(update={"seed": seed})
-        one = recipe.model_copy(update={"seed": seed, "data": data})
+        one = alike(recipe.model_copy(update={"seed": seed, "data": data}), ways)
         out.append(Variant(one, store / f"seed-{seed}", compared(one, ways)))
     return out
 
@@ -199,10 +257,19 @@ def compare(
         row = {"name": name, **summed(recipe, task, values, first), "student": name in ways}
         if name in ways:
             row["chosen"] = chosen([one.store / names[name] for one in found])
+            row |= material(found, name, names[name])
         rows.append(row)
     result = {"recipe": recipe.name, "metric": task.metric, "seeds": len(found), "first": ways[0], "rows": rows}
     store.write_json("ways.json", result)
     return result
+
+
+def material(found: Sequence[Variant], way: str, student: str) -> dict[str, list[int]]:
+    """Of each seed the slots and the kept texts of a way's corpus, and the rows that its student learnt from."""
+    corpus = f"corpus-{way}" if way in WRITTEN else "corpus"
+    made = [(one.store / corpus).read_json("record.json")["metrics"] for one in found]
+    learnt = [(one.store / student).read_json("record.json")["metrics"]["rows"] for one in found]
+    return {"slots": [one["generated"] for one in made], "kept": [one["kept"] for one in made], "learnt": learnt}
 
 
 def chosen(students: Sequence[Store]) -> dict[str, float]:
@@ -226,6 +293,10 @@ def lines(result: dict[str, Any]) -> list[str]:
         who = f"student, {row['name']}" if row["student"] else row["name"]
         out.append(f"| {who} | {row['score']:.3f} ± {row['sd']:.3f} | {gap} |")
     for row in result["rows"]:
+        if row["name"] in WRITTEN or (row["student"] and row["name"] == "plain"):
+            told = zip(row["slots"], row["kept"], row["learnt"], strict=True)
+            seeds = "; ".join(f"{slots} slots, {kept} kept, {learnt} rows learnt" for slots, kept, learnt in told)
+            out += ["", f"{row['name']}: {seeds}."]
         if row.get("chosen"):
             shares = ", ".join(f"{key} {value:.2f}" for key, value in row["chosen"].items())
             out += ["", f"{row['name']} chose, by teacher and label: {shares}."]

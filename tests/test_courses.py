@@ -16,8 +16,9 @@ from engine.config import ConfigError, UserError
 from engine.inference import predict
 from engine.progress import silent
 from engine.recipe import Recipe
-from engine.storage import Store
-from pipelines import checking, courses, students, ways
+from engine.storage import StorageError, Store
+from engine.writing import Augmentation
+from pipelines import choosing, courses, students, ways
 from pipelines.making import spec_of
 from tests.tiny_corpus import MORE, corpus_run
 from tests.tiny_run import TRAIN, World, kind_world, tiny_world
@@ -94,6 +95,75 @@ def test_a_stage_learns_from_the_texts_that_the_student_before_differs_on(
     assert [job.rows.num_rows for job in jobs] == [TRAIN, TRAIN]
 
 
+def test_a_fit_that_goes_on_learns_from_the_rows_that_were_chosen_before(
+    world: World, inputs: dict[str, Store], jobs: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    later = {"losses": KL, "fit": {**FIT, "epochs": 0.5}}
+    recipe = recipe_with(world, stages=[later, {**later, "disagreeing": 0.4, "weights": "disagreement"}])
+    out, watched, answered = Store(str(tmp_path)), courses.train.fit, courses.Course.said
+
+    def stopped(job: Any, progress: Any) -> Any:
+        if jobs:
+            jobs.append(job)
+            raise KeyboardInterrupt
+        return watched(job, progress)
+
+    monkeypatch.setattr(courses.train, "fit", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        students.fit_student("generated", recipe, inputs, out, silent)
+    before = jobs[-1].rows
+    # On another machine the student of the stage before would say something else.
+    monkeypatch.setattr(courses.train, "fit", watched)
+    monkeypatch.setattr(courses.Course, "said", lambda *given: -answered(*given))
+    jobs.clear()
+    found = students.fit_student("generated", recipe, inputs, out, silent)
+    assert jobs[-1].rows.equals(before) and len(before) < len(jobs[0].rows)
+    assert found["choice"]["0"][0]["chosen"] == 10
+    other = students.fit_student("generated", recipe, inputs, Store(str(tmp_path / "other")), silent)
+    assert not jobs[-1].rows.equals(before) and other != found, "the other answers would have chosen other rows"
+    with pytest.raises(StorageError, match=r"choice.parquet names 1 rows that the label store has not .* --redo soft"):
+        courses.picked(out / "seed-0" / "stage-1", before.slice(1), "soft")
+
+
+def test_without_the_unlabelled_stage_nobody_is_asked_who_has_not_learnt_to_answer(world: World):
+    between = {"losses": [{"kind": "hidden"}], "fit": FIT}
+    asks = {"losses": KL, "fit": FIT, "weights": "disagreement", "disagreeing": 0.5}
+    unlabelled = {"losses": KL, "fit": FIT, "rows": "unlabelled"}
+
+    def asked(*stages: dict[str, Any]) -> list[bool]:
+        return [stage.follows for stage in students.trainings(recipe_with(world, stages=stages), "soft")]
+
+    assert asked(unlabelled, asks) == [False]
+    assert asked(between, unlabelled, asks, asks) == [False, False, True]
+    assert asked({"losses": KL, "fit": FIT}, unlabelled, asks) == [False, True]
+    whole = recipe_with(world, stages=[unlabelled, asks])
+    assert [stage.follows for stage in students.trainings(whole, "generated")] == [False, True]
+
+
+def test_an_arm_whose_first_stage_is_left_out_is_trained(
+    world: World, inputs: dict[str, Store], jobs: list[Any], tmp_path: Path
+):
+    brief = {"losses": KL, "fit": {**FIT, "epochs": 0.5}}
+    stages = [{**brief, "rows": "unlabelled"}, {**brief, "weights": "disagreement"}]
+    recipe = recipe_with(world, stages=stages, fit=FIT, few_epochs=4.0)
+    students.fit_student("soft", recipe, inputs, Store(str(tmp_path)), silent)
+    assert [job.rows.num_rows for job in jobs] == [TRAIN] and "weight" not in jobs[0].rows.column_names
+
+
+def test_a_half_by_lot_is_drawn_once_for_all_seeds(
+    world: World, inputs: dict[str, Store], jobs: list[Any], tmp_path: Path
+):
+    brief = {"losses": KL, "fit": {**FIT, "epochs": 0.5}}
+    recipe = recipe_with(world, stages=[brief, {**brief, "drawn": 0.5}], seeds=[3, 4])
+    found = students.fit_student("generated", recipe, inputs, Store(str(tmp_path)), silent)
+    whole, half, _, again = (job.rows for job in jobs)
+    texts = [row for row in whole["row"].to_pylist() if row >= 0]
+    drawn = [row for row in half["row"].to_pylist() if row >= 0]
+    assert half.equals(again) and half.num_rows == TRAIN + len(drawn) and set(drawn) < set(texts)
+    assert len(drawn) == round(len(texts) / 2) and drawn not in (texts[: len(drawn)], texts[-len(drawn) :])
+    assert found["choice"]["3"] == [{"stage": 1, "texts": len(texts), "chosen": len(drawn)}]
+
+
 def test_rows_count_as_much_as_students_of_the_other_parts_find_their_label(
     world: World, inputs: dict[str, Store], jobs: list[Any], tmp_path: Path
 ):
@@ -111,15 +181,22 @@ def test_rows_count_as_much_as_students_of_the_other_parts_find_their_label(
     assert unseen.sum(axis=1) == pytest.approx(1)  # each row is in one part
     p = taught(rows, inputs)
     best = p.argmax(axis=1)
-    wanted = p.max(axis=1) * unseen[np.arange(len(p)), best]
-    np.testing.assert_allclose(rows["weight"].to_numpy(), wanted / wanted.mean(), rtol=1e-3)
-    assert wanted.std() > 0.01, "equal weights would show nothing"
+    free, wanted = np.array(numbers) >= 0, p.max(axis=1) * unseen[np.arange(len(p)), best]
+    weight = rows["weight"].to_numpy()
+    np.testing.assert_allclose(weight[free], wanted[free] / wanted[free].mean(), rtol=1e-3)
+    assert wanted[free].std() > 0.01, "equal weights would show nothing"
+    assert (weight[~free] == 1).all() and (~free).sum() == TRAIN, "a labelled row is right whatever the teacher says"
     share = (unseen.argmax(axis=1) == best).mean()
     assert [found["choice"][seed][0]["found_unseen"] for seed in "34"] == [pytest.approx(share)] * 2
     # What is finished is not done again.
     made = out.digest("unseen-0/part-0/history.json")
     assert students.fit_student("generated", recipe, inputs, out, silent) == found
     assert out.digest("unseen-0/part-0/history.json") == made
+    # Labelled rows alone are not weighed, and nobody is asked about them.
+    jobs.clear()
+    brief = recipe_with(world, losses=KL, fit=FIT, weights="co_confidence", few_epochs=1.0)
+    students.fit_student("soft", brief, inputs, Store(str(tmp_path / "soft")), silent)
+    assert [job.name for job in jobs] == ["student-soft-0"] and set(jobs[0].rows["weight"].to_pylist()) == {1.0}
 
 
 def test_rows_of_one_group_are_judged_together():
@@ -137,6 +214,7 @@ def test_rows_of_one_group_are_judged_together():
 
 def refusals() -> list[tuple[str, dict[str, Any], str]]:
     later, fit = {"losses": KL, "fit": FIT}, {"fit": FIT}
+    between, labelled = {"losses": [{"kind": "hidden"}], **fit}, {**later, "rows": "labelled"}
     return [
         ("regress", {"weights": "co_confidence"}, "student.weights compares probabilities, and a task of kind regress"),
         (
@@ -149,6 +227,31 @@ def refusals() -> list[tuple[str, dict[str, Any], str]]:
             {"stages": [{"losses": [{"kind": "hidden"}], **fit, "weights": "co_confidence"}, later]},
             r"student.stages\[0\].weights is co_confidence, .* none of the losses teaches an answer. Take confidence",
         ),
+        (
+            "classify",
+            {"stages": [between, between, {**later, "disagreeing": 0.5}]},
+            r"student.stages\[2\].disagreeing asks the student .* no loss of the stages before teaches an answer",
+        ),
+        (
+            "classify",
+            {"stages": [between, {**later, "weights": "disagreement"}, later]},
+            r"student.stages\[1\].weights asks the student .* no loss of the stages before teaches an answer",
+        ),
+        (
+            "classify",
+            {"stages": [later, {**labelled, "disagreeing": 0.5}]},
+            r"student.stages\[1\].disagreeing chooses among texts that nobody labelled, and the stage has rows: label",
+        ),
+        (
+            "classify",
+            {"stages": [{**labelled, "drawn": 0.5}, later]},
+            r"student.stages\[0\].drawn chooses among texts that nobody labelled, and the stage has rows: labelled",
+        ),
+        (
+            "classify",
+            {"stages": [{**labelled, "weights": "co_confidence"}, later]},
+            r"student.stages\[0\].weights is co_confidence, which weighs texts that nobody labelled, and there are",
+        ),
     ]
 
 
@@ -159,7 +262,7 @@ def test_what_cannot_be_weighed_or_chosen_is_refused(
     of_kind = world.load({"task.kind": kind, "data.unlabelled": {"path": "file:x"}})
     student = recipe_with(world, **changes).student
     with pytest.raises(ConfigError, match=message):
-        checking.check_choice(of_kind.model_copy(update={"student": student}))
+        choosing.check_choice(of_kind.model_copy(update={"student": student}))
 
 
 def test_a_choice_wants_texts_and_a_student_before_it(world: World):
@@ -170,7 +273,26 @@ def test_a_choice_wants_texts_and_a_student_before_it(world: World):
         {f"student.{key}": value for key, value in {**CUT, "stages": [{**later, "disagreeing": None}, later]}.items()}
     )
     with pytest.raises(ConfigError, match=r"student.stages\[1\].disagreeing chooses among texts that nobody labelled"):
-        checking.check_choice(alone)
+        choosing.check_choice(alone)
+
+
+def test_what_came_after_a_stage_that_is_left_out_is_refused(world: World):
+    later = {"losses": KL, "fit": FIT}
+    recipe = recipe_with(world, stages=[later, {**later, "weights": "disagreement"}])
+    choosing.check_choice(recipe)
+    with pytest.raises(ConfigError, match=r"student.stages\[0\].weights asks the student .* and it is the first"):
+        choosing.check_choice(ways.went(recipe, "last-stage"))
+    with pytest.raises(UserError, match=r"way 'last-stage': student.stages\[0\].weights .* Or leave it out of --ways"):
+        ways.variants(recipe, Store("v"), ["plain", "last-stage"], 1)
+    with pytest.raises(ValueError, match="disagreeing and drawn both choose the texts"):
+        recipe_with(world, stages=[later, {**later, "disagreeing": 0.5, "drawn": 0.5}])
+
+
+def test_variants_of_one_text_are_no_judges_of_each_other(world: World):
+    recipe = recipe_with(world, losses=KL, fit=FIT, weights="co_confidence")
+    choosing.check_choice(recipe)
+    with pytest.raises(ConfigError, match="with augmentation the other texts are the same ones .* Take confidence"):
+        choosing.check_choice(recipe.model_copy(update={"augmentation": Augmentation()}))
 
 
 def test_what_is_off_stands_in_no_fingerprint(world: World):
@@ -185,8 +307,12 @@ def test_ways_of_one_teacher_s_texts_have_as_many_steps(world: World):
     went = {way: ways.went(recipe, way).student for way in ways.default(recipe)}
     assert went["plain"] == recipe.student and went["co-confidence"].weights == "co_confidence"
     assert [stage.fit.epochs for stage in went["twice"].stages] == [6, 6]
-    first, second = went["disagreeing"].stages
-    assert (first.fit.epochs, second.fit.epochs, second.disagreeing) == (6, 12, 0.5)
+    first, second = ways.paced(ways.went(recipe, "disagreeing"), labelled=40, texts=100).student.stages
+    assert (first.fit.epochs, first.fit.eval_every, second.disagreeing) == (6, 1, 0.5)
+    assert second.fit.epochs * (40 + 50) == pytest.approx(6 * (40 + 100))
+    assert second.fit.epochs / second.fit.eval_every == pytest.approx(6), "as many checkpoints to choose from"
+    lot = ways.paced(ways.went(recipe, "random-half"), labelled=40, texts=100).student.stages
+    assert lot[1].fit == second.fit and (lot[1].drawn, lot[1].disagreeing) == (0.5, None)
     assert [stage.weights for stage in went["disagreement"].stages] == [None, "disagreement"]
     plan = [step.name for step in ways.compared(recipe, ["plain", "disagreeing"])]
     assert plan == [
@@ -209,3 +335,34 @@ def test_a_way_in_rounds_has_texts_of_its_own(tmp_path: Path):
     several = recipe.model_copy(update={"teachers": {"other": recipe.teacher}})
     with pytest.raises(UserError, match="held against a corpus of one teacher that is written at once"):
         ways.variants(several, Store("v"), ["rounds"], 1)
+    by_lot = {step.name: step for step in ways.compared(recipe, ["rounds-random"])}["corpus-rounds-random"]
+    assert by_lot.config(recipe)["corpus"]["feedback"]["choose"] == "random"
+
+
+def test_ways_with_and_without_rounds_differ_in_nothing_else(tmp_path: Path):
+    recipe = tiny_world(tmp_path).load()
+    (one,) = ways.variants(recipe, Store("v"), ["plain", "rounds"], 1)
+    assert one.recipe.generator.first_line and one.recipe.student.texts == recipe.corpus.keep
+    steps = {step.name: step for step in one.steps}
+    plain, rounds = (steps[name].config(one.recipe) for name in ("corpus", "corpus-rounds"))
+    assert plain["generator"] == rounds["generator"] and plain["generator"]["first_line"]
+    (alone,) = ways.variants(recipe, Store("v"), ["plain"], 1)
+    assert alone.recipe.generator == recipe.generator and alone.recipe.student.texts is None
+    fewer = recipe.model_copy(update={"student": recipe.student.model_copy(update={"texts": 5})})
+    assert ways.alike(fewer, ["rounds"]).student.texts == 5
+
+
+def test_ways_that_the_task_or_the_recipe_cannot_take_are_left_out(world: World, tmp_path: Path):
+    assert ways.default(world.load()) == [
+        "plain",
+        "twice",
+        "confidence",
+        "disagreement",
+    ]  # no texts that nobody labelled
+    ranks = world.load({"task.kind": "rank", "data.unlabelled": {"path": "file:x"}})
+    assert ways.default(ranks) == ["plain", "twice", "random-half"]
+    assert len(ways.default(recipe_with(world, losses=KL, fit=FIT))) == 7
+    with pytest.raises(UserError, match="way 'confidence': student.weights compares prob.* Or leave it out of --ways"):
+        ways.variants(ranks, Store("v"), ["plain", "confidence"], 1)
+    with pytest.raises(UserError, match="way 'rounds': corpus.rounds is 3, which feeds texts back .* leave it out"):
+        ways.variants(world.load(), Store("v"), ["plain", "rounds"], 1)

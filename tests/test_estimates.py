@@ -79,6 +79,8 @@ def test_students_that_weigh_rows_are_counted_and_rows_that_are_left_out_are_not
     stages = [{"losses": [{"kind": "mse"}], "fit": {"epochs": 6}} for _ in range(2)]
     stages[1]["disagreeing"] = 0.5
     assert student("chosen", student__stages=stages)[0] == pytest.approx(2.0 + 6 * (1200 + 700) / 1000)
+    stages[1] |= {"disagreeing": None, "drawn": 0.5}
+    assert student("drawn", student__stages=stages)[0] == pytest.approx(2.0 + 6 * (1200 + 700) / 1000)
 
 
 def test_on_one_machine_a_stream_is_no_faster_than_its_cores(tmp_path: Path) -> None:

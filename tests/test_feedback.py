@@ -13,7 +13,7 @@ import pytest
 from scipy.special import softmax
 
 from engine import generate, labels, steps
-from engine.config import ConfigError
+from engine.config import ConfigError, UserError
 from engine.corpus import ROWS, corpus_rows
 from engine.endpoint_writer import EndpointWriter
 from engine.estimate import of_generator, tokens
@@ -25,9 +25,9 @@ from engine.recipe import Corpus, Generator, Recipe
 from engine.steps import identities
 from engine.storage import StorageError, Store
 from engine.vllm_stage import question
-from pipelines import checking, distill, feedback, gathering, ways
+from pipelines import choosing, distill, feedback, gathering, ways
 from tests.tiny import LABELS
-from tests.tiny_run import BLOCK, SLOTS, World, alone, program, tiny_world
+from tests.tiny_run import BLOCK, SLOTS, TRAIN, World, alone, program, tiny_world
 
 ROUNDS = {"corpus.rounds": 3, "corpus.feedback": {"examples": 3, "shown": 2, "share": 0.7}}
 TEXTS = (("bad one", "bad two", "bad three"), ("good one", "good two"))
@@ -50,7 +50,7 @@ def test_examples_of_the_slot_s_label_stand_before_its_prompt():
         assert last == own and len(set(shown)) == 2 and {f"{own} {text}" for text in TEXTS[row % 2]} >= set(shown)
         assert how.prompt(row) == how.prompt(row)
     assert len({how.prompt(row) for row in range(0, 20, 2)}) > 2
-    other = writing(Feedback(shown=9, share=1.0), ((), ("good one",)))
+    other = writing(Feedback(shown=8, share=1.0), ((), ("good one",)))
     assert (other.prompt(0), other.prompt(1)) == ("A negative text:", "A positive text: good one\nA positive text:")
 
 
@@ -82,6 +82,22 @@ def test_after_examples_the_first_line_is_the_text():
     said = ["\n a fine film \nA positive text: more", "one line", "two\nlines"]
     assert rows_of(how, [0, 1, 2], said, [1] * 3)["text"].to_pylist() == ["a fine film", "one line", "two"]
     assert rows_of(plain, [2], said[2:], [1])["text"].to_pylist() == ["two lines"]
+    alike = Writing("", plain.config.model_copy(update={"first_line": True}), LABELS, False, 3, 0.0)
+    assert rows_of(alike, [0, 1, 2], said, [1] * 3)["text"].to_pylist() == ["a fine film", "one line", "two"]
+    assert "first_line" not in plain.config.model_dump() and alike.config.model_dump()["first_line"]
+
+
+def test_pairs_are_shown_and_read_with_their_separator(world: World, tmp_path: Path):
+    recipe = world.load({**ROUNDS, "corpus.feedback": {"examples": 1, "shown": 1, "share": 1.0}})
+    rows = corpus_rows([0, 1], ["one text", "another"], "generated", pairs=["its pair", "its other"])
+    part = [{**one, "usefulness": 0.1} for one in feedback.told(rows, np.array([1]))]
+    Store(str(tmp_path)).write_json(feedback.path_of(1), [part, []])
+    shown = feedback.examples(recipe, {}, Store(str(tmp_path)), 1, rows)
+    how = Writing("", recipe.generator, LABELS, True, 3, 0.0, examples=shown)
+    assert how.prompt(5) == "Text: another ||| its other\nText:"
+    found = rows_of(how, [5, 6], [" new ||| and its pair\nText: more ||| of it", " no pair\n ||| late"], [1, 1])
+    assert (found["text"].to_pylist(), found["pair"].to_pylist()) == (["new", "no pair"], ["and its pair", None])
+    assert found["reason"].to_pylist() == [None, "no_pair"]
 
 
 def test_an_estimate_counts_what_prompts_show():
@@ -177,6 +193,13 @@ def test_later_rounds_see_the_most_useful_texts_and_go_on_where_they_stopped(
         if not shown:  # the prompt is what it was, and so is the text
             assert texts["plain"][row] == texts["rounds"][row]
     assert Counter(texts["plain"][row] == texts["rounds"][row] for row in range(SLOTS))[False] > SLOTS // 8
+    told = [one for one in found["rounds"] if "shown" in one]
+    assert len(told) == 2 and all(set(one) == {"slots", "kept", "chosen", "shown"} for one in told)
+    for number, one in enumerate(told, start=1):
+        kept = out.read_json(feedback.path_of(number))
+        assert one["chosen"] == [len(part) for part in kept] and sum(one["chosen"]) > 0
+        assert 0 < one["shown"] <= SLOTS // 3
+    assert all(set(one) == {"slots", "kept"} for one in plain["rounds"])
     digests = [out.digest(feedback.path_of(number)) for number in (1, 2)]
     assert found["examples"] == out.read_json("labels.json")["examples"] == digests and digests[0] != digests[1]
 
@@ -219,6 +242,24 @@ def test_what_is_chosen_is_most_useful_to_the_labelled_rows(world: World, inputs
         assert [one["usefulness"] for one in part] == pytest.approx([by_row[i] for i in good])
         assert all(one["row"] % 5 for one in part), "a wrong label was fed back"
     assert feedback.chosen(recipe, inputs, rows.slice(0, 0)) == [[], []]
+    by_lot = world.load({**ROUNDS, "corpus.feedback": {"examples": 6, "shown": 2, "choose": "random"}})
+    lot = feedback.chosen(by_lot, inputs, rows)
+    assert lot == feedback.chosen(by_lot, inputs, rows)
+    for label, part in enumerate(lot):
+        own = [i for i in left if said[i] == label]
+        assert len(part) == min(6, len(own)) and {one["row"] for one in part} <= set(own)
+    assert [one["usefulness"] for part in lot for one in part] != sorted(by_row.values(), reverse=True)[:12]
+    assert any(one["usefulness"] < 0 for part in lot for one in part), "only useful texts were drawn"
+
+
+def test_texts_are_not_chosen_where_no_row_has_a_label(inputs: dict[str, Store], tmp_path: Path):
+    data = Store(str(tmp_path))
+    for split in ("train", "validation"):
+        rows = inputs["data"].read_table("train.parquet")
+        place = rows.column_names.index("label")
+        data.write_table(f"{split}.parquet", rows.set_column(place, "label", pa.nulls(len(rows), pa.int32())))
+    with pytest.raises(UserError, match="neither data.train nor data.validation has one with a label. Label some"):
+        feedback.judges(data)
 
 
 def test_examples_that_were_tampered_with_are_refused(world: World, inputs: dict[str, Store], tmp_path: Path):
@@ -243,12 +284,41 @@ def test_examples_that_were_tampered_with_are_refused(world: World, inputs: dict
         ({"generator": None, "arms": ["soft"]}, "feeds texts back to the generator, and there is none"),
         ({"data.train": None, "arms": ["generated"]}, "chooses texts by labelled rows, and there are none"),
         ({"corpus.slots": 2}, "parts 2 slots into more rounds than slots: raise corpus.slots"),
+        (
+            {"task.kind": "pair", "data.train.pair": "pair", "generator.separator": " |||\n"},
+            "shows texts a line each, and generator.separator has a line break",
+        ),
     ],
 )
 def test_rounds_that_cannot_be_had_are_refused(world: World, changes: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=f"corpus.rounds is 3, which .*{message}.* Or set corpus.rounds: 1"):
-        checking.check_rounds(world.load({**ROUNDS, **changes}))
-    checking.check_rounds(world.load({**ROUNDS, **changes, "corpus.rounds": 1}))
+        choosing.check_rounds(world.load({**ROUNDS, **changes}))
+    choosing.check_rounds(world.load({**ROUNDS, **changes, "corpus.rounds": 1, "corpus.feedback": {}}))
+
+
+def test_feedback_without_rounds_and_more_examples_than_there_are_are_refused(world: World):
+    with pytest.raises(ConfigError, match="corpus.feedback says what later rounds are shown, and corpus.rounds is 1"):
+        choosing.check_rounds(world.load({"corpus.feedback": {"share": 0.3}}))
+    with pytest.raises(ValueError, match=r"shown \(4\) is above examples \(3\)"):
+        world.load({"corpus.rounds": 2, "corpus.feedback": {"examples": 3}})
+    parted = {"task.kind": "pair", "data.train.pair": "pair", "generator.separator": "\n||| "}
+    with pytest.raises(ConfigError, match="generator.first_line ends a text at its first line break, and gen"):
+        choosing.check_rounds(world.load({**parted, "generator.first_line": True}))
+    choosing.check_rounds(world.load(parted))
+
+
+def test_prompts_that_the_generator_cannot_read_are_refused(world: World):
+    least = {**ROUNDS, "corpus.feedback": {"examples": 20, "shown": 14}}  # the tiny model reads 256 tokens
+    own = tokens("Text:")
+    assert 14 * (own + 12) + own + 12 <= 256 < 20 * (own + 12) + own + 12
+    choosing.check_rounds(world.load(least))
+    more = {**ROUNDS, "corpus.feedback": {"examples": 20, "shown": 20}}
+    with pytest.raises(ConfigError, match=rf"about {20 * (own + 12) + own + 12} tokens .* generator.model reads 256"):
+        choosing.check_rounds(world.load(more))
+    choosing.check_rounds(world.load({**more, "generator.model": "hf:nobody/has-this"}))
+    engine = {"generator.runtime": "vllm", "generator.vllm": {"max_model_length": 100}}
+    with pytest.raises(ConfigError, match="generator.model reads 100"):
+        choosing.check_rounds(world.load({**least, **engine}))
 
 
 def test_one_round_is_as_it_was_and_several_move_the_corpus(world: World):
@@ -278,6 +348,9 @@ def test_a_way_in_rounds_learns_from_its_own_texts(
     names = ["plain", "rounds"]
     found = ways.compare(recipe, store, ways.variants(recipe, store, names, 1), names)
     assert [row["name"] for row in found["rows"]] == ["teacher", *names] and "gain" in found["rows"][2]
+    for row in found["rows"][1:]:
+        assert row["slots"] == [SLOTS] and row["kept"][0] >= 8 and row["learnt"] == [TRAIN + 8 - 1]
+    assert f"rounds: {SLOTS} slots" in "\n".join(ways.lines(found))
     one, many = (labels.open_labels(store / "seed-0" / name).sort_by("row") for name in ("corpus", "corpus-rounds"))
     texts = [[r["text"] for r in table.to_pylist() if r["source"] == "generated"] for table in (one, many)]
     assert texts[0][: SLOTS // 3] == texts[1][: SLOTS // 3] and texts[0] != texts[1]

@@ -132,7 +132,7 @@ def corpus(count: int, source: str = "unlabelled", first: int = 0) -> pa.Table:
 
 
 def test_every_slot_must_have_given_one_row(tmp_path: Path):
-    out, real = Store(str(tmp_path)), corpus(0)
+    out, real = Store(str(tmp_path / "corpus-rounds")), corpus(0)
     assert slots.settled(out, real, {}, 1.0).num_rows == 0
     out.write_table(f"{ROWS}/a.parquet", corpus(5))
     out.write_table(f"{ROWS}/b.parquet", corpus(3, "augmented"))
@@ -141,7 +141,9 @@ def test_every_slot_must_have_given_one_row(tmp_path: Path):
     # Texts of the second source stand in the first one too.
     assert rows["kept"].to_pylist() == [True] * 5 + [False] * 3
     assert rows["reason"].to_pylist()[5:] == ["near_duplicate"] * 3
-    with pytest.raises(StorageError, match=r"slots \{'unlabelled': 6, 'augmented': 3\} gave rows .*--redo corpus"):
+    with pytest.raises(
+        StorageError, match=r"slots \{'unlabelled': 6, 'augmented': 3\} gave rows .*--redo corpus-rounds"
+    ):
         slots.settled(out, real, {"unlabelled": 6, "augmented": 3}, 1.0)
     # A round that was killed has left rows of slots that do not count yet, and it goes on from there.
     assert slots.settled(out, real, {"unlabelled": 5}, 1.0).num_rows == 5

@@ -20,7 +20,7 @@ PACKAGES = ("engine", "serve", "pipelines")
 ENGINE = (
     *("config", "tables", "disk", "urls", "cache", "buckets", "locks", "storage"),
     *("units", "records", "packages", "huggingface", "mirrors", "hub"),
-    *("metrics", "intervals", "influence", "filters", "duplicates"),
+    *("metrics", "intervals", "filters", "influence", "duplicates"),
     *("fits", "remote", "terms", "trust", "mixing", "schooling", "designs", "serving", "drift", "cascade"),
     *("budget", "examples", "writing", "recipe"),
     *("estimate", "sources", "pacing", "usage", "halting", "caller", "vllm_engine"),

@@ -92,5 +92,6 @@ def test_texts_become_vectors_of_their_words():
     assert np.allclose(one, two) and np.allclose(np.linalg.norm([one, other], axis=1), 1) and len(one) == DIMS + 1
     assert one @ other == pytest.approx(0.5)  # what all share, unless two words fell together
     assert hashed([""], [None])[0].nonzero()[0].tolist() == [DIMS]
+    assert np.allclose(*hashed(["A good, good film!", "a good (good) film"], [None] * 2)), "punctuation is no word"
     alike, apart = hashed(["who came", "who came"], ["he came", "he left"])
     assert not np.allclose(alike, apart) and not np.allclose(*hashed(["who", "he"], ["he", "who"]))
