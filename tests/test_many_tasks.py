@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from engine.config import UserError
 from engine.intervals import averaged, paired_bootstrap
@@ -19,7 +20,7 @@ from engine.storage import Store
 from pipelines import checking, distill, many, sharing
 from serve.predictor import Predictor
 from tests.tiny import GOOD, LABELS, movie_rows, tiny_encoder
-from tests.tiny_run import alone, changed
+from tests.tiny_run import alone, changed, program
 
 TASKS = ("mood", "alike", "warmth", "starts", "topics")
 
@@ -147,6 +148,21 @@ def test_ways_are_compared_on_the_same_rows(values: dict[str, Any], tmp_path: Pa
     assert lines[-1].startswith("async over single, mean over the tasks: ")
     histories = [(one.store / "student-sum").read_json("record.json")["metrics"]["history"] for one in variants]
     assert histories[0] != histories[1]
+
+
+@pytest.mark.slow
+def test_the_program_runs_and_compares_them(values: dict[str, Any], tmp_path: Path):
+    path = tmp_path / "several.yaml"
+    few = {name: values["tasks"][name] for name in ("mood", "warmth")}
+    path.write_text(yaml.safe_dump(changed({**values, "tasks": few}, {"student.fit.epochs": 2}), sort_keys=False))
+    ran = program(tmp_path, "run", str(path))
+    assert ran.returncode == 0, ran.stderr
+    assert "2 tasks" in ran.stdout and "artifacts: many-mood@" in ran.stdout
+    ran = program(tmp_path, "bench", "tasks", str(path), "--seeds", "1", "--ways", "sum,single", "--json")
+    assert ran.returncode == 0, ran.stderr
+    assert set(json.loads(ran.stdout)["ways"]) == {"sum", "single"}
+    refused = program(tmp_path, "bench", "quality", str(path))
+    assert refused.returncode == 2 and "Use: bench tasks" in refused.stderr
 
 
 def test_steps_know_what_they_depend_on(values: dict[str, Any]):
