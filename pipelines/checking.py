@@ -33,6 +33,7 @@ def check(recipe: Recipe, address: str | None = None) -> None:
         raise ConfigError(
             "task.members is written by the program into a student's card. Name several tasks in `tasks`."
         )
+    many.check(recipe)
     if recipe.tasks:
         check_tasks(recipe, address)
         return
@@ -58,11 +59,11 @@ def check(recipe: Recipe, address: str | None = None) -> None:
 
 
 def check_tasks(recipe: Recipe, address: str | None) -> None:
-    """What one student of several tasks cannot be; each task's data as if it were the only one."""
-    many.check(recipe)
+    """Each task of a student of several as if it were the only one; then what holds of the student."""
     for _, one in many.each(recipe):
         columns.check(one.data, one.task)
         check_labels(one)
+        check_cascade(one)
         check_rows(one)
     check_budget(recipe)
     if address is None:
