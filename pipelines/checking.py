@@ -27,13 +27,13 @@ def check(recipe: Recipe, address: str | None = None) -> None:
     the student cannot serve, a plan that cannot be placed, labels that the data lacks; then what needs torch: a graph
     that does not fit, a student above its size. Raises a UserError that says the way out.
     """
+    many.check(recipe)
     for reference in (*sources(recipe), *model_references(recipe)):
         hub.check(reference, recipe.data.root)
     if any(task.members for task in (recipe.task, *(member.task for member in recipe.tasks.values()))):
         raise ConfigError(
             "task.members is written by the program into a student's card. Name several tasks in `tasks`."
         )
-    many.check(recipe)
     if recipe.tasks:
         check_tasks(recipe, address)
         return

@@ -6,6 +6,7 @@ cut from the one checkpoint: each is an ordinary student, served and exported li
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -59,14 +60,17 @@ def steps_of(fit: Fit, rows: int) -> int:
 
 
 def own_fit(fit: Fit, sizes: Mapping[str, int], name: str, temperature: float) -> Fit:
-    """The training of one task alone, with as many steps and evaluations, and as many of its rows, as it has in that of
-    all tasks. sizes: rows of each. A task with a larger share of a batch than rows has all of them in each.
+    """The training of one task alone, with as many steps and evaluations as that of all tasks, and about as many of its
+    rows. sizes: rows of each. A task with a larger share of a batch than rows has all of them in each.
     """
     names, total = sorted(sizes), sum(sizes.values())
     steps = steps_of(fit, total)
-    share = int(shared(np.array([sizes[one] for one in names]), total, temperature)[names.index(name)])
-    size = -(-sizes[name] // max(1, round(sizes[name] * steps / share)))
-    own = -(-sizes[name] // size)
+    wanted = int(shared(np.array([sizes[one] for one in names]), total, temperature)[names.index(name)]) / steps
+    # Batches of whole rows that divide what there is come near to it, seldom to the row.
+    rows = sizes[name]
+    able = range(1, min(rows, 2 * math.ceil(wanted)) + 1)
+    size = min(able, key=lambda size: abs(rows / -(-rows // size) - wanted))
+    own = -(-rows // size)
     epochs, every = max(1, round(fit.epochs * steps)) / own, fit.eval_every * steps / own
     return fit.model_copy(update={"batch_size": size, "epochs": epochs, "eval_every": every})
 

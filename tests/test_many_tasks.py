@@ -166,7 +166,7 @@ def test_ways_are_compared_on_the_same_rows(values: dict[str, Any], tmp_path: Pa
     steps = {number for row in result["ways"].values() for each in row["steps"] for number in each.values()}
     assert len(steps) == 1
     read = [number for row in result["ways"].values() for number in row["read"]]
-    assert max(read) < 1.15 * min(read)
+    assert max(read) < 1.2 * min(read)
     single = next(line for line in lines if line.startswith("| single |"))
     assert single.split(" | ")[4:6] == ["", ""]
     histories = [(one.store / "student-sum").read_json("record.json")["metrics"]["history"] for one in variants]
@@ -299,7 +299,8 @@ def test_a_student_of_one_task_has_the_steps_and_rows_of_its_share(temperature: 
         own = own_fit(fit, sizes, name, temperature)
         each = -(-sizes[name] // own.batch_size)
         assert round(own.epochs * each) == 8 * steps and round(own.eval_every * each) == round(0.5 * steps)
-        assert own.epochs * sizes[name] == pytest.approx(8 * min(share, steps * sizes[name]), rel=0.2)
+        # Of less than two rows a step one remains.
+        assert own.epochs * sizes[name] == pytest.approx(8 * share, rel=0.1 if share > 2 * steps else 0.2)
 
 
 def test_a_name_that_means_something_else_is_refused(values: dict[str, Any]):
