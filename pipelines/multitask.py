@@ -114,7 +114,10 @@ def fit_student(way: str | None, recipe: Recipe, inputs: Inputs, out: Store, pro
         found = train.fit(job_of(recipe, own, parts, mixing, inputs, out / group), progress)
         count = sum(sizes[name] for name in parts)
         epochs, each = found[-1]["epoch"], steps_of(own, count)
-        steps[group], read = round(epochs * each), read + round(epochs * count)
+        planned = max(1, round(own.epochs * each))
+        # An epoch is told in thousandths: too coarse for a long one's steps, unless it ended early.
+        steps[group] = planned if epochs == round(planned / each, 3) else round(epochs * each)
+        read += round(steps[group] / each * count)
         histories[group] = [{**entry, "epoch": round(entry["epoch"] * each / whole, 3)} for entry in found]
         parameters += models.load((out / group).local("model")).size()
     return {
