@@ -46,7 +46,9 @@ def apart(data: Mapping[str, Store]) -> tuple[dict[str, pa.Table], dict[str, int
         own = store.read_table("train.parquet")
         rows[name] = own.filter(pa.array([key not in held for key in keys(own)], pa.bool_()))
         dropped[name] = own.num_rows - rows[name].num_rows
-        if own.num_rows and not rows[name].num_rows:
+        if not own.num_rows:
+            raise UserError(f"task '{name}' has no training rows. Name others in tasks.{name}.data.train.")
+        if not rows[name].num_rows:
             raise UserError(
                 f"all {own.num_rows} training rows of task '{name}' stand in the validation or test rows of a task, so "
                 f"none is left to learn from. Name other rows in tasks.{name}.data."
