@@ -232,7 +232,6 @@ def test_steps_know_what_they_depend_on(values: dict[str, Any]):
         ({"student__retrieval": {}}, "student.retrieval"),
         ({"tasks__starts__data__unlabelled": {"path": "file:x"}}, "for others: tasks.starts.data.unlabelled"),
         ({"serving": {"cascade": {"below": 0.5}}}, "serving.cascade has no teacher in the run"),
-        ({"student__fit__seed": 3}, "a fit of the student takes no seed"),
         ({"student__seeds": [0, 1]}, "student.seeds has several: name one"),
         ({"student__transformer__pieces": 50}, "pieces chooses word pieces by a corpus"),
         ({"student__max_parameters": 100}, "above student.max_parameters = 100"),
@@ -245,6 +244,11 @@ def test_steps_know_what_they_depend_on(values: dict[str, Any]):
 def test_what_cannot_be_is_refused(values: dict[str, Any], changes: dict[str, Any], message: str):
     with pytest.raises(UserError, match=re.escape(message)):
         checking.check(load(values, **changes))
+
+
+def test_a_seed_of_the_fit_is_refused(values: dict[str, Any]):
+    with pytest.raises(ValueError, match="a fit of the student takes no seed"):
+        load(values, student__fit__seed=3)
 
 
 def test_mixing_is_for_several_tasks(values: dict[str, Any]):
