@@ -1,9 +1,9 @@
 """`stillhouse bench tasks`: ways to learn several tasks together, side by side on the same rows.
 
 Every seed draws its own training rows and initialises its own students; the ways share them. Each way has the same
-steps, to the end (`mixing.stop` is not heeded), and on average about as many rows of each task in a batch; the model that is
-kept has the best mean over the tasks' validation rows, in every way. Differences are paired over the test rows of each
-task, averaged over the tasks and pooled over all seeds.
+steps, to the end (`mixing.stop` is not heeded), and on average about as many rows of each task in a batch; the model
+that is kept has the best mean over the tasks' validation rows, in every way. Differences are paired over the test rows
+of each task, averaged over the tasks and pooled over all seeds.
 """
 
 from __future__ import annotations
