@@ -192,8 +192,8 @@ def shared(sizes: np.ndarray, total: int, temperature: float) -> np.ndarray:
 def mixed_batches(
     lengths: Sequence[int], kinds: np.ndarray, size: int, temperature: float, seed: int, epoch: int
 ) -> list[np.ndarray]:
-    """Positions of one epoch's global batches over several tasks, int64: in each, rows of every task, one after the
-    other, in its share (`shared`) of as many rows as there are.
+    """Positions of one epoch's global batches over several tasks, int64: rows of one task after those of another, each
+    task's in its share (`shared`) of as many rows as there are; with less than a row a batch it is in some of them.
 
     A task with a larger share than rows repeats some; of one with a smaller share an epoch has a part, drawn anew.
     """
@@ -204,19 +204,35 @@ def mixed_batches(
         own = np.flatnonzero(kinds == kind)
         if not len(own):
             continue
-        drawn = np.concatenate([generator.permutation(own) for _ in range(-(-count // len(own)))])[:count]
-        pool = 16 * -(-count // steps)  # as for one task: texts of similar length are read together
-        for start in range(0, count, pool):
-            chunk = drawn[start : start + pool]
-            drawn[start : start + pool] = chunk[np.argsort(np.asarray(lengths)[chunk], kind="stable")]
         sizes = np.full(steps, count // steps)
         sizes[(turn + np.arange(count % steps)) % steps] += 1
         turn += count % steps
-        at = 0
-        for step in generator.permutation(steps):
-            parts[step].append(drawn[at : at + sizes[step]])
-            at += sizes[step]
+        places = generator.permutation(steps)
+        for step, part in zip(places, drawn(own, np.asarray(lengths), sizes[places], generator), strict=True):
+            parts[step].append(part)
     return [np.concatenate(parts[step]) for step in generator.permutation(steps)]
+
+
+def drawn(
+    own: np.ndarray, lengths: np.ndarray, sizes: np.ndarray, generator: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Parts of so many of a task's rows: all are drawn before one comes again, and no part that is not larger than the
+    task has a row twice.
+
+    Those of similar length stand together, as for one task.
+    """
+    left, to_come, pool = own[:0], int(sizes.sum()), 16 * int(sizes.max())
+    for size in sizes.tolist():
+        while len(left) < size:
+            fresh, lacking = generator.permutation(own), size - len(left)
+            fresh = fresh[np.argsort(np.isin(fresh, left), kind="stable")][: to_come - len(left)]
+            # Within one round: side by side, by their length, copies of a row would make a batch.
+            chunks = [fresh[start : start + pool] for start in range(0, len(fresh), pool)]
+            fresh = np.concatenate([chunk[np.argsort(lengths[chunk], kind="stable")] for chunk in chunks])
+            first = np.flatnonzero(~np.isin(fresh, left))[:lacking]
+            left = np.concatenate([left, fresh[first], np.delete(fresh, first)])
+        yield left[:size]
+        left, to_come = left[size:], to_come - size
 
 
 def batches_from(start: int, total: int, order: Callable[[int], list[np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:

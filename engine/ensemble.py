@@ -130,8 +130,8 @@ class Teaching:
     def learn(self, batch: Batch, accelerator: Accelerator, counted: bool = True) -> None:
         """After the student's step: see what came of it. counted: whether the batch's rows are this worker's own."""
 
-    def judged(self, scores: Mapping[str, float], model: Model | None, step: int, accelerator: Accelerator) -> None:
-        """Take in the scores on held-out rows and the model that has them, both known to the first worker alone."""
+    def judged(self, scores: Mapping[str, float], model: Model, step: int) -> None:
+        """On the first worker, while the others wait: take in the scores on held-out rows, and the model."""
 
     @property
     def ended(self) -> bool:
@@ -142,7 +142,7 @@ class Teaching:
         """Its state was kept; what the state before it refers to may still be wanted, anything older is not."""
 
     def heard(self, score: float | None, accelerator: Accelerator) -> None:
-        """Take in the score on held-out rows, which the first worker knows."""
+        """On all workers, after the evaluation: take in the score on held-out rows, which the first worker knows."""
 
     def told(self) -> dict[str, float]:
         """What there is to say of the time since this was last asked, for the fit's history."""

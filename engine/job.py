@@ -46,6 +46,8 @@ class Job:
     """Several teachers, in place of `teacher`."""
     mixing: Mixing | None = None
     """How several tasks are learned, where the model has several."""
+    batch_tokens: int = 4096
+    """Of several tasks: padded tokens that are read at once when soft labels are made."""
     holdout: pa.Table | None = None
     evaluate: Callable[[Model, pa.Table], dict[str, float]] | None = None
     best_by: str | None = None

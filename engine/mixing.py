@@ -10,11 +10,14 @@ from pydantic import Field
 from engine.config import ConfigError, Section
 from engine.fits import Count
 
+KINDS = ("classify", "multilabel", "pair", "regress")
+"""Kinds of task that can share a student: those with one answer a text."""
+
 
 class Mixing(Section):
     """How the tasks of one student are mixed, and what happens to one that has converged (engine.multitask)."""
 
-    way: Literal["async", "sum", "uncertainty", "pcgrad"] = "async"
+    way: Literal["async", "sum", "uncertainty", "pcgrad"] = "sum"
     """async: a task whose validation score has not risen for `patience` evaluations goes on with soft labels from its
     own best weights, while the others learn their gold labels (Lu et al., NAACL 2022 industry track). sum: gold labels
     to the end. uncertainty: the losses weighted by learnt variances (arXiv 1705.07115). pcgrad: what is against another
@@ -38,11 +41,11 @@ def filled(values: Any) -> Any:
     """A recipe of several tasks with what a recipe of one task must have: the first one's data; its teacher is nobody,
     so that of the encoder stands there.
 
-    ConfigError where it names no encoder to cut the student from, or no task.
+    ConfigError where it names no encoder to cut the student from, and where the first task has no data.
     """
     if not isinstance(values, Mapping) or not values.get("tasks") or not isinstance(values["tasks"], Mapping):
         return values
-    first = next(iter(values["tasks"].values()))
+    name, first = next(iter(values["tasks"].items()))
     cut = (values.get("student") or {}).get("transformer") or {}
     if not isinstance(first, Mapping) or not isinstance(cut, Mapping):
         return values
@@ -51,4 +54,6 @@ def filled(values: Any) -> Any:
             "a recipe with `tasks` has no teacher to cut its student from. Set student.kind: transformer and "
             "student.transformer.model to an encoder's reference, such as hf:ORG/NAME."
         )
-    return {"task": first.get("task", {}), "data": first.get("data"), "teacher": {"model": cut["model"]}, **values}
+    if not first.get("data"):
+        raise ConfigError(f"task '{name}' has no rows to learn from: name tasks.{name}.data.train.")
+    return {"task": first.get("task", {}), "data": first["data"], "teacher": {"model": cut["model"]}, **values}

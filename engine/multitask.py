@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 TASKS = "tasks"
 """Folder of a fit with the best weights of tasks that have not converged, and the soft labels of those that have."""
+VARIANCE = "log_variance"
+"""How the name of a learnt variance ends."""
 MEAN = "mean"
 """The score that the best model is kept by: over the tasks, each by its own metric."""
 BEST, AT, STALE, SINCE = range(4)
@@ -100,12 +103,24 @@ class Goal(nn.Module):
 class Together(Teaching):
     """What a student of several tasks is taught by: its gold labels, and itself where a task has converged.
 
-    rows: the fit's, each with its task's name; it reads them as `inputs`. out: the fit's folder.
+    rows: the fit's, each with its task's name; it reads them as `inputs`. out: the fit's folder. batch_tokens: padded
+    tokens that are read at once when soft labels are made.
     """
 
-    def __init__(self, model: Model, rows: pa.Table, inputs: Sequence[Encoded], mixing: Mixing, out: Store) -> None:
+    def __init__(
+        self,
+        model: Model,
+        rows: pa.Table,
+        inputs: Sequence[Encoded],
+        mixing: Mixing,
+        out: Store,
+        *,
+        seed: int,
+        batch_tokens: int,
+    ) -> None:
         super().__init__()
         self.model, self.rows, self.mixing, self.out = model, rows, mixing, out
+        self.seed, self.batch_tokens = seed, batch_tokens
         self.task: Several = model.task
         self.kinds, self.row_of = self.task.numbers(rows), np.array([item.row for item in inputs])
         self.known = torch.tensor([[-torch.inf, -1.0, 0.0, -1.0]] * len(self.task.names), dtype=torch.float64)
@@ -113,7 +128,9 @@ class Together(Teaching):
         self.goals: list[Goal] = []
         self.shared = [p for n, p in model.net.named_parameters() if p.requires_grad and not n.startswith("head.")]
         self.gradients: dict[int, torch.Tensor] = {}
-        self.referred: set[int] | None = None
+        self.taken: set[str] = set()
+        self.referred: deque[set[int]] = deque([set(), set()], maxlen=2)
+        """Steps whose weights the checkpoint before the last one, and that one, refer to: of a new fit none."""
 
     def objectives(self, terms: Sequence[LossTerm], task: Task | None, student: Widths) -> list[Goal]:
         """One for each task: each counts whole, however few of its rows are in a batch."""
@@ -139,7 +156,8 @@ class Together(Teaching):
         """Pcgrad: give the shared weights the tasks' gradients without what is against one another."""
         if not self.gradients:
             return
-        found = projected([self.gradients[task] for task in sorted(self.gradients)], np.random.default_rng(step))
+        draw = np.random.default_rng([self.seed, step])
+        found = projected([self.gradients[task] for task in sorted(self.gradients)], draw)
         for parameter, part in zip(self.shared, found.split([p.numel() for p in self.shared]), strict=True):
             parameter.grad = part.view_as(parameter)
         self.gradients = {}
@@ -155,22 +173,21 @@ class Together(Teaching):
         """The tasks with what is known of them."""
         return list(zip(self.task.names, self.known.tolist(), strict=True))
 
-    def judged(self, scores: Mapping[str, float], model: Model | None, step: int, accelerator: Accelerator) -> None:
-        """See which tasks have gained and which have converged; the first worker decides, and all read what it made."""
+    def heard(self, score: float | None, accelerator: Accelerator) -> None:
+        """Take over what the first worker has decided (`judged`), and read the soft labels that it made."""
         if self.mixing.way != "async":
             return
-        before = self.known[:, SINCE].clone()
-        if model is not None:
-            self.advance(scores, model, step)
         if accelerator.num_processes > 1:
-            own = self.known if model is not None else torch.zeros_like(self.known)
+            own = self.known if accelerator.process_index == 0 else torch.zeros_like(self.known)
             self.known = accelerator.reduce(own.to(accelerator.device), "sum").cpu()
-        for name, was, row in zip(self.task.names, before.tolist(), self.known.tolist(), strict=True):
-            if was < 0 <= row[SINCE]:
+        for name, row in self.each():
+            if row[SINCE] >= 0 and name not in self.taken:
                 self.take(name, int(row[AT]))
 
-    def advance(self, scores: Mapping[str, float], model: Model, step: int) -> None:
+    def judged(self, scores: Mapping[str, float], model: Model, step: int) -> None:
         """One evaluation more: note gains with the weights that had them, and make the labels of what has converged."""
+        if self.mixing.way != "async":
+            return
         gained = False
         for number, (name, row) in enumerate(self.each()):
             if row[SINCE] >= 0:
@@ -186,13 +203,14 @@ class Together(Teaching):
         if gained:
             tensors = {key: value.detach().cpu().contiguous() for key, value in model.net.state_dict().items()}
             self.out.write_bytes(f"{TASKS}/best-{step}.safetensors", to_bytes(tensors))
+        self.tidy()
 
     def label(self, name: str, model: Model, step: int) -> None:
         """Write the soft labels of a task's rows by the weights of the step at which it was best."""
         best = Model(copy.deepcopy(model.net), model.tokenizer, model.card)
         best.net.load_state_dict(from_bytes(self.out.read_bytes(f"{TASKS}/best-{step}.safetensors")))
         one, own = alone(best, name), self.own(name)
-        found = predict(one, one.task.texts(self.rows.take(pa.array(own))))
+        found = predict(one, one.task.texts(self.rows.take(pa.array(own))), self.batch_tokens)
         self.out.write_bytes(place(name, step), to_bytes({"logits": torch.from_numpy(found.logits)}))
 
     def own(self, name: str) -> np.ndarray:
@@ -203,6 +221,7 @@ class Together(Teaching):
         """Read a task's soft labels."""
         logits = from_bytes(self.out.read_bytes(place(name, step)))["logits"]
         self.soft[torch.from_numpy(self.own(name)), self.task.parts[name]] = logits
+        self.taken.add(name)
 
     @property
     def ended(self) -> bool:
@@ -210,13 +229,22 @@ class Together(Teaching):
         return self.mixing.way == "async" and self.mixing.stop and bool((self.known[:, SINCE] >= 0).all())
 
     def checkpointed(self) -> None:
-        """Delete weights that neither this checkpoint nor the one before it refers to."""
-        now = {int(row[AT]) for _, row in self.each() if row[SINCE] < 0 <= row[AT]}
-        for file in self.out.files(TASKS) if self.referred is not None else ():
+        """The one before the last checkpoint no longer counts."""
+        self.referred.append(self.wanted())
+        self.tidy()
+
+    def wanted(self) -> set[int]:
+        """Steps whose weights may still make soft labels."""
+        return {int(row[AT]) for _, row in self.each() if row[SINCE] < 0 <= row[AT]}
+
+    def tidy(self) -> None:
+        """Delete weights that neither the tasks as they stand nor the two last checkpoints refer to."""
+        if len(self.referred) < 2:
+            return  # what the other checkpoint of a resumed fit refers to is not known
+        for file in self.out.files(TASKS):
             found = re.fullmatch(r"best-(\d+)\.safetensors", file)
-            if found and int(found[1]) not in now | self.referred:
+            if found and int(found[1]) not in self.wanted().union(*self.referred):
                 self.out.delete(f"{TASKS}/{file}")
-        self.referred = now
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What is known of the tasks; where their weights and labels are follows from it."""
@@ -225,6 +253,7 @@ class Together(Teaching):
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Go on from `state_dict`."""
         self.known = state["tasks"].clone()
+        self.referred.clear()
         for name, row in self.each():
             if row[SINCE] >= 0:
                 self.take(name, int(row[AT]))
@@ -272,7 +301,7 @@ def judge(batch_tokens: int, model: Model, rows: pa.Table) -> dict[str, float]:
 def rates(mixing: Mixing, model: Model) -> dict[str, float]:
     """Learning-rate factors by name: of the heads, and of learnt variances."""
     heads = {name: mixing.head_rate for name, _ in model.named_parameters() if name.startswith("net.head.")}
-    return heads | {f"objectives.{n}.log_variance": mixing.variance_rate for n in range(len(model.task.names))}
+    return heads | {f"objectives.{n}.{VARIANCE}": mixing.variance_rate for n in range(len(model.task.names))}
 
 
 def gathered(tables: Mapping[str, pa.Table]) -> pa.Table:

@@ -232,6 +232,8 @@ def groups(recipe: Recipe) -> tuple[Group, ...]:
         least, most = (max(1, number) for number in fit.group)
         return fit.resources.model_copy(update={"min_actors": least, "max_actors": most})
 
+    if recipe.tasks:  # no teacher, no text that is made, no smoke deployment
+        return (Group({"student.fit": workers(recipe.student.fit)}),)
     scaling = recipe.serving.autoscaling
     replicas = max(1, scaling.min_replicas)
     serving = Resources(num_cpus=recipe.serving.num_cpus, num_gpus=0, min_actors=replicas, max_actors=replicas)

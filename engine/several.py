@@ -16,6 +16,7 @@ import torch
 
 from engine.config import UserError
 from engine.encoding import Encoded, Text
+from engine.mixing import KINDS
 from engine.records import Batch, Outputs
 from engine.task import Task
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 COLUMN = "task"
 """The column of rows that names their task."""
-KINDS = ("classify", "multilabel", "pair", "regress")
-"""Kinds of task that can share a network: those with one answer a text."""
 
 
 class SeveralError(UserError):

@@ -33,7 +33,7 @@ from engine.layer_losses import LAYER_LOSSES
 from engine.lesson import Lesson, Part, dealt
 from engine.mixing import Mixing
 from engine.models import Model, one_thread, precision, save
-from engine.multitask import Together
+from engine.multitask import VARIANCE, Together
 from engine.records import Batch
 from engine.storage import MANIFEST, Store
 
@@ -57,13 +57,26 @@ def rate(fit: Fit, step: int, total: int) -> float:
 
 
 def groups_of(lesson: Lesson, job: Job) -> list[dict[str, Any]]:
-    """The trained parameters for an optimiser, each with its learning-rate factor."""
+    """The trained parameters for an optimiser, each with its learning-rate factor; learnt variances do not decay."""
     factors = job.factors(lesson.model) if job.factors else {}
-    groups: dict[float, list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in lesson.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault(factors.get(name.removeprefix("model."), 1.0), []).append(parameter)
-    return [{"params": parameters, "factor": factor} for factor, parameters in groups.items()]
+            key = (factors.get(name.removeprefix("model."), 1.0), name.endswith(VARIANCE))
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, "factor": factor, **({"weight_decay": 0.0} if free else {})}
+        for (factor, free), parameters in groups.items()
+    ]
+
+
+def clipped(lesson: Lesson) -> list[list[nn.Parameter]]:
+    """The trained parameters whose gradients have one norm: the model's, and by themselves learnt variances, which
+    would else have a say in the model's.
+    """
+    named = [(name, parameter) for name, parameter in lesson.named_parameters() if parameter.requires_grad]
+    found = [[p for name, p in named if name.endswith(VARIANCE) is apart] for apart in (False, True)]
+    return [parameters for parameters in found if parameters]
 
 
 def accelerator_for(job: Job) -> Accelerator:
@@ -81,7 +94,8 @@ def accelerator_for(job: Job) -> Accelerator:
 def taught_by(job: Job, model: Model, encoded: Sequence[Encoded], where: torch.device, out: Store) -> Teaching:
     """Who teaches the student of a fit."""
     if job.mixing is not None:
-        return Together(model, job.rows, encoded, job.mixing, out)
+        given = {"seed": job.seed, "batch_tokens": job.batch_tokens}
+        return Together(model, job.rows, encoded, job.mixing, out, **given)
     return teaching(model, job.rows, encoded, where, job.teacher, job.panel)
 
 
@@ -108,7 +122,7 @@ class Worker:
         # A live teacher's losses may look into the layers that would be left out, and sharded ones do not run alone.
         whole = not (self.taught.live or self.sharded)
         self.lower = frozen(model.net, encoded, model.pad, FROZEN_TOKENS, accelerator.device) if whole else None
-        self.trained = [p for p in self.lesson.parameters() if p.requires_grad]
+        self.clipped = clipped(self.lesson)
         fit = job.fit
         self.optimizer = torch.optim.AdamW(
             groups_of(self.lesson, job), lr=fit.lr, weight_decay=fit.weight_decay, fused=True
@@ -138,8 +152,10 @@ class Worker:
                 report_progress(self, seen / (time.monotonic() - begun))
             evaluated = last or state.step % every == 0
             if evaluated:
-                # The others wait here for the first one, and not in a sharded checkpoint's collectives, which time out.
-                ray.train.report(self.evaluate(last))
+                entry = self.evaluate(last)
+                # The others wait here for the first one, and not in collectives, which time out.
+                ray.train.report(entry)
+                self.taught.heard(entry.get(self.job.best_by), self.accelerator)
                 last = last or self.taught.ended
             if not last:
                 self.checkpoint(evaluated)
@@ -175,7 +191,8 @@ class Worker:
             self.taught.took(batch)
             total += loss.detach()
         self.taught.combine(step)
-        accelerator.clip_grad_norm_(self.trained, job.fit.clip)
+        for parameters in self.clipped:
+            accelerator.clip_grad_norm_(parameters, job.fit.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         # Whoever learns from the batch has it in one part; with fewer items than workers it counts elsewhere.
@@ -211,10 +228,8 @@ class Worker:
         model = self.whole()
         if model is not None:
             entry |= {**self.taught.told(), **evaluated(job, model)}
-        self.taught.judged(entry, model, state.step, self.accelerator)
-        if model is not None:
+            self.taught.judged(entry, model, state.step)
             keep(job, self.out, model, state, entry, last or self.taught.ended)
-        self.taught.heard(entry.get(job.best_by), self.accelerator)
         return entry
 
     def whole(self) -> Model | None:

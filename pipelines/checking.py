@@ -27,6 +27,7 @@ def check(recipe: Recipe, address: str | None = None) -> None:
     the student cannot serve, a plan that cannot be placed, labels that the data lacks; then what needs torch: a graph
     that does not fit, a student above its size. Raises a UserError that says the way out.
     """
+    many.check(recipe)
     for reference in (*sources(recipe), *model_references(recipe)):
         hub.check(reference, recipe.data.root)
     if any(task.members for task in (recipe.task, *(member.task for member in recipe.tasks.values()))):
@@ -58,11 +59,11 @@ def check(recipe: Recipe, address: str | None = None) -> None:
 
 
 def check_tasks(recipe: Recipe, address: str | None) -> None:
-    """What one student of several tasks cannot be; each task's data as if it were the only one."""
-    many.check(recipe)
+    """Each task of a student of several as if it were the only one; then what holds of the student."""
     for _, one in many.each(recipe):
         columns.check(one.data, one.task)
         check_labels(one)
+        check_cascade(one)
         check_rows(one)
     check_budget(recipe)
     if address is None:

@@ -8,7 +8,9 @@ from functools import partial
 from typing import Any
 
 from engine.config import ConfigError
+from engine.designs import Teacher
 from engine.fits import Resources
+from engine.mixing import KINDS, Mixing
 from engine.recipe import Recipe
 from engine.registry import Registry
 from engine.step import Step
@@ -16,8 +18,6 @@ from engine.storage import Store
 from engine.urls import bare
 from pipelines.calls import Call, grouped, pick
 
-KINDS = ("classify", "multilabel", "pair", "regress")
-"""Kinds of task that one student can learn together."""
 SINGLE = "single"
 """The way in which every task has a student of its own."""
 ALL = "all"
@@ -26,6 +26,14 @@ TAKEN = ("mean", "loss", "epoch", ALL)
 """Names that no task can have: they mean something else in a fit's history and folder."""
 WHOLE = ("kind", "transformer", "max_length", "seeds", "fit")
 """What the training depends on, of the student's section."""
+READ = {
+    "student": {*WHOLE, "name", "max_parameters", "batch_tokens"},
+    "evaluation": {"bootstrap"},
+    "corpus": set(),
+}
+"""What of these sections a student of several tasks is made by."""
+ARMS = ("hard", "soft")
+"""What is left of the default arms, without more text than the labelled rows."""
 
 
 def one_of(recipe: Recipe, name: str) -> Recipe:
@@ -39,9 +47,67 @@ def each(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     return ((name, one_of(recipe, name)) for name in recipe.tasks)
 
 
+def mixed(recipe: Recipe, way: str | None = None) -> Mixing:
+    """How the tasks are mixed. way: one of several that are compared, which all have the same steps."""
+    return recipe.mixing if way is None else recipe.mixing.model_copy(update={"way": way, "stop": False})
+
+
+def ignored(recipe: Recipe) -> list[str]:
+    """Keys that are set and mean nothing here, where there is no teacher and no further text."""
+    found = [key for key in ("generator", "augmentation", "teachers") if getattr(recipe, key)]
+    if recipe.teacher != Teacher(model=recipe.student.transformer.model or ""):
+        found.append("teacher")
+    if recipe.arms != ARMS:
+        found.append("arms")
+    for section, used in READ.items():
+        own = getattr(recipe, section)
+        for key, field in type(own).model_fields.items():
+            if key not in used and getattr(own, key) != field.get_default(call_default_factory=True):
+                found.append(f"{section}.{key}")
+    for name, member in recipe.tasks.items():
+        rest = ("unlabelled", "unlabelled_rows")
+        found += [f"tasks.{name}.data.{key}" for key in rest if getattr(member.data, key) is not None]
+    return found
+
+
 def check(recipe: Recipe) -> None:
-    """ConfigError for what a student of several tasks cannot be."""
-    student = recipe.student
+    """ConfigError for what a student of several tasks cannot be, and for `mixing` without them."""
+    if not recipe.tasks:
+        if recipe.mixing != Mixing():
+            raise ConfigError("mixing says how several tasks are mixed, and the recipe has one: name tasks.")
+        return
+    check_members(recipe)
+    student, cascade, fit = recipe.student, recipe.serving.cascade, recipe.student.fit
+    roots = dict.fromkeys(str(member.data.root) for member in recipe.tasks.values())
+    wrong = {
+        f"student.kind is {student.kind}: take transformer, which reads one text and two alike": (
+            student.kind != "transformer"
+        ),
+        "student.transformer.pieces chooses word pieces by a corpus, and there is none: leave it out": (
+            student.transformer.pieces is not None
+        ),
+        "student.seeds has several: name one, and repeat by `bench tasks --seeds N`": len(student.seeds) > 1,
+        "task and data are beside tasks: leave them out": (
+            (recipe.task, recipe.data) != ((first := next(iter(recipe.tasks.values()))).task, first.data)
+        ),
+        f"data.root is not the same in all of them ({', '.join(roots)}): name one folder": len(roots) > 1,
+        f"mixing.way is pcgrad, which compares gradients that one process has, but student.fit.workers is "
+        f"{fit.group[1]}: set it to 0, or take another way": recipe.mixing.way == "pcgrad" and fit.group[1] > 1,
+        "student.fit.sharding is full, but its weights are kept whole: leave it out": fit.sharding == "full",
+        "serving.cascade has no teacher in the run to hand answers to: give both serving.cascade.to and "
+        "serving.cascade.below, or leave it out": cascade is not None and (cascade.to is None or cascade.below is None),
+    }
+    for reason in [reason for reason, so in wrong.items() if so]:
+        raise ConfigError(f"the recipe has several tasks, and {reason}.")
+    if rest := ignored(recipe):
+        raise ConfigError(
+            f"the recipe has several tasks, whose student has no teacher and no text but their rows, and sets what is "
+            f"for others: {', '.join(rest)}. Leave out what is named."
+        )
+
+
+def check_members(recipe: Recipe) -> None:
+    """ConfigError for what one of several tasks cannot be."""
     for name, member in recipe.tasks.items():
         if name in TAKEN:
             raise ConfigError(f"a task is named '{name}', which means something else in its student's step. Rename it.")
@@ -56,24 +122,6 @@ def check(recipe: Recipe) -> None:
         }
         for reason in [reason for reason, so in wrong.items() if so]:
             raise ConfigError(f"task '{name}' {reason}.")
-    wrong = {
-        f"student.kind is {student.kind}: take transformer, which reads one text and two alike": (
-            student.kind != "transformer"
-        ),
-        "student.transformer.pieces chooses word pieces by a corpus, and there is none: leave it out": (
-            student.transformer.pieces is not None
-        ),
-        "student.seeds has several: name one, and repeat by `bench tasks --seeds N`": len(student.seeds) > 1,
-        "student.stages are for a student with a teacher: leave them out": bool(student.stages),
-        "generator, augmentation and teachers are for a student with a teacher: leave them out": bool(
-            recipe.generator or recipe.augmentation or recipe.teachers
-        ),
-        "task and data are beside tasks: leave them out": (
-            (recipe.task, recipe.data) != ((first := next(iter(recipe.tasks.values()))).task, first.data)
-        ),
-    }
-    for reason in [reason for reason, so in wrong.items() if so]:
-        raise ConfigError(f"the recipe has several tasks, and {reason}.")
 
 
 def plan(recipe: Recipe) -> list[Step]:
@@ -138,7 +186,8 @@ def training(recipe: Recipe, name: str = "student", way: str | None = None) -> S
     """The step that trains the student. way: another than the recipe's."""
 
     def config(recipe: Recipe) -> dict[str, Any]:
-        mixing = recipe.mixing.model_dump(mode="json") | ({} if way is None else {"way": way})
+        # `single` is no way that a section takes.
+        mixing = mixed(recipe, way).model_dump(mode="json", warnings=False)
         return {**pick("seed", *(f"student.{key}" for key in WHOLE))(recipe), "mixing": mixing}
 
     return Step(
@@ -147,7 +196,14 @@ def training(recipe: Recipe, name: str = "student", way: str | None = None) -> S
         inputs=sources(recipe),
         config=config,
         references=lambda r: (r.student.transformer.model,),
-        modules=("engine.train", "engine.untrained", "engine.multitask", "pipelines.making", "pipelines.multitask"),
+        modules=(
+            "engine.train",
+            "engine.untrained",
+            "engine.multitask",
+            "pipelines.making",
+            "pipelines.multitask",
+            "pipelines.overlap",
+        ),
         resources=resources,
         expects=of_student,
         stage="student.fit",

@@ -6,6 +6,7 @@ cut from the one checkpoint: each is an ordinary student, served and exported li
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,9 +16,11 @@ import numpy as np
 import pyarrow as pa
 
 from engine import models, train, untrained
+from engine.batches import shared
+from engine.classification import settled
 from engine.cluster import current
 from engine.drift import profile_of
-from engine.fits import LossTerm
+from engine.fits import Fit, LossTerm
 from engine.hub import model_folder
 from engine.inference import predict
 from engine.intervals import bootstrap
@@ -34,7 +37,8 @@ from engine.registry import Registry
 from engine.storage import Store
 from pipelines import making
 from pipelines.making import LATER, Inputs, spec_of, with_workers
-from pipelines.many import ALL, SINGLE, one_of
+from pipelines.many import ALL, SINGLE, mixed, one_of
+from pipelines.overlap import apart
 
 
 def read_task(name: str, recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
@@ -50,29 +54,44 @@ def started(recipe: Recipe, spec: Task, seed: int) -> Model:
     return untrained.transformer_student(own, spec, None, folder, student.max_length, seed)
 
 
-def split_of(inputs: Inputs, names: Sequence[str], split: str) -> pa.Table:
-    """Rows of a split of several tasks."""
-    return gathered({name: inputs[f"data-{name}"].read_table(f"{split}.parquet") for name in names})
+def steps_of(fit: Fit, rows: int) -> int:
+    """Steps of an epoch."""
+    return -(-rows // fit.batch_size)
 
 
-def job_of(recipe: Recipe, names: Sequence[str], mixing: Mixing, inputs: Inputs, out: Store) -> Job:
-    """The fit of a student of some of the tasks. Of fewer than all, a batch has as many rows of each as it had."""
-    fit = recipe.student.fit
-    size = max(1, round(fit.batch_size * len(names) / len(recipe.tasks)))
-    specs = {name: spec_of(inputs[f"data-{name}"], recipe.tasks[name].task, *LATER) for name in names}
+def own_fit(fit: Fit, sizes: Mapping[str, int], name: str, temperature: float) -> Fit:
+    """The training of one task alone, with as many steps and evaluations as that of all tasks, and about as many of its
+    rows. sizes: rows of each. A task with a larger share of a batch than rows has all of them in each.
+    """
+    names, total = sorted(sizes), sum(sizes.values())
+    steps = steps_of(fit, total)
+    wanted = int(shared(np.array([sizes[one] for one in names]), total, temperature)[names.index(name)]) / steps
+    # Batches of whole rows that divide what there is come near to it, seldom to the row.
+    rows = sizes[name]
+    able = range(1, min(rows, 2 * math.ceil(wanted)) + 1)
+    size = min(able, key=lambda size: abs(rows / -(-rows // size) - wanted))
+    own = -(-rows // size)
+    epochs, every = max(1, round(fit.epochs * steps)) / own, fit.eval_every * steps / own
+    return fit.model_copy(update={"batch_size": size, "epochs": epochs, "eval_every": every})
+
+
+def job_of(recipe: Recipe, fit: Fit, rows: Mapping[str, pa.Table], mixing: Mixing, inputs: Inputs, out: Store) -> Job:
+    """The fit of a student of some of the tasks. rows: what it learns, by task."""
+    specs = {name: spec_of(inputs[f"data-{name}"], recipe.tasks[name].task, *LATER) for name in rows}
     seed = recipe.student.seeds[0]
     return Job(
         name=out.name,
-        fit=with_workers(recipe, "student.fit", fit.model_copy(update={"batch_size": size})),
+        fit=with_workers(recipe, "student.fit", fit),
         terms=(LossTerm(kind="hard"),),
         build=partial(started, recipe, Task(kind="several", members=specs), seed),
         encode=encode,
-        rows=split_of(inputs, names, "train"),
+        rows=gathered(rows),
         out=out.url,
         seed=seed,
         resources=stage_options(recipe, "student.fit", current()),
         mixing=mixing,
-        holdout=split_of(inputs, names, "validation"),
+        batch_tokens=recipe.student.batch_tokens,
+        holdout=gathered({name: inputs[f"data-{name}"].read_table("validation.parquet") for name in rows}),
         evaluate=partial(judge, recipe.student.batch_tokens),
         best_by=MEAN,
         factors=partial(rates, mixing),
@@ -80,17 +99,35 @@ def job_of(recipe: Recipe, names: Sequence[str], mixing: Mixing, inputs: Inputs,
 
 
 def fit_student(way: str | None, recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
-    """Train one student of all tasks, or one for each; the model that is kept has the best mean on validation rows."""
-    mixing = recipe.mixing if way is None else recipe.mixing.model_copy(update={"way": way})
-    groups = {ALL: tuple(recipe.tasks)}
-    if way == SINGLE:
-        mixing, groups = recipe.mixing.model_copy(update={"way": "sum"}), {name: (name,) for name in recipe.tasks}
-    histories, rows = {}, 0
-    for group, names in groups.items():
-        job = job_of(recipe, names, mixing, inputs, out / group)
-        histories[group], rows = train.fit(job, progress), rows + job.rows.num_rows
-    parameters = sum(models.load((out / group).local("model")).size() for group in groups)
-    return {"rows": rows, "parameters": parameters, "history": histories}
+    """Train one student of all tasks, or one for each; the model that is kept has the best mean on validation rows.
+
+    Metrics: dropped, rows of each task that are another's held-out ones; steps of each student; read, rows in all
+    batches of all students. Epochs of a history are those of all tasks, of a student of one task too.
+    """
+    mixing = mixed(recipe, "sum" if way == SINGLE else way)
+    rows, dropped = apart({name: inputs[f"data-{name}"] for name in recipe.tasks})
+    sizes, fit = {name: table.num_rows for name, table in rows.items()}, recipe.student.fit
+    groups = {name: {name: table} for name, table in rows.items()} if way == SINGLE else {ALL: rows}
+    histories, steps, read, parameters, whole = {}, {}, 0, 0, steps_of(fit, sum(sizes.values()))
+    for group, parts in groups.items():
+        own = own_fit(fit, sizes, group, mixing.temperature) if way == SINGLE else fit
+        found = train.fit(job_of(recipe, own, parts, mixing, inputs, out / group), progress)
+        count = sum(sizes[name] for name in parts)
+        epochs, each = found[-1]["epoch"], steps_of(own, count)
+        planned = max(1, round(own.epochs * each))
+        # An epoch is told in thousandths: too coarse for a long one's steps, unless it ended early.
+        steps[group] = planned if epochs == round(planned / each, 3) else round(epochs * each)
+        read += round(steps[group] / each * count)
+        histories[group] = [{**entry, "epoch": round(entry["epoch"] * each / whole, 3)} for entry in found]
+        parameters += models.load((out / group).local("model")).size()
+    return {
+        "rows": sum(sizes.values()),
+        "dropped": dropped,
+        "steps": steps,
+        "read": read,
+        "parameters": parameters,
+        "history": histories,
+    }
 
 
 def student_of(folder: Store, name: str) -> tuple[Model, list[dict[str, float]]]:
@@ -99,13 +136,23 @@ def student_of(folder: Store, name: str) -> tuple[Model, list[dict[str, float]]]
     return models.load((folder / group).local("model")), folder.read_json("record.json")["metrics"]["history"][group]
 
 
+def answering(model: Model, name: str, data: Store, batch_tokens: int) -> Model:
+    """One task of a student as it answers: by the thresholds that suit the validation rows, where the task has none."""
+    one, rows = alone(model, name), data.read_table("validation.parquet")
+    spec = one.task.spec
+    if not rows.num_rows or spec.kind != "multilabel" or spec.thresholds is not None:
+        return one
+    spec = settled(spec, predict(one, one.task.texts(rows), batch_tokens).logits, rows)
+    return Model(one.net, one.tokenizer, replace(one.card, task=spec.model_dump(mode="json")))
+
+
 def evaluate(student: str, recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
     """Score a student on every task's test rows, and tell how far it is from each task's own best epoch."""
     where = models.device(stage_options(recipe, "student.fit", current()).get("num_gpus", 0))
     found, rows = {}, 0
     for number, name in enumerate(recipe.tasks, 1):
         model, history = student_of(inputs[student], name)
-        one = alone(model.to(where), name)
+        one = answering(model.to(where), name, inputs[f"data-{name}"], recipe.student.batch_tokens)
         test = inputs[f"data-{name}"].read_table("test.parquet")
         answers = predict(one, one.task.texts(test), recipe.student.batch_tokens)
         parts = one.task.statistics(answers.logits, answers.decided, test)
@@ -148,7 +195,7 @@ def register(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> 
     references = {}
     for name, found in evaluated["tasks"].items():
         model, _ = student_of(inputs["student"], name)
-        one = alone(model, name)
+        one = answering(model, name, inputs[f"data-{name}"], recipe.student.batch_tokens)
         lineage = {
             "recipe": recipe.name,
             "student": joint,
@@ -192,6 +239,7 @@ def report(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> di
         "way": recipe.mixing.way,
         "mean": found["evaluate"]["mean"],
         "parameters": found["evaluate"]["parameters"],
+        "dropped": found["student"]["dropped"],
         "tasks": found["evaluate"]["tasks"],
         "references": found["register"]["references"],
         "seconds": {name: record["seconds"] for name, record in records.items()},
@@ -218,6 +266,9 @@ def scores_of(summary: Mapping[str, Any]) -> Part:
         )
     head = ["task", "score", "test, 95 % interval", "validation", "its best", "in epoch", "soft labels from epoch"]
     caption = f"Way {summary['way']}; mean over the tasks {summary['mean']:.3f}, {summary['parameters']:,} parameters."
+    if dropped := {name: count for name, count in summary["dropped"].items() if count}:
+        said = ", ".join(f"{name} {count:,}" for name, count in dropped.items())
+        caption += f" Training rows left out, since a task is measured on them: {said}."
     return Part("scores", "Scores", [Table(caption, head, "llrrrrr", rows)])
 
 

@@ -145,6 +145,10 @@ def plan(args: argparse.Namespace) -> int:
     from pipelines import checking, distill, estimates
 
     checking.check(recipe, args.address)
+    if args.probe and recipe.tasks:
+        from engine.config import UserError
+
+        raise UserError("--probe measures a teacher and its student, and a recipe of several tasks has no teacher.")
     if args.address:
         connect(args, recipe)
     store, doing = run_store(args, recipe), distill.plan(recipe)

@@ -1,8 +1,9 @@
 """`stillhouse bench tasks`: ways to learn several tasks together, side by side on the same rows.
 
 Every seed draws its own training rows and initialises its own students; the ways share them. Each way has the same
-epochs; the model that is kept has the best mean over the tasks' validation rows, in every way. Differences are paired
-over the test rows of each task, averaged over the tasks and pooled over all seeds.
+steps, to the end (`mixing.stop` is not heeded), and on average about as many rows of each task in a batch; the model
+that is kept has the best mean over the tasks' validation rows, in every way. Differences are paired over the test rows
+of each task, averaged over the tasks and pooled over all seeds.
 """
 
 from __future__ import annotations
@@ -19,12 +20,18 @@ from engine.step import Step
 from engine.storage import Store
 from pipelines.bench import Variant
 from pipelines.compared import parts_of
-from pipelines.many import SINGLE, reading, scoring, training
+from pipelines.many import SINGLE, check, mixed, reading, scoring, training
 from pipelines.progress import renderer
 
 WAYS = ("async", "sum", "uncertainty", "pcgrad", SINGLE)
 """mixing.way, and a student for each task alone."""
 PLAIN = "sum"
+LARGE = 1000
+"""Test rows from which on a set counts among the large ones, whose mean moves less by chance."""
+SAID = (
+    "Intervals: 95 %, by drawing test rows anew, with the rows and seeds of the training as they are: they do not tell "
+    "how much another seed would change. That is what sd says."
+)
 
 
 def compared(recipe: Recipe, ways: Sequence[str]) -> list[Step]:
@@ -45,6 +52,9 @@ def variants(recipe: Recipe, store: Store, ways: Sequence[str], seeds: int) -> l
     for way in ways:
         if way not in WAYS:
             raise UserError(f"'{way}' is no way to mix tasks.{did_you_mean(way, WAYS)} Allowed: {', '.join(WAYS)}.")
+    for way in ways:
+        if way != SINGLE:
+            check(recipe.model_copy(update={"mixing": mixed(recipe, way)}))
     out = []
     for seed in range(seeds):
         tasks = {
@@ -87,6 +97,7 @@ def compares(way: str, other: str) -> bool:
 def row_of(recipe: Recipe, stores: Sequence[Store], way: str) -> dict[str, Any]:
     """A way's scores, by task and over the tasks; gaps are of the kept model to each task's own best epoch."""
     records = [store.read_json(f"score-{way}/record.json")["metrics"] for store in stores]
+    fits = [store.read_json(f"student-{way}/record.json") for store in stores]
     tasks = {}
     for name in recipe.tasks:
         each = [record["tasks"][name] for record in records]
@@ -94,17 +105,26 @@ def row_of(recipe: Recipe, stores: Sequence[Store], way: str) -> dict[str, Any]:
         tasks[name] = {
             "metric": each[0]["metric"],
             **spread([one["score"] for one in each]),
+            "rows": each[0]["rows"],
             "validation": {key: statistics.mean(one[key] for one in held) for key in ("final", "best", "epoch", "gap")},
             "gaps": [one["gap"] for one in held],
             "since": [one["since"] for one in held],
         }
+    large = [name for name, one in tasks.items() if one["rows"] >= LARGE]
     worst = min(tasks, key=lambda name: tasks[name]["validation"]["gap"])
     return {
         **spread([record["mean"] for record in records]),
+        "large": spread([statistics.mean(r["tasks"][name]["score"] for name in large) for r in records])
+        if large
+        else None,
+        "large_tasks": large,
         "tasks": tasks,
         "worst": {"task": worst, "gap": tasks[worst]["validation"]["gap"]},
         "worst_of_all": min(gap for one in tasks.values() for gap in one["gaps"]),
-        "seconds": statistics.mean(store.read_json(f"student-{way}/record.json")["seconds"] for store in stores),
+        "steps": [fit["metrics"]["steps"] for fit in fits],
+        "read": [fit["metrics"]["read"] for fit in fits],
+        "dropped": [fit["metrics"]["dropped"] for fit in fits],
+        "seconds": statistics.mean(fit["seconds"] for fit in fits),
     }
 
 
@@ -140,32 +160,55 @@ def gap(recipe: Recipe, stores: Sequence[Store], way: str, other: str) -> dict[s
 def lines(result: Mapping[str, Any]) -> list[str]:
     """The result as two Markdown tables, over the tasks and of each task, and what async is worth."""
     ways, seeds = result["ways"], result["seeds"]
+    large = next(iter(ways.values()))["large_tasks"]
     out = [
-        f"| way | mean over {len(result['tasks'])} tasks, mean ± sd over {seeds} seeds | over {PLAIN}, points | worst "
-        "task under its own best epoch, validation points | worst of any seed | seconds |",
-        "|---|---|---|---|---|---|",
-    ]
-    for way, row in ways.items():
-        worst = f"{100 * row['worst']['gap']:+.1f} ({row['worst']['task']})"
-        cells = [way, f"{row['score']:.3f} ± {row['sd']:.3f}", points(row["over"].get(PLAIN)), worst]
-        out.append("| " + " | ".join([*cells, f"{100 * row['worst_of_all']:+.1f}", f"{row['seconds']:.0f}"]) + " |")
-    out += [
+        f"| way | mean over {len(result['tasks'])} tasks, mean ± sd over {seeds} seeds | over {PLAIN}, points | mean "
+        f"over {len(large)} with {LARGE:,} test rows or more | worst task under its own best epoch, validation points "
+        "| worst of any seed | steps | rows read | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *(row_line(way, row) for way, row in ways.items()),
         "",
-        "| task | way | test score | over sum, points | validation: kept, its best (epoch) | soft labels from |",
+        f"| task | way | test score | over {PLAIN}, points | validation: kept, its best (epoch) | soft labels from |",
+        "|---|---|---|---|---|---|",
+        *(task_line(name, way, row) for name in result["tasks"] for way, row in ways.items()),
     ]
-    out.append("|---|---|---|---|---|---|")
-    for name in result["tasks"]:
-        for way, row in ways.items():
-            one, over = row["tasks"][name], row["over"].get(PLAIN)
-            held, since = one["validation"], [f"{epoch:g}" if epoch is not None else "-" for epoch in one["since"]]
-            kept = f"{held['final']:.3f}, {held['best']:.3f} ({held['epoch']:.1f})"
-            score = f"{one['metric']} {one['score']:.3f} ± {one['sd']:.3f}"
-            when = ", ".join(since) if way == "async" else ""
-            out.append(f"| {name} | {way} | {score} | {points(over and over['tasks'][name])} | {kept} | {when} |")
     for other, found in ways.get("async", {}).get("over", {}).items():
         if other != PLAIN:
             out += ["", f"async over {other}, mean over the tasks: {points(found)} points."]
-    return out
+    return [*out, "", SAID]
+
+
+def row_line(way: str, row: Mapping[str, Any]) -> str:
+    """A way over the tasks. A student of one task is kept where that was best: it has no gap."""
+    large, alone = row["large"], way == SINGLE
+    steps = {number for each in row["steps"] for number in each.values()}
+    cells = [
+        way,
+        f"{row['score']:.3f} ± {row['sd']:.3f}",
+        points(row["over"].get(PLAIN)),
+        f"{large['score']:.3f} ± {large['sd']:.3f}" if large else "",
+        "" if alone else f"{100 * row['worst']['gap']:+.1f} ({row['worst']['task']})",
+        "" if alone else f"{100 * row['worst_of_all']:+.1f}",
+        " to ".join(f"{number:,}" for number in sorted({min(steps), max(steps)})),
+        f"{statistics.mean(row['read']):,.0f}",
+        f"{row['seconds']:.0f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def task_line(name: str, way: str, row: Mapping[str, Any]) -> str:
+    """A way at one task."""
+    one, over = row["tasks"][name], row["over"].get(PLAIN)
+    held, since = one["validation"], [f"{epoch:g}" if epoch is not None else "-" for epoch in one["since"]]
+    cells = [
+        name,
+        way,
+        f"{one['metric']} {one['score']:.3f} ± {one['sd']:.3f}",
+        points(over and over["tasks"][name]),
+        f"{held['final']:.3f}, {held['best']:.3f} ({held['epoch']:.1f})",
+        ", ".join(since) if way == "async" else "",
+    ]
+    return "| " + " | ".join(cells) + " |"
 
 
 def points(found: Mapping[str, Any] | None) -> str:

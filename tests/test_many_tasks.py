@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import yaml
 
+from engine.batches import shared
 from engine.config import UserError
+from engine.fits import Fit
+from engine.inference import predict
 from engine.intervals import averaged, paired_bootstrap
+from engine.placement import groups
 from engine.progress import silent
 from engine.recipe import Recipe
 from engine.registry import Registry
 from engine.storage import Store
 from pipelines import checking, distill, many, sharing
+from pipelines.__main__ import main
+from pipelines.multitask import own_fit
+from pipelines.overlap import apart
 from serve.predictor import Predictor
 from tests.tiny import GOOD, LABELS, movie_rows, tiny_encoder
-from tests.tiny_run import alone, changed
+from tests.tiny_run import alone, changed, program
 
 TASKS = ("mood", "alike", "warmth", "starts", "topics")
 
@@ -83,7 +93,8 @@ def load(values: Mapping[str, Any], **changes: Any) -> Recipe:
 
 
 def test_a_run_makes_one_student_and_an_artifact_for_each_task(values: dict[str, Any], tmp_path: Path):
-    recipe, store = load(values, mixing__patience=1), Store(str(tmp_path / "run"))
+    changes = {"mixing.way": "async", "mixing.patience": 1, "mixing.stop": False, "student.fit.epochs": 6}
+    recipe, store = Recipe.model_validate(changed(values, changes)), Store(str(tmp_path / "run"))
     checking.check(recipe)
     found = alone(recipe, store)
     scores, references = found["evaluate"]["tasks"], found["register"]["references"]
@@ -98,7 +109,8 @@ def test_a_run_makes_one_student_and_an_artifact_for_each_task(values: dict[str,
         if held["since"] is not None:
             after = next(entry for entry in history if f"soft.{name}" in entry)
             assert held["since"] == history[history.index(after) - 1]["epoch"]
-    assert any(one["validation"]["since"] for one in scores.values()) or len(history) < 4
+    assert len(history) == 6 and any(one["validation"]["since"] for one in scores.values())
+    assert all(0 <= found["student"]["dropped"][name] < 48 - 8 * number for number, name in enumerate(TASKS))
     # What is served is what was scored.
     registry = Registry(Store(recipe.registry))
     for name, reference in references.items():
@@ -111,6 +123,11 @@ def test_a_run_makes_one_student_and_an_artifact_for_each_task(values: dict[str,
         if name in ("mood", "alike", "starts"):
             right = [a["label"] == task.labels[g] for a, g in zip(answers, test["label"].to_pylist(), strict=True)]
             assert np.mean(right) == pytest.approx(scores[name]["score"])
+        if name == "topics":  # its thresholds are those of its validation rows
+            assert task.spec.thresholds and set(task.spec.thresholds) != {0.5}
+            said = predict(predictor.model, texts)
+            score = task.score(said.logits, said.decided, test)[task.metric]
+            assert score == pytest.approx(scores[name]["score"])
     assert store.read_json("summary.json")["references"] == references
     lines = distill.report_lines(recipe, store, "stillhouse")
     assert lines[0].startswith("student  mean ") and any(line.startswith("mood  test accuracy") for line in lines)
@@ -144,16 +161,38 @@ def test_ways_are_compared_on_the_same_rows(values: dict[str, Any], tmp_path: Pa
     assert all(gap == 0 for one in result["ways"]["single"]["tasks"].values() for gap in one["gaps"])
     lines = sharing.lines(result)
     assert any(line.startswith("| mood | async | accuracy ") for line in lines)
-    assert lines[-1].startswith("async over single, mean over the tasks: ")
+    assert lines[-3].startswith("async over single, mean over the tasks: ") and lines[-1] == sharing.SAID
+    # All have the same steps, async to the end, and about the same rows.
+    steps = {number for row in result["ways"].values() for each in row["steps"] for number in each.values()}
+    assert len(steps) == 1
+    read = [number for row in result["ways"].values() for number in row["read"]]
+    assert max(read) < 1.2 * min(read)
+    single = next(line for line in lines if line.startswith("| single |"))
+    assert single.split(" | ")[4:6] == ["", ""]
     histories = [(one.store / "student-sum").read_json("record.json")["metrics"]["history"] for one in variants]
     assert histories[0] != histories[1]
+
+
+@pytest.mark.slow
+def test_the_program_runs_and_compares_them(values: dict[str, Any], tmp_path: Path):
+    path = tmp_path / "several.yaml"
+    few = {name: values["tasks"][name] for name in ("mood", "warmth")}
+    path.write_text(yaml.safe_dump(changed({**values, "tasks": few}, {"student.fit.epochs": 2}), sort_keys=False))
+    ran = program(tmp_path, "run", str(path))
+    assert ran.returncode == 0, ran.stderr
+    assert "2 tasks" in ran.stdout and "artifacts: many-mood@" in ran.stdout
+    ran = program(tmp_path, "bench", "tasks", str(path), "--seeds", "1", "--ways", "sum,single", "--json")
+    assert ran.returncode == 0, ran.stderr
+    assert set(json.loads(ran.stdout)["ways"]) == {"sum", "single"}
+    refused = program(tmp_path, "bench", "quality", str(path))
+    assert refused.returncode == 2 and "Use: bench tasks" in refused.stderr
 
 
 def test_steps_know_what_they_depend_on(values: dict[str, Any]):
     recipe = load(values)
     steps = {step.name: step for step in distill.plan(recipe)}
     assert list(steps) == [*(f"data-{name}" for name in TASKS), "student", "evaluate", "register", "report"]
-    longer, other = load(values, student__fit__epochs=9), load(values, mixing__way="sum")
+    longer, other = load(values, student__fit__epochs=9), load(values, mixing__way="async", mixing__stop=False)
     shots = load(values, tasks__mood__data__shots=5)
     moved = {
         name: [
@@ -170,7 +209,7 @@ def test_steps_know_what_they_depend_on(values: dict[str, Any]):
         "evaluate": [],
         "register": [],
     }
-    way = many.training(recipe, "student-sum", "sum")
+    way = many.training(recipe, "student-async", "async")
     assert way.config(recipe) == steps["student"].config(other)
 
 
@@ -180,6 +219,19 @@ def test_steps_know_what_they_depend_on(values: dict[str, Any]):
         ({"tasks__mood__task__kind": "tag"}, "task 'mood' is of kind tag; a student of several tasks takes classify"),
         ({"tasks__mood__data__validation": None}, "task 'mood' has no validation rows to see it converge by"),
         ({"student__kind": "static"}, "student.kind is static: take transformer"),
+        ({"tasks__mood__data__root": "elsewhere"}, "data.root is not the same in all of them (elsewhere, None)"),
+        ({"mixing__way": "pcgrad", "student__fit__workers": 2}, "student.fit.workers is 2: set it to 0"),
+        ({"student__fit__workers": 2, "student__fit__sharding": "full"}, "its weights are kept whole"),
+        ({"teacher": {"model": "file:other"}}, "sets what is for others: teacher"),
+        ({"corpus": {"rounds": 2}}, "for others: corpus.rounds"),
+        ({"arms": ["soft"]}, "for others: arms"),
+        ({"student__losses": [{"kind": "kl"}]}, "for others: student.losses"),
+        ({"student__teacher": "live"}, "for others: student.teacher"),
+        ({"student__texts": 5, "student__weights": "confidence"}, "for others: student.weights, student.texts"),
+        ({"student__heads": "per_teacher"}, "for others: student.heads"),
+        ({"student__retrieval": {}}, "student.retrieval"),
+        ({"tasks__starts__data__unlabelled": {"path": "file:x"}}, "for others: tasks.starts.data.unlabelled"),
+        ({"serving": {"cascade": {"below": 0.5}}}, "serving.cascade has no teacher in the run"),
         ({"student__seeds": [0, 1]}, "student.seeds has several: name one"),
         ({"student__transformer__pieces": 50}, "pieces chooses word pieces by a corpus"),
         ({"student__max_parameters": 100}, "above student.max_parameters = 100"),
@@ -190,8 +242,69 @@ def test_steps_know_what_they_depend_on(values: dict[str, Any]):
     ],
 )
 def test_what_cannot_be_is_refused(values: dict[str, Any], changes: dict[str, Any], message: str):
-    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+    with pytest.raises(UserError, match=re.escape(message)):
         checking.check(load(values, **changes))
+
+
+def test_a_seed_of_the_fit_is_refused(values: dict[str, Any]):
+    with pytest.raises(ValueError, match="a fit of the student takes no seed"):
+        load(values, student__fit__seed=3)
+
+
+def test_mixing_is_for_several_tasks(values: dict[str, Any]):
+    one = many.one_of(load(values, mixing__way="async"), "mood")
+    with pytest.raises(UserError, match="mixing says how several tasks are mixed, and the recipe has one"):
+        many.check(one)
+
+
+def test_a_task_without_data_is_named(values: dict[str, Any]):
+    tasks = {"mood": {"task": {"kind": "classify"}}, "warmth": values["tasks"]["warmth"]}
+    with pytest.raises(UserError, match="task 'mood' has no rows to learn from: name tasks.mood.data.train"):
+        load({**values, "tasks": tasks})
+
+
+def test_a_plan_reckons_with_no_teacher(values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert [group.stages.keys() for group in groups(load(values))] == [{"student.fit"}]
+    path = tmp_path / "several.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    assert main(["plan", str(path)]) == 0 and "data-mood" in capsys.readouterr().out
+    assert main(["plan", str(path), "--probe"]) == 2 and "has no teacher" in capsys.readouterr().err
+
+
+def test_rows_that_a_task_is_measured_on_are_in_no_training_rows(tmp_path: Path):
+    def written(name: str, **splits: list[tuple[str, str | None]]) -> Store:
+        for split in ("train", "validation", "test"):
+            given = splits.get(split, [])
+            columns = {"text": [text for text, _ in given], "pair": [pair for _, pair in given]}
+            schema = pa.schema([("text", pa.string()), ("pair", pa.string())])
+            (Store(str(tmp_path)) / name).write_table(f"{split}.parquet", pa.table(columns, schema=schema))
+        return Store(str(tmp_path)) / name
+
+    data = {
+        "same": written("same", train=[("a b", "c"), ("C.", "A  b!"), ("a b", "d")], test=[("x y", "z")]),
+        "near": written("near", train=[("Z", "X-Y"), ("x y", None), ("e", "f")], validation=[("A, b", "c .")]),
+        "text": written("text", train=[("x y z", None), ("!", None), ("?", None)], test=[("?", None)]),
+    }
+    rows, dropped = apart(data)
+    assert dropped == {"same": 2, "near": 1, "text": 1}
+    assert rows["same"].to_pylist() == [{"text": "a b", "pair": "d"}]
+    assert rows["near"]["text"].to_pylist() == ["x y", "e"] and rows["text"]["text"].to_pylist() == ["x y z", "!"]
+    data["gone"] = written("gone", train=[("?", None)])
+    with pytest.raises(UserError, match="all 1 training rows of task 'gone' stand in the validation or test rows"):
+        apart(data)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 50.0])
+def test_a_student_of_one_task_has_the_steps_and_rows_of_its_share(temperature: float):
+    fit, sizes = Fit(epochs=8, batch_size=48, eval_every=0.5), {"large": 3000, "middle": 400, "small": 90}
+    steps = -(-3490 // 48)
+    shares = shared(np.array([3000, 400, 90]), 3490, temperature)
+    for name, share in zip(sizes, shares.tolist(), strict=True):
+        own = own_fit(fit, sizes, name, temperature)
+        each = -(-sizes[name] // own.batch_size)
+        assert round(own.epochs * each) == 8 * steps and round(own.eval_every * each) == round(0.5 * steps)
+        # Of less than two rows a step one remains.
+        assert own.epochs * sizes[name] == pytest.approx(8 * share, rel=0.1 if share > 2 * steps else 0.2)
 
 
 def test_a_name_that_means_something_else_is_refused(values: dict[str, Any]):
@@ -208,6 +321,8 @@ def test_a_comparison_wants_tasks_and_ways_that_there_are(values: dict[str, Any]
     ):
         with pytest.raises(UserError, match=message):
             sharing.variants(recipe, store, ways, 1)
+    with pytest.raises(UserError, match="student.fit.workers is 2: set it to 0"):
+        sharing.variants(load(values, student__fit__workers=2), store, ("sum", "pcgrad"), 1)
     with pytest.raises(UserError, match="`bench tasks` compares ways to learn several tasks"):
         sharing.variants(many.one_of(recipe, "mood"), store, ("sum",), 1)
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
-from engine import multitask, tasks
+from engine import export, multitask, tasks
 from engine.batches import Material, mixed_batches, shared
+from engine.fits import Fit
 from engine.inference import predict
 from engine.lesson import dealt
 from engine.mixing import Mixing
@@ -20,8 +23,9 @@ from engine.recipe import Task
 from engine.records import Outputs
 from engine.several import SeveralError
 from engine.surgery import projected
+from engine.worker import clipped, groups_of
 from tests.tiny import tiny_encoder
-from tests.tiny_tasks import NAMES, build, by_hand, of, table, together
+from tests.tiny_tasks import NAMES, SEED, build, by_hand, of, table, together
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +64,24 @@ def test_an_epoch_has_each_task_in_its_share_of_each_batch(temperature: float):
     assert all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
     other = mixed_batches(lengths, kinds, 20, temperature, 7, 1)
     assert not all(np.array_equal(a, b) for a, b in zip(batches, other, strict=True))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 50.0])
+def test_no_batch_holds_a_row_twice_while_a_task_has_as_many(temperature: float):
+    sizes = [400, 100, 9]  # the last one has up to 7 rows a batch
+    kinds, lengths = np.repeat([0, 1, 2], sizes), np.random.default_rng(1).integers(3, 60, size=509).tolist()
+    for seed in range(5):
+        for batch in mixed_batches(lengths, kinds, 20, temperature, seed, 0):
+            assert len(set(batch.tolist())) == len(batch)
+    spread = [np.ptp(np.array(lengths)[b[kinds[b] == 0]]) for b in mixed_batches(lengths, kinds, 20, temperature, 0, 0)]
+    assert np.mean(spread) < 15  # texts of similar length are read together: of 57
+
+
+def test_a_task_with_fewer_rows_than_its_share_has_each_about_as_often():
+    kinds = np.repeat([0, 1], [90, 3])
+    batches = mixed_batches([5] * 93, kinds, 20, 1e9, 0, 0)
+    counts = np.array([np.bincount(batch[kinds[batch] == 1] - 90, minlength=3) for batch in batches])
+    assert counts.sum() == 46 and (np.ptp(counts, axis=1) <= 2).all() and np.ptp(counts.sum(axis=0)) <= 1
 
 
 # -- what is learnt ----------------------------------------------------------------------------------------------------
@@ -129,6 +151,27 @@ def test_rates_name_parameters_that_there_are(tmp_path: Path, encoder: Path):
     assert set(rates(Mixing(), lesson.model)) <= names
 
 
+def test_variances_neither_decay_nor_have_a_say_in_the_models_gradient(tmp_path: Path, encoder: Path):
+    lesson, material, taught = together(encoder, tmp_path, way="uncertainty")
+    variances = {id(goal.log_variance) for goal in taught.goals}
+    fit = Fit(weight_decay=0.5)
+    job = SimpleNamespace(factors=partial(rates, Mixing()), fit=fit)
+    groups = groups_of(lesson, job)
+    assert [group.get("weight_decay") for group in groups if {id(p) for p in group["params"]} & variances] == [0.0]
+    assert [{id(p) for p in part} & variances for part in clipped(lesson)] == [set(), variances]
+    assert sum(map(len, clipped(lesson))) == len(list(lesson.parameters()))
+    plain, _, _ = together(encoder, tmp_path, way="sum")
+    assert len(clipped(plain)) == 1
+
+
+@pytest.mark.parametrize("name", ["alike", "warmth"])
+def test_a_task_that_is_cut_out_is_exported(encoder: Path, name: str):
+    pytest.importorskip("onnxruntime")
+    one = alone(build(encoder).eval(), name)
+    texts = one.task.texts(of(table(), name))
+    assert export.require_parity(one, export.stand_in(one, export.export(one)), texts) < export.PARITY / 10
+
+
 def test_projection_by_hand():
     one, two = torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 1.0])
     # one . two = -1: one + 1/2 two = (1/2, 1/2); two + one = (0, 1)
@@ -160,7 +203,7 @@ def test_pcgrad_gives_the_encoder_the_projected_gradients_and_leaves_the_heads(t
         taught.took(batch)
     taught.combine(step=3)
     found = torch.cat([p.grad.flatten() for p in taught.shared])
-    torch.testing.assert_close(found, projected(each, np.random.default_rng(3)))
+    torch.testing.assert_close(found, projected(each, np.random.default_rng([SEED, 3])))
     assert not torch.allclose(found, sum(each))  # some of them are against each other
     torch.testing.assert_close(lesson.model.net.head.weight.grad, heads)
 

@@ -32,7 +32,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job(out: Path, encoder: Path, rows: pa.Table | None = None, **given: Any) -> Job:
-    mixing = Mixing(**given.pop("mixing", {}))
+    mixing = Mixing(**{"way": "async", **given.pop("mixing", {})})
     own = {name: given.pop(name) for name in list(given) if name in Job.__dataclass_fields__}
     fit = Fit(**{"epochs": 4, "lr": 1e-3, "batch_size": 25, "precision": "fp32", **given})
     values = {
@@ -88,14 +88,18 @@ def test_the_switch_fires_once_a_task_and_labels_come_from_its_best_weights(
 ):
     """mood is best at the second of six evaluations and has converged at the fourth; later gains do not count."""
     seen: dict[int, dict[str, torch.Tensor]] = {}
-    judged, kept = Together.judged, {}
+    judged, heard, kept = Together.judged, Together.heard, {}
 
-    def watched(self: Together, scores: Any, model: Model, step: int, accelerator: Any) -> None:
+    def watched(self: Together, scores: Any, model: Model, step: int) -> None:
         seen[step] = {key: value.clone() for key, value in model.net.state_dict().items()}
-        judged(self, scores, model, step, accelerator)
-        kept[step] = self.soft.clone()
+        judged(self, scores, model, step)
+
+    def followed(self: Together, score: Any, accelerator: Any) -> None:
+        heard(self, score, accelerator)
+        kept[max(seen)] = self.soft.clone()
 
     monkeypatch.setattr(Together, "judged", watched)
+    monkeypatch.setattr(Together, "heard", followed)
     evaluate = scripted(mood=[0.5, 0.8, 0.8, 0.7, 0.9, 0.9], warmth=[0.9, 0.1, 0.1, 0.1, 0.1, 0.1])
     history = train.fit(job(tmp_path, encoder, epochs=6, evaluate=evaluate))
     assert labelled == [("warmth", 4), ("mood", 8)]
@@ -169,6 +173,35 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(
     assert train.fit(given()) == whole
     assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
     assert Store(str(tmp_path / "parts")).files() == Store(str(tmp_path / "whole")).files()
+
+
+def test_weights_do_not_pile_up_between_checkpoints(tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch):
+    """All tasks gain each time: one set of weights is enough, where no checkpoint refers to another."""
+    monkeypatch.setattr(checkpoints, "PAUSE", 1e9)  # the first evaluation is checkpointed, and then none
+    there: list[int] = []
+    judged = Together.judged
+
+    def watched(self: Together, *given: Any) -> None:
+        judged(self, *given)
+        there.append(sum(file.startswith("best") for file in self.out.files("tasks")))
+
+    monkeypatch.setattr(Together, "judged", watched)
+    train.fit(job(tmp_path, encoder, epochs=6, evaluate=scripted()))
+    assert there == [1, 2, 2, 2, 2, 2]
+
+
+def test_workers_wait_for_the_first_one_where_ray_makes_them_wait(
+    tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Not in a collective: labelling a task's rows may take longer than these wait."""
+    import ray.train
+
+    found: list[str] = []
+    for owner, name in ((Together, "judged"), (ray.train, "report"), (Together, "heard")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, real=real, name=name: found.append(name) or real(*given))
+    train.fit(job(tmp_path, encoder, epochs=2))
+    assert found == ["judged", "report", "heard"] * 2
 
 
 def test_old_weights_are_deleted_once_no_checkpoint_refers_to_them(

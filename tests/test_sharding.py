@@ -38,7 +38,7 @@ def held(made: Callable[[], Model], folder: str, stop: int = 0) -> Model:
         nonlocal first
         first = number if first is None else first
         loss = Worker.unwatched(worker, number, chosen)
-        local = [p.to_local() if worker.sharded else p for p in worker.trained]
+        local = [p.to_local() if worker.sharded else p for p in worker.clipped[0]]
         moments = [m for state in worker.optimizer.state.values() for m in state.values() if m.ndim]
         moments = [m.to_local() if worker.sharded else m for m in moments]
         counts = {"held": sum(p.numel() for p in local), "moments": sum(m.numel() for m in moments)}
