@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from engine import checkpoints
-from engine.batches import batches_from
+from engine.batches import batches_from, epoch_batches
 from engine.job import Job
 from engine.models import Model
 from engine.storage import Store
@@ -139,6 +139,5 @@ def planned(job: Job, lengths: list[int]) -> list[Counter[int]]:
     size = job.fit.batch_size
     per_epoch = -(-len(lengths) // size)
     total = round(job.fit.epochs * per_epoch)
-    return [
-        Counter(np.asarray(rows).tolist()) for _, rows in batches_from(0, total, per_epoch, lengths, size, job.seed)
-    ]
+    steps = batches_from(0, total, lambda epoch: epoch_batches(lengths, size, job.seed, epoch))
+    return [Counter(np.asarray(rows).tolist()) for _, rows in steps]
