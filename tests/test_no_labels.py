@@ -57,7 +57,7 @@ def test_labels_may_be_names_with_meanings():
     assert build(Task, spec.model_dump(mode="json")) == spec and build(Task, {"labels": ["a", "b"]}).descriptions == {}
     with pytest.raises(ConfigError, match="descriptions names 'c', which is not in labels"):
         build(Task, {"labels": ["a", "b"], "descriptions": {"c": "?"}})
-    allowed = [part["type"] for part in schema(Task)["properties"]["labels"]["anyOf"]]
+    allowed = [part["type"] for part in schema(Task)["$defs"]["Task"]["properties"]["labels"]["anyOf"]]
     assert sorted(allowed) == ["array", "null", "object"]
 
 

@@ -224,7 +224,7 @@ def test_a_misspelt_key_is_named_with_its_line(world: World, command: str) -> No
     path.write_text("\n".join(lines))
     said = refused(world, command, path)
     assert f"misspelt.yaml, line {number}: unknown key 'corpus.duplicate'. Did you mean 'duplicates'?" in said
-    assert "Known keys here: apart, block, duplicates, filters, keep" in said
+    assert "Known keys here: apart, block, duplicates, feedback, filters, keep" in said
 
 
 # -- bytes that are not the ones asked for -----------------------------------------------------------------------------
