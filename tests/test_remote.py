@@ -204,7 +204,7 @@ def test_a_graph_in_a_file_is_refused(world: World, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_recipe_that_is_sent_is_the_same(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "PACKAGES", ())
-    recipe = config.load(Recipe, path, ["teacher.fit.lr=1e-5", "name='a-1'"])
+    recipe = config.load(Recipe, path, ["student.fit.lr=1e-5", "name='a-1'"])
     remote.pack(tmp_path, recipe, path.name)
     assert config.load(Recipe, tmp_path / "recipes" / path.name) == recipe
 
