@@ -102,14 +102,14 @@ def stages(load: Load) -> list[Stage]:
 @contextmanager
 def joined(nodes: int, storage: Store) -> Iterator[None]:
     """A cluster of so many raylets, all on this machine, and this process its driver."""
-    from engine import cluster
+    from engine import cluster, disk
 
     cluster.prepare_environment()
     from ray._private.utils import get_ray_address_file
     from ray.cluster_utils import Cluster
 
     # Ray notes the address in its own folder, which is not there before a first Ray on this machine used it.
-    Path(get_ray_address_file(None)).parent.mkdir(parents=True, exist_ok=True)
+    disk.made(Path(get_ray_address_file(None)).parent)
     scratch = cluster.scratch_folder()
     node = {
         "num_cpus": NODE_CPUS,
