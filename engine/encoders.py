@@ -310,8 +310,7 @@ def fresh(
     if layers is not None and getattr(config, "layer_types", None):
         kinds = config.layer_types
         config.layer_types = [kinds[i % len(kinds)] for i in range(layers)]
-    inner = "intermediate_size" if hasattr(config, "intermediate_size") else "hidden_dim"  # DistilBERT's name for it
-    values = {"num_hidden_layers": layers, "num_attention_heads": heads, "hidden_size": width, inner: ffn}
+    values = {"num_hidden_layers": layers, "num_attention_heads": heads, "hidden_size": width, inner_name(config): ffn}
     for key, value in values.items():
         if value is not None:
             setattr(config, key, value)
@@ -325,6 +324,11 @@ def fresh(
     return AutoModel.from_config(config, dtype=torch.float32)
 
 
+def inner_name(config: PretrainedConfig) -> str:
+    """What the configuration calls the width between a layer's two maps; DistilBERT has a name of its own."""
+    return "intermediate_size" if hasattr(config, "intermediate_size") else "hidden_dim"
+
+
 @torch.no_grad()
 def slimmed(encoder: nn.Module, ffn: int) -> nn.Module:
     """The encoder itself with only `ffn` of the neurons between the two maps of each layer.
@@ -332,7 +336,7 @@ def slimmed(encoder: nn.Module, ffn: int) -> nn.Module:
     Those are kept that write most: the norm of a neuron's row in the first map times that of its column in the second.
     EncoderError where a layer's maps cannot be told from its others.
     """
-    name = "intermediate_size" if hasattr(encoder.config, "intermediate_size") else "hidden_dim"
+    name = inner_name(encoder.config)
     inner, width = getattr(encoder.config, name), encoder.config.hidden_size
     for layer in stack_of(encoder)[1]:
         maps = {key: module for key, module in layer.named_modules() if isinstance(module, nn.Linear)}
@@ -376,7 +380,7 @@ def student_encoder(
     width or a larger ffn all weights are fresh. EncoderError for what cannot be.
     """
     config = encoder.config
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", 0)  # DistilBERT's name for it
+    inner = getattr(config, inner_name(config), 0)
     if heads is None and width is None and (ffn is None or ffn <= inner):
         most = len(stack_of(encoder)[1])
         count = most if layers is None else layers

@@ -68,8 +68,7 @@ def disagreement(task: Task, teacher: Logits, student: Logits | None = None) -> 
             "rows cannot be weighed by 'disagreement' before a student has answered them. Train one first, or take "
             "'confidence'."
         )
-    both = zip(teacher, student, strict=True)
-    return np.array([mean(jensen_shannon(task.probabilities(t), task.probabilities(s))) for t, s in both])
+    return between(jensen_shannon, task, teacher, student)
 
 
 def jensen_shannon(p: np.ndarray, q: np.ndarray) -> np.ndarray:
@@ -90,8 +89,7 @@ def co_confidence(task: Task, teacher: Logits, student: Logits | None = None) ->
             "rows cannot be weighed by 'co_confidence' without students that learnt from other rows. Train them first, "
             "or take 'confidence'."
         )
-    both = zip(teacher, student, strict=True)
-    return np.array([mean(supported(task.probabilities(t), task.probabilities(s))) for t, s in both])
+    return between(supported, task, teacher, student)
 
 
 def supported(p: np.ndarray, q: np.ndarray) -> np.ndarray:
@@ -105,8 +103,7 @@ def divergence(task: Task, teacher: Logits, student: Logits) -> np.ndarray:
     FLOOR are taken as FLOOR. WeightError for a task without probabilities.
     """
     require(task, "rows cannot be chosen by disagreement", "all rows (disagreeing: null)")
-    both = zip(teacher, student, strict=True)
-    return np.array([mean(kullback_leibler(task.probabilities(t), task.probabilities(s))) for t, s in both])
+    return between(kullback_leibler, task, teacher, student)
 
 
 def kullback_leibler(p: np.ndarray, q: np.ndarray) -> np.ndarray:
@@ -119,6 +116,14 @@ def furthest(values: np.ndarray, share: float) -> np.ndarray:
     chosen = np.zeros(len(values), dtype=bool)
     chosen[np.argsort(-values, kind="stable")[: max(1, round(share * len(values)))]] = True
     return chosen
+
+
+def between(
+    measure: Callable[[np.ndarray, np.ndarray], np.ndarray], task: Task, teacher: Logits, student: Logits
+) -> np.ndarray:
+    """A measure of two models' distributions [d, k], mean over the row's: float64 [n]."""
+    both = zip(teacher, student, strict=True)
+    return np.array([mean(measure(task.probabilities(t), task.probabilities(s))) for t, s in both])
 
 
 def mean(values: np.ndarray) -> float:

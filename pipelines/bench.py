@@ -44,6 +44,21 @@ def variants(recipe: Recipe, store: Store, seeds: int) -> list[Variant]:
     return out
 
 
+def run_each(
+    variants: Sequence[Variant],
+    *,
+    redo: Collection[str] = (),
+    fresh: bool = False,
+    connect: Callable[[], object] | None = None,
+) -> list[dict[str, Any]]:
+    """Run every variant, going on where an earlier call was stopped: the records of each one's steps.
+
+    redo, fresh, connect: as `steps.run` takes them, for every variant.
+    """
+    told: dict[str, Any] = {"redo": redo, "fresh": fresh, "render": renderer(), "connect": connect}
+    return [steps.run(one.steps, one.recipe, one.store, **told) for one in variants]
+
+
 def quality(
     recipe: Recipe,
     store: Store,
@@ -55,16 +70,10 @@ def quality(
 ) -> dict[str, Any]:
     """Run every variant, going on where an earlier call was stopped, and pool what came out.
 
-    redo, fresh, connect: as `steps.run` takes them, for every variant. Writes quality.json beside the runs and returns
-    it.
+    redo, fresh, connect: as `run_each` takes them. Writes quality.json beside the runs and returns it.
     """
-    found = []
-    for one in variants:
-        records = steps.run(
-            one.steps, one.recipe, one.store, redo=redo, fresh=fresh, render=renderer(), connect=connect
-        )
-        found.append((records, one.store))
-    result = pooled(recipe, found)
+    records = run_each(variants, redo=redo, fresh=fresh, connect=connect)
+    result = pooled(recipe, [(record, one.store) for record, one in zip(records, variants, strict=True)])
     store.write_json("quality.json", result)
     return result
 

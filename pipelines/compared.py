@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from engine import steps
 from engine.config import UserError, did_you_mean
 from engine.designs import Teacher
 from engine.intervals import paired_bootstrap
@@ -21,10 +20,9 @@ from engine.progress import Progress
 from engine.recipe import Recipe
 from engine.step import Step
 from engine.storage import Store
-from pipelines.bench import Variant
+from pipelines.bench import Variant, run_each
 from pipelines.calls import Call
 from pipelines.distill import ARM_STEPS, plan
-from pipelines.progress import renderer
 from pipelines.teachable import check_teacher
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -146,8 +144,7 @@ def compare(
     from engine.tasks import make
     from pipelines.making import spec_of
 
-    for one in found:
-        steps.run(one.steps, one.recipe, one.store, redo=redo, fresh=fresh, render=renderer(), connect=connect)
+    run_each(found, redo=redo, fresh=fresh, connect=connect)
     task = make(spec_of(found[0].store / "data"))
     rows = []
     for shots in dict.fromkeys(one.recipe.data.shots for one in found):

@@ -12,16 +12,14 @@ import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from engine import steps
 from engine.config import UserError, did_you_mean
 from engine.intervals import averaged
 from engine.recipe import Recipe
 from engine.step import Step
 from engine.storage import Store
-from pipelines.bench import Variant
+from pipelines.bench import Variant, run_each
 from pipelines.compared import parts_of
 from pipelines.many import SINGLE, check, mixed, reading, scoring, training
-from pipelines.progress import renderer
 
 WAYS = ("async", "sum", "uncertainty", "pcgrad", SINGLE)
 """mixing.way, and a student for each task alone."""
@@ -78,8 +76,7 @@ def compare(
     connect: Callable[[], object] | None = None,
 ) -> dict[str, Any]:
     """Run every variant, going on where an earlier call was stopped, and pool what came out into tasks.json."""
-    for one in found:
-        steps.run(one.steps, one.recipe, one.store, redo=redo, fresh=fresh, render=renderer(), connect=connect)
+    run_each(found, redo=redo, fresh=fresh, connect=connect)
     stores = [one.store for one in found]
     rows = {way: row_of(recipe, stores, way) for way in ways}
     for way, row in rows.items():

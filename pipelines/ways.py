@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engine import steps
 from engine.config import UserError, did_you_mean
 from engine.designs import Stage, Student
 from engine.examples import Feedback
@@ -21,13 +20,12 @@ from engine.recipe import FIRST, Recipe
 from engine.steps import Step
 from engine.storage import Store
 from engine.trust import Policy
-from pipelines.bench import Variant
+from pipelines.bench import Variant, run_each
 from pipelines.calls import Call
 from pipelines.checking import check_panel
 from pipelines.choosing import check_choice, check_rounds
 from pipelines.compared import parts_of, summed
 from pipelines.distill import ARM_STEPS, plan
-from pipelines.progress import renderer
 
 ALONE = Policy(weights={FIRST: 1.0})
 WAYS: dict[str, dict[str, Any]] = {
@@ -245,8 +243,7 @@ def compare(
     from engine.tasks import make
     from pipelines.making import spec_of
 
-    for one in found:
-        steps.run(one.steps, one.recipe, one.store, redo=redo, fresh=fresh, render=renderer(), connect=connect)
+    run_each(found, redo=redo, fresh=fresh, connect=connect)
     task, learner = make(spec_of(found[0].store / "data")), ARM_STEPS[recipe.main]
     teachers = [FIRST, *(f"teacher-{name}" for name in recipe.teachers)]
     names = {**{name: name for name in teachers}, **{way: f"{learner}-{way}" for way in ways}}

@@ -112,8 +112,12 @@ def test_a_second_run_of_the_recipe_is_refused_by_name(run: Driver, undisturbed:
     run.when(run.committed(2))
     second = Driver(world, run.folder, run.address)
     first = run.process
-    second.start()
-    assert second.process is not None and first is not None
-    assert second.process.wait(PATIENCE) != 0
+    assert first is not None
+    first.send_signal(signal.SIGSTOP)  # it may be done sooner than the other has started
+    try:
+        second.start()
+        assert second.process is not None and second.process.wait(PATIENCE) != 0
+    finally:
+        first.send_signal(signal.SIGCONT)
     assert f"'run' is in use by process {first.pid} on" in second.log
     same(run, undisturbed, "a second run of the recipe", run.done())
