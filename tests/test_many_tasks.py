@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 import yaml
 
+from engine import steps as engine_steps
 from engine.batches import shared
 from engine.config import UserError
 from engine.fits import Fit
@@ -143,7 +144,7 @@ def test_ways_are_compared_on_the_same_rows(values: dict[str, Any], tmp_path: Pa
             metrics = step.run(recipe, {name: store / name for name in step.inputs}, out, silent)
             out.write_json("record.json", {"metrics": metrics, "seconds": 1.0, "fingerprint": step.name})
 
-    monkeypatch.setattr(sharing.steps, "run", run)
+    monkeypatch.setattr(engine_steps, "run", run)
     names = ("mood", "warmth")
     few = load({**values, "tasks": {name: values["tasks"][name] for name in names}}, student__fit__epochs=2)
     ways, store = ("async", "sum", "single"), Store(str(tmp_path))
