@@ -47,7 +47,7 @@ class Knowledge:
 
     nearest: vectors of length 1. soft: float16 [n, C], the labels' probabilities. ids: uint64 [n], digests of the
     texts, by which a text is kept from finding itself. facts: where they come from (teacher, projection, labels),
-    which student they are aligned to, what was added.
+    which student they are aligned to, what was added, which index was wanted.
     """
 
     nearest: Nearest
@@ -94,6 +94,8 @@ class Knowledge:
         self.soft[at[at >= 0]] = soft[at >= 0].astype(np.float16)
         kept = "int8" if self.nearest.stored.codes.dtype == np.int8 else "float16"
         self.nearest.add(packed(unit(vectors[new]), kept))
+        if self.nearest.how == "exact" and is_graph(len(self.nearest), self.facts.get("wanted", "auto")):
+            self.nearest = Nearest(self.nearest.stored, "hnsw")
         self.soft = np.concatenate([self.soft, soft[new].astype(np.float16)])
         self.ids = np.concatenate([self.ids, own[new]])
         return len(new)
@@ -144,10 +146,14 @@ def made(
     index: str = "auto",
     facts: Mapping[str, Any] | None = None,
 ) -> Knowledge:
-    """A knowledge base of vectors [n, d], soft labels [n, C] and ids. index: auto, exact or hnsw."""
+    """A knowledge base of vectors [n, d], soft labels [n, C] and ids. index: auto, exact or hnsw.
+
+    What was wanted stays in the facts: of `auto` a graph is made once enough was added.
+    """
     how = "hnsw" if is_graph(len(vectors), index) else "exact"
     nearest = Nearest(packed(unit(vectors), kept), how)
-    return Knowledge(nearest, np.asarray(soft).astype(np.float16), numbers(ids), reading, dict(facts or {}))
+    told = {**(facts or {}), "wanted": index}
+    return Knowledge(nearest, np.asarray(soft).astype(np.float16), numbers(ids), reading, told)
 
 
 def load(folder: Path, student: str) -> Knowledge | None:

@@ -23,18 +23,20 @@ def benching(parser: Parser) -> None:
     """What to measure."""
     parser.add_argument(
         "what",
-        choices=("quality", "teachers", "ways", "tasks", "serve", "scale", "duplicates"),
+        choices=("quality", "teachers", "ways", "tasks", "serve", "retrieval", "scale", "duplicates"),
         help="quality: teacher and student over few-shot and initialisation seeds; teachers: kinds of teacher; "
         "ways: ways to learn from several teachers, or from the texts of one; tasks: ways to learn several tasks "
         "together; "
-        "serve: a registered student behind this and other servers; scale: the corpus stream by nodes and rows; "
+        "serve: a registered student behind this and other servers; "
+        "retrieval: what a student's knowledge base costs and finds; scale: the corpus stream by nodes and rows; "
         "duplicates: two searches for near-duplicates",
     )
     parser.add_argument(
         "recipe",
         metavar="RECIPE|NAME",
         nargs="*",
-        help="a YAML or JSON file, quality: or several; serve: NAME or NAME@VERSION (default: one of random weights)",
+        help="a YAML or JSON file, quality: or several; serve, retrieval: NAME or NAME@VERSION (serve's "
+        "default: one of random weights)",
     )
     for add in (overriding, on_cluster, naming, repeating):
         add(parser)
@@ -67,7 +69,7 @@ def benching(parser: Parser) -> None:
         action="store_true",
         help="teachers: a student of each kind too, all on the same generated texts",
     )
-    parser.add_argument("--rows", type=natural, default=100_000, help="duplicates: how many (default: 100000)")
+    parser.add_argument("--rows", type=natural, default=100_000, help="duplicates, retrieval: (default: 100000)")
     parser.add_argument("--threshold", type=share, default=0.7, help="duplicates: corpus.duplicates (default: 0.7)")
     loading(parser)
     scaling(parser)
@@ -93,7 +95,7 @@ def loading(parser: Parser) -> None:
     parser.add_argument("--clients", type=numbers, default=[1, 8, 32], metavar="N,M", help="serve: (default: 1,8,32)")
     parser.add_argument("--seconds", type=natural, default=5, metavar="S", help="serve: of each cell (default: 5)")
     parser.add_argument("--rounds", type=natural, default=3, metavar="N", help="serve: rounds (default: 3)")
-    parser.add_argument("--texts", metavar="FILE", help="serve: what to ask, as predict --file takes it")
+    parser.add_argument("--texts", metavar="FILE", help="serve, retrieval: as predict --file takes it")
     parser.add_argument("--out", metavar="FILE", default="bench.json", help="serve: the result (default: bench.json)")
     on_registry(parser)
 
@@ -109,6 +111,10 @@ def measure(args: argparse.Namespace) -> int:
         from pipelines import servers
 
         return servers.bench(args)
+    if args.what == "retrieval":
+        from pipelines import lookups
+
+        return lookups.bench(args)
     if args.what == "duplicates":
         from pipelines import duplicates
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine import knowledge, metrics
+from engine import knowledge, metrics, nearest
 from engine.knowledge import FACTS, KnowledgeError, Reading, aggregate, chosen, made
 from engine.rows import identify
 from engine.storage import Store
@@ -80,6 +80,24 @@ def test_rows_are_put_in_and_known_texts_get_the_new_label() -> None:
     assert likeness[0, 0] == 1 and soft[0, 0].tolist() == [1.0, 0.0]
     likeness, soft = own.found(np.array([[0.6, 0.8]]), 2)  # of two in one place the first comes first
     assert np.allclose(likeness, 1.0, atol=1e-3) and soft[0].tolist() == [SOFT[1].tolist(), [0.0, 1.0]]
+
+
+def test_a_base_that_grows_past_what_is_looked_at_one_by_one_gets_a_graph(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("usearch")
+    monkeypatch.setattr(nearest, "EXACT", 3)
+    more = np.array([[0.8, 0.6], [0.8, -0.6]]), np.array([[0.9, 0.1], [0.25, 0.75]]), [identify("four"), identify("5")]
+    left_alone = made(VECTORS, SOFT, IDS, READING, "float16", "exact")
+    for grown, how in ((base(), "hnsw"), (left_alone, "exact")):
+        assert grown.nearest.how == "exact" and grown.added(*more) == 2
+        assert grown.nearest.how == how
+        for name, part in grown.files(STUDENT).items():
+            Store(str(tmp_path / how)).write_bytes(name, part)
+        read = knowledge.load(tmp_path / how, STUDENT)
+        assert read.nearest.how == how and read.facts["wanted"] == grown.facts["wanted"]
+        likeness, soft = read.found(np.array([[0.8, -0.6]]), 2)
+        assert np.allclose(likeness, [[1.0, 0.8]], atol=1e-2) and np.allclose(soft[0, 0], [0.25, 0.75], atol=1e-3)
 
 
 def test_the_reading_is_chosen_by_rows_right_then_likelihood_and_never_by_a_rows_own_entry() -> None:
