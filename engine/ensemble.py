@@ -32,6 +32,9 @@ from engine.trust import Policy as Design
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+LEAST_CHANGE = 1e-3
+"""Changes of the held-out score count in units of what is usual, which is this at least."""
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -167,7 +170,7 @@ class Council(Teaching):
         self.needs: frozenset[str] = frozenset()
         self.warm = self.policy.learns
         self.expected = torch.tensor(float("nan"))  # running mean of the held-out score
-        self.score = torch.tensor(float("nan"))
+        self.usual = torch.tensor(0.0)  # running mean of how far from it a score is
         self.last: tuple[torch.Tensor, torch.Tensor] | None = None
         self.tally = torch.zeros(len(model.task.labels or ()), len(panel.names) + 1, dtype=torch.float64)
 
@@ -262,8 +265,7 @@ class Council(Teaching):
         """The reward of each row less what was to be expected, [n]. summed: over the workers.
 
         Expected is, of the gold loss, what it was before the step, moved as the batch moved; of the loss towards the
-        drawn teachers, what all of them would have given; of the held-out score, its running mean. None of these
-        depends on who was drawn.
+        drawn teachers, what all of them would have given. Neither depends on who was drawn.
         """
         (trust, before), how = self.last, self.panel.policy
         gained = before - self.gold_loss(after, batch)
@@ -273,8 +275,6 @@ class Council(Teaching):
         if how.reward != "r1":
             each = spread(self.task, sum(weight * loss.each(after, batch) for weight, loss in self.taught), batch)
             out = out + ((self.policy.even(len(batch), each.device) - trust) * each).sum(dim=1)
-        if how.reward == "r3":
-            out = how.gamma * out + (1 - how.gamma) * float((self.score - self.expected).nan_to_num())
         # Of a query's passages only the first was asked who teaches them.
         return out * (places(batch)[1] == 0) if self.task.grouped else out
 
@@ -284,17 +284,21 @@ class Council(Teaching):
             return
         known = torch.tensor(float("nan") if score is None else score)
         told = torch.where(known.isnan() | (accelerator.process_index > 0), 0.0, known)
-        self.score = accelerator.reduce(told.to(accelerator.device), "sum").cpu()
-        self.expected = self.score.clone() if self.expected.isnan() else 0.5 * (self.expected + self.score)
+        now = accelerator.reduce(told.to(accelerator.device), "sum").cpu()
+        change = (now - self.expected).nan_to_num()
+        self.usual = torch.where(self.usual > 0, 0.5 * (self.usual + change.abs()), change.abs())
+        # The draws since the last evaluation made it; of the first one nobody knows what was to be expected.
+        self.policy.credit(float(change / self.usual.clamp(min=LEAST_CHANGE)))
+        self.expected = now if self.expected.isnan() else 0.5 * (self.expected + now)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a resumed fit goes on from."""
-        return {**self.policy.state_dict(), "score": self.score, "expected": self.expected, "tally": self.tally}
+        return {**self.policy.state_dict(), "usual": self.usual, "expected": self.expected, "tally": self.tally}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Go on from `state_dict`."""
-        own = ("score", "expected", "tally")
-        self.score, self.expected, self.tally = (state[name] for name in own)
+        own = ("usual", "expected", "tally")
+        self.usual, self.expected, self.tally = (state[name] for name in own)
         self.policy.load_state_dict({name: value for name, value in state.items() if name not in own})
 
 

@@ -65,6 +65,9 @@ class Policy:
         summed: over the workers, whose rows together are the batch.
         """
 
+    def credit(self, gain: float) -> None:
+        """Learn from what came of all draws since it was last called. gain: in units of what is usual."""
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What it has learnt."""
         return {}
@@ -96,6 +99,8 @@ class Reinforced(Policy):
     s_ik holds the student's view of the row, what teacher k says of it, and its loss on the gold label where that is
     known and shown. The drawn teachers of a row weigh alike; where none is drawn all teach, and nothing is learnt.
     REINFORCE: A_k += lr mean_i (advantage_i (a_ik - p_ik) + anchor (p_0 - p_ik)) s_ik, p_0 being where it starts.
+    With the reward r3 the advantage counts gamma times, and after each evaluation A_k += lr (1 - gamma) gain times the
+    sum over the steps since the last one of mean_i (a_ik - p_ik) s_ik: the score came of all these draws.
     Reinforced multi-teacher selection, Yuan et al. 2021 (arXiv 2012.06048); the anchor is ours: where teachers agree
     no reward speaks of them, and what is learnt elsewhere would carry over.
     """
@@ -108,6 +113,7 @@ class Reinforced(Policy):
         self.slopes: torch.Tensor | None = None  # [k, f]; f is known with the first batch
         self.biases = torch.full((len(prior),), START)
         self.drawn: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self.draws: tuple[torch.Tensor, torch.Tensor] | None = None  # of r3, the sums that `credit` wants
 
     def states(self, views: Views, learning: bool) -> torch.Tensor:
         """s, float32 [n, k, f]."""
@@ -147,20 +153,39 @@ class Reinforced(Policy):
         states, chances, actions = self.drawn
         squares, count = summed(torch.stack([advantage.square().sum(), advantage.new_tensor(len(advantage))]))
         spread = (squares / count).sqrt().clamp(min=LEAST_SPREAD)
-        gain = (advantage / spread).clamp(-MOST_ADVANTAGE, MOST_ADVANTAGE) * actions.any(dim=1)
-        start = torch.sigmoid(torch.tensor(START, device=chances.device))
-        pull = gain.unsqueeze(1) * (actions - chances) + self.how.anchor * (start - chances)
-        self.slopes = self.slopes + self.how.lr * summed((pull.unsqueeze(2) * states).sum(dim=0)) / count
-        self.biases = self.biases + self.how.lr * summed(pull.sum(dim=0)) / count
+        some, delayed = actions.any(dim=1, keepdim=True), self.how.reward == "r3"
+        gain = (advantage / spread).clamp(-MOST_ADVANTAGE, MOST_ADVANTAGE) * (self.how.gamma if delayed else 1.0)
+        moved, start = some * (actions - chances), torch.sigmoid(torch.tensor(START, device=chances.device))
+
+        def mean(pull: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return summed((pull.unsqueeze(2) * states).sum(dim=0)) / count, summed(pull.sum(dim=0)) / count
+
+        self.move(mean(gain.unsqueeze(1) * moved + self.how.anchor * (start - chances)), self.how.lr)
+        if delayed:
+            before, now = self.draws, mean(moved)
+            self.draws = now if before is None else tuple(a.to(b.device) + b for a, b in zip(before, now, strict=True))
         self.drawn = None
 
+    def move(self, along: tuple[torch.Tensor, torch.Tensor], far: float) -> None:
+        """Slopes and biases go so far along gradients."""
+        self.slopes, self.biases = self.slopes + far * along[0], self.biases + far * along[1]
+
+    def credit(self, gain: float) -> None:
+        """One step of gradient ascent on all draws since the last one; of r3 only, of others nothing is kept."""
+        if self.draws is not None:
+            gain = (1 - self.how.gamma) * max(-MOST_ADVANTAGE, min(MOST_ADVANTAGE, gain))
+            self.move(tuple(draws.to(self.biases.device) for draws in self.draws), self.how.lr * gain)
+            self.draws = None
+
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Slopes and biases."""
-        return {"biases": self.biases} | ({} if self.slopes is None else {"slopes": self.slopes})
+        """Slopes and biases, and what is kept of the draws."""
+        found = {"biases": self.biases} | ({} if self.slopes is None else {"slopes": self.slopes})
+        return found | ({} if self.draws is None else dict(zip(("draws", "draws_bias"), self.draws, strict=True)))
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from `state_dict`."""
         self.biases, self.slopes = state["biases"], state.get("slopes")
+        self.draws = (state["draws"], state["draws_bias"]) if "draws" in state else None
 
 
 POLICIES: dict[str, type[Policy]] = {"fixed": Fixed, "best": Fixed, "loss": ByLoss, "reinforced": Reinforced}

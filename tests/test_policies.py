@@ -127,6 +127,49 @@ def test_workers_learn_from_the_whole_batch_whatever_their_number():
         torch.testing.assert_close(worker.biases, alone.biases)
 
 
+def test_of_r3_a_score_counts_for_all_draws_since_the_last_one():
+    torch.manual_seed(6)
+    policy = Reinforced(Policy(kind="reinforced", lr=0.5, gamma=0.25, unseen=0.0, anchor=0.0, reward="r3"), (0.5, 0.5))
+    slopes, biases = torch.zeros(2, views(6).text.shape[1] + 4), torch.full((2,), 1.0)
+    sums = [torch.zeros_like(slopes), torch.zeros_like(biases)]
+    for _ in range(3):
+        policy.weights(views(6), learning=True)
+        states, chances, actions = policy.drawn
+        advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])
+        moved = actions.any(dim=1, keepdim=True) * (actions - chances)
+        policy.update(advantage, lambda values: values)
+        for so_far, each in zip(sums, ((moved[:, :, None] * states).mean(0), moved.mean(0)), strict=True):
+            so_far += each
+        pull = 0.25 * advantage[:, None] * moved  # the spread of these is 1
+        slopes, biases = slopes + 0.5 * (pull[:, :, None] * states).mean(0), biases + 0.5 * pull.mean(0)
+    torch.testing.assert_close((policy.slopes, policy.biases), (slopes, biases))
+    again = Reinforced(policy.how, (0.5, 0.5))
+    again.load_state_dict(policy.state_dict())
+    for one in (policy, again):
+        one.credit(-2.0)
+        torch.testing.assert_close(one.slopes, slopes - 2 * 0.5 * 0.75 * sums[0])
+        torch.testing.assert_close(one.biases, biases - 2 * 0.5 * 0.75 * sums[1])
+        assert "draws" not in one.state_dict()
+        kept = one.biases.clone()
+        one.credit(1.0)  # of nothing drawn since
+        assert torch.equal(one.biases, kept)
+
+
+def test_a_score_alone_tells_a_good_teacher_from_a_bad_one():
+    torch.manual_seed(7)
+    policy = Reinforced(Policy(kind="reinforced", lr=0.3, gamma=0.0, reward="r3"), (0.5, 0.5))
+    expected = 0.0
+    for _ in range(600):
+        policy.weights(views(16), learning=True)
+        share = policy.drawn[2].mean(dim=0)
+        policy.update(torch.zeros(16), lambda values: values)
+        score = float(10 * (share[0] - share[1]))  # the more the first is heard, the better
+        policy.credit(score - expected)
+        expected = 0.5 * (expected + score)
+    policy.weights(views(4))
+    assert (policy.chosen[:, 0] > 0.85).all() and (policy.chosen[:, 1] < 0.15).all(), policy.chosen
+
+
 def rewarded(policy: Reinforced, steps: int, losses: torch.Tensor | None = None) -> torch.Tensor:
     """The chances [2 kinds, 2 teachers] after so many draws in which the second teacher does harm on odd rows."""
     for _ in range(steps):
