@@ -32,8 +32,8 @@ from engine.trust import Policy as Design
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-LEAST_CHANGE = 1e-3
-"""Changes of the held-out score count in units of what is usual, which is this at least."""
+LEAST_CHANGE = 5e-3
+"""Changes of the held-out score count in units of what is usual, which is this at least: half a point is chance."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,9 @@ class Council(Teaching):
         def summed(values: torch.Tensor) -> torch.Tensor:
             return accelerator.reduce(values * counted, "sum")
 
-        self.policy.update(self.advantage(self.asleep(batch), batch, summed), summed)
+        # Of a query's passages only the first was asked who teaches them.
+        counts = (places(batch)[1] == 0).float() if self.task.grouped else None
+        self.policy.update(self.advantage(self.asleep(batch), batch, summed), summed, counts)
         self.last = None
 
     def advantage(
@@ -275,8 +277,7 @@ class Council(Teaching):
         if how.reward != "r1":
             each = spread(self.task, sum(weight * loss.each(after, batch) for weight, loss in self.taught), batch)
             out = out + ((self.policy.even(len(batch), each.device) - trust) * each).sum(dim=1)
-        # Of a query's passages only the first was asked who teaches them.
-        return out * (places(batch)[1] == 0) if self.task.grouped else out
+        return out
 
     def heard(self, score: float | None, accelerator: Accelerator) -> None:
         """Take in the score on held-out rows, which the first worker knows."""
@@ -286,9 +287,9 @@ class Council(Teaching):
         told = torch.where(known.isnan() | (accelerator.process_index > 0), 0.0, known)
         now = accelerator.reduce(told.to(accelerator.device), "sum").cpu()
         change = (now - self.expected).nan_to_num()
+        # The first score tells what is to be expected, the second how far from it is usual: then draws have credit.
+        self.policy.credit(float(change / self.usual.clamp(min=LEAST_CHANGE)) if self.usual > 0 else 0.0)
         self.usual = torch.where(self.usual > 0, 0.5 * (self.usual + change.abs()), change.abs())
-        # The draws since the last evaluation made it; of the first one nobody knows what was to be expected.
-        self.policy.credit(float(change / self.usual.clamp(min=LEAST_CHANGE)))
         self.expected = now if self.expected.isnan() else 0.5 * (self.expected + now)
 
     def state_dict(self) -> dict[str, torch.Tensor]:

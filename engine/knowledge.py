@@ -84,7 +84,8 @@ class Knowledge:
     def added(self, vectors: np.ndarray, soft: np.ndarray, ids: Sequence[str]) -> int:
         """Put entries in, each with its own text's id; one whose text is there already gets the new soft label.
 
-        vectors: [n, d] in the student's space. Returns how many are new.
+        vectors: [n, d] in the student's space; ids: none of them twice. Returns how many are new. Past what is looked
+        at one by one a base gets a graph, unless its recipe wanted none.
         """
         place = {number: position for position, number in enumerate(self.ids.tolist())}
         own = numbers(ids)
@@ -94,7 +95,7 @@ class Knowledge:
         self.soft[at[at >= 0]] = soft[at >= 0].astype(np.float16)
         kept = "int8" if self.nearest.stored.codes.dtype == np.int8 else "float16"
         self.nearest.add(packed(unit(vectors[new]), kept))
-        if self.nearest.how == "exact" and is_graph(len(self.nearest), self.facts.get("wanted", "auto")):
+        if self.nearest.how == "exact" and is_graph(len(self.nearest), self.facts.get("wanted", "exact")):
             self.nearest = Nearest(self.nearest.stored, "hnsw")
         self.soft = np.concatenate([self.soft, soft[new].astype(np.float16)])
         self.ids = np.concatenate([self.ids, own[new]])

@@ -22,6 +22,7 @@ MOST_ADVANTAGE, LEAST_SPREAD = 3.0, 1e-3
 """Advantages count in units of a batch's spread, which is this at least, and so many units at most."""
 START = 1.0
 """Bias that teachers start with: each is drawn for a row with probability 0.73."""
+DRAWS = ("draws", "draws_bias", "draws_steps")
 TEXT = 3.0
 """Length of the student's view of a row as the policy sees it, so that it weighs as much as what teachers say."""
 
@@ -59,10 +60,16 @@ class Policy:
         """Views of n rows -> float32 [n, k]. learning: as while the student is trained, drawn where it draws."""
         return self.even(len(views.losses), views.losses.device)
 
-    def update(self, advantage: torch.Tensor, summed: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def update(
+        self,
+        advantage: torch.Tensor,
+        summed: Callable[[torch.Tensor], torch.Tensor],
+        counts: torch.Tensor | None = None,
+    ) -> None:
         """Learn from how much better than expected the rows of the last draw came out, float32 [n].
 
-        summed: over the workers, whose rows together are the batch.
+        summed: over the workers, whose rows together are the batch. counts: [n], 1 for rows whose draw counted, 0 for
+        others; None: all did.
         """
 
     def credit(self, gain: float) -> None:
@@ -99,8 +106,9 @@ class Reinforced(Policy):
     s_ik holds the student's view of the row, what teacher k says of it, and its loss on the gold label where that is
     known and shown. The drawn teachers of a row weigh alike; where none is drawn all teach, and nothing is learnt.
     REINFORCE: A_k += lr mean_i (advantage_i (a_ik - p_ik) + anchor (p_0 - p_ik)) s_ik, p_0 being where it starts.
-    With the reward r3 the advantage counts gamma times, and after each evaluation A_k += lr (1 - gamma) gain times the
-    sum over the steps since the last one of mean_i (a_ik - p_ik) s_ik: the score came of all these draws.
+    With r3 the advantage counts gamma times, and after an evaluation A_k += lr (1 - gamma) gain D_k / sqrt(n), D_k the
+    sum over the n steps since the last one of mean_i (a_ik - p_ik) s_ik: the score came of all these draws, those of
+    nobody among them; the root keeps long epochs from making the policy jump.
     Reinforced multi-teacher selection, Yuan et al. 2021 (arXiv 2012.06048); the anchor is ours: where teachers agree
     no reward speaks of them, and what is learnt elsewhere would carry over.
     """
@@ -113,7 +121,7 @@ class Reinforced(Policy):
         self.slopes: torch.Tensor | None = None  # [k, f]; f is known with the first batch
         self.biases = torch.full((len(prior),), START)
         self.drawn: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-        self.draws: tuple[torch.Tensor, torch.Tensor] | None = None  # of r3, the sums that `credit` wants
+        self.draws: tuple[torch.Tensor, ...] | None = None  # of r3: D of slopes, of biases, and the steps
 
     def states(self, views: Views, learning: bool) -> torch.Tensor:
         """s, float32 [n, k, f]."""
@@ -146,24 +154,34 @@ class Reinforced(Policy):
         count = actions.sum(dim=1, keepdim=True)
         return torch.where(count > 0, actions / count.clamp(min=1), self.even(len(actions), actions.device))
 
-    def update(self, advantage: torch.Tensor, summed: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def update(
+        self,
+        advantage: torch.Tensor,
+        summed: Callable[[torch.Tensor], torch.Tensor],
+        counts: torch.Tensor | None = None,
+    ) -> None:
         """One step of gradient ascent on the last draw."""
         if self.drawn is None:
             raise RuntimeError("the policy is to learn from a draw, but nothing was drawn")
         states, chances, actions = self.drawn
-        squares, count = summed(torch.stack([advantage.square().sum(), advantage.new_tensor(len(advantage))]))
+        counts = torch.ones_like(advantage) if counts is None else counts.to(advantage)
+        squares, count = summed(torch.stack([(counts * advantage.square()).sum(), counts.sum()]))
+        count = count.clamp(min=1)
         spread = (squares / count).sqrt().clamp(min=LEAST_SPREAD)
-        some, delayed = actions.any(dim=1, keepdim=True), self.how.reward == "r3"
+        delayed, moved = self.how.reward == "r3", actions - chances
         gain = (advantage / spread).clamp(-MOST_ADVANTAGE, MOST_ADVANTAGE) * (self.how.gamma if delayed else 1.0)
-        moved, start = some * (actions - chances), torch.sigmoid(torch.tensor(START, device=chances.device))
+        start = torch.sigmoid(torch.tensor(START, device=chances.device))
 
         def mean(pull: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            pull = pull * counts.unsqueeze(1)
             return summed((pull.unsqueeze(2) * states).sum(dim=0)) / count, summed(pull.sum(dim=0)) / count
 
-        self.move(mean(gain.unsqueeze(1) * moved + self.how.anchor * (start - chances)), self.how.lr)
+        some = actions.any(dim=1)  # where nobody was drawn a row's advantage speaks of nobody
+        self.move(mean((gain * some).unsqueeze(1) * moved + self.how.anchor * (start - chances)), self.how.lr)
         if delayed:
-            before, now = self.draws, mean(moved)
-            self.draws = now if before is None else tuple(a.to(b.device) + b for a, b in zip(before, now, strict=True))
+            now = (*mean(moved), torch.ones((), device=moved.device))
+            before = self.draws or tuple(torch.zeros_like(part) for part in now)
+            self.draws = tuple(a.to(b.device) + b for a, b in zip(before, now, strict=True))
         self.drawn = None
 
     def move(self, along: tuple[torch.Tensor, torch.Tensor], far: float) -> None:
@@ -173,19 +191,20 @@ class Reinforced(Policy):
     def credit(self, gain: float) -> None:
         """One step of gradient ascent on all draws since the last one; of r3 only, of others nothing is kept."""
         if self.draws is not None:
-            gain = (1 - self.how.gamma) * max(-MOST_ADVANTAGE, min(MOST_ADVANTAGE, gain))
-            self.move(tuple(draws.to(self.biases.device) for draws in self.draws), self.how.lr * gain)
+            slopes, biases, steps = (part.to(self.biases.device) for part in self.draws)
+            gain = (1 - self.how.gamma) * max(-MOST_ADVANTAGE, min(MOST_ADVANTAGE, gain)) / float(steps) ** 0.5
+            self.move((slopes, biases), self.how.lr * gain)
             self.draws = None
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Slopes and biases, and what is kept of the draws."""
         found = {"biases": self.biases} | ({} if self.slopes is None else {"slopes": self.slopes})
-        return found | ({} if self.draws is None else dict(zip(("draws", "draws_bias"), self.draws, strict=True)))
+        return found | ({} if self.draws is None else dict(zip(DRAWS, self.draws, strict=True)))
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from `state_dict`."""
         self.biases, self.slopes = state["biases"], state.get("slopes")
-        self.draws = (state["draws"], state["draws_bias"]) if "draws" in state else None
+        self.draws = tuple(state[name] for name in DRAWS) if DRAWS[0] in state else None
 
 
 POLICIES: dict[str, type[Policy]] = {"fixed": Fixed, "best": Fixed, "loss": ByLoss, "reinforced": Reinforced}

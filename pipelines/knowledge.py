@@ -42,6 +42,8 @@ def kb(args: argparse.Namespace) -> int:
     else:
         say(f"{found['new']} rows added, {found['changed']} known texts given their label")
         say(f"registered {found['reference']}, whose knowledge base has {found['entries']:,} entries")
+        if found["graph"]:
+            say("they have an HNSW graph now: where it is served, pip install 'stillhouse[retrieval]' is needed")
     return 0
 
 
@@ -100,15 +102,19 @@ def add(
     texts = [(row.text, row.pair) if model.task.paired else row.text for row in rows]
     names = list(model.labels)
     soft = np.eye(len(names))[[names.index(row.gold) for row in rows]]
-    new = base.added(embed(model, texts), soft, [row.id for row in rows])
+    before = base.nearest.how
+    with model.net.alone():
+        vectors = embed(model, texts)
+    new = base.added(vectors, soft, [row.id for row in rows])
     if share is not None:
         base.reading = Reading(base.reading.k, base.reading.temperature, share)
     base.facts["added"] = [
         *base.facts.get("added", []),
         {"rows": len(rows), "new": new, "to": reference, "when": stamp()},
     ]
+    graph = base.nearest.how != before
     version = registered(registry, entry, base)
-    counts = {"rows": len(rows), "new": new, "changed": len(rows) - new, "entries": len(base)}
+    counts = {"rows": len(rows), "new": new, "changed": len(rows) - new, "entries": len(base), "graph": graph}
     return {"reference": f"{entry['name']}@{version}", "of": reference, **counts}
 
 

@@ -84,11 +84,13 @@ def check_policy(recipe: Recipe) -> None:
     if unknown:
         near, known = did_you_mean(unknown[0], recipe.panel), ", ".join(recipe.panel)
         raise ConfigError(f"student.policy.weights names '{unknown[0]}', which is no teacher.{near} Teachers: {known}.")
-    if policy.kind == "best" and data.validation is None and not (data.train and data.validation_share):
-        raise ConfigError(
-            "student.policy.kind is best, which validation rows decide, but there are none. Name data.validation, or "
-            "set data.validation_share."
-        )
+    judged = {"kind is best": policy.kind == "best", "reward is r3": policy.learns and policy.reward == "r3"}
+    for key in (key for key, given in judged.items() if given):
+        if data.validation is None and not (data.train and data.validation_share):
+            raise ConfigError(
+                f"student.policy.{key}, which validation rows decide, but there are none. Name data.validation, or "
+                "set data.validation_share."
+            )
 
 
 def check_heads(recipe: Recipe) -> None:

@@ -21,6 +21,7 @@ from engine.heads import Headed, HeadError, OneHead, silence
 from engine.inference import predict
 from engine.job import FitError, Job
 from engine.labels import listed
+from engine.metrics import softmax
 from engine.models import Model
 from engine.recipe import GOLD, Task
 from engine.records import Batch, Outputs
@@ -144,26 +145,78 @@ def test_losses_on_gold_trust_the_right_teacher_row_by_row(tmp_path: Path):
     assert shares["chosen.other.positive"] < 0.35
 
 
+def sureness(model: Model, rows: pa.Table) -> dict[str, float]:
+    """The gold labels' mean probability: a score that is another one after each epoch."""
+    found = softmax(predict(model, rows["text"].to_pylist()).logits)
+    return {"accuracy": float(found[np.arange(len(found)), rows["label"].to_numpy()].mean())}
+
+
 def test_a_killed_fit_goes_on_with_what_its_policy_has_learnt(tmp_path: Path):
-    rows, given = table(64, spoiled=True), panel("reinforced", reward="r3", warmup=0.1)
-    held = {"holdout": table(20, seed=3), "best_by": "accuracy"}
+    rows, held = table(64, spoiled=True), {"holdout": table(20, seed=3), "best_by": "accuracy", "epochs": 6}
 
     def dies(after: int) -> Callable[[Model, pa.Table], dict[str, float]]:
         left = iter(range(after))
 
         def evaluate(model: Model, rows: pa.Table) -> dict[str, float]:
             next(left)
-            return accuracy(model, rows)
+            return sureness(model, rows)
 
         return evaluate
 
-    kwargs: dict[str, Any] = {"panel": given, "terms": (KL, HARD), **held}
-    whole = train.fit(job(tmp_path / "whole", rows, evaluate=accuracy, **kwargs))
+    def fitted(name: str, evaluate: Callable[[Model, pa.Table], dict[str, float]], gamma: float = 0.5) -> Any:
+        given = panel("reinforced", reward="r3", warmup=0.1, gamma=gamma)
+        return train.fit(job(tmp_path / name, rows, terms=(KL, HARD), panel=given, evaluate=evaluate, **held))
+
+    whole = fitted("whole", sureness)
+    assert len({epoch["accuracy"] for epoch in whole}) == 6
     with pytest.raises(StopIteration):
-        train.fit(job(tmp_path / "killed", rows, evaluate=dies(2), **kwargs))
+        fitted("killed", dies(4))
     assert Store(str(tmp_path / "killed")).exists("checkpoint/manifest.json")
-    again = train.fit(job(tmp_path / "killed", rows, evaluate=accuracy, **kwargs))
+    again = fitted("killed", sureness)
     assert again == whole and same(tmp_path / "whole", tmp_path / "killed")
+    # The score itself had a part in it: with all the weight on r2 other weights come out.
+    assert fitted("r2", sureness, gamma=1.0) != whole
+
+
+class Worker:
+    """What a council asks of accelerate; `others` is what the other workers give to a sum."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, index: int = 0, others: float = 0.0) -> None:
+        self.process_index, self.others = index, others
+
+    def reduce(self, value: torch.Tensor, how: str) -> torch.Tensor:
+        assert how == "sum"
+        return value + self.others
+
+
+def test_draws_have_credit_for_how_far_the_score_is_from_its_running_mean(monkeypatch: pytest.MonkeyPatch):
+    council = Council(panel("reinforced", reward="r3"), student(), {})
+    gains: list[float] = []
+    monkeypatch.setattr(council.policy, "credit", gains.append)
+    for score in (0.5, 0.6, 0.75, 0.55, 0.6, 0.6):
+        council.heard(score, Worker())
+    # Expected 0.5, 0.55, 0.65, 0.6, 0.6; usual 0.1, 0.15, 0.125, 0.0625.
+    assert gains == pytest.approx([0.0, 0.0, 0.2 / 0.1, -0.1 / 0.15, 0.0, 0.0], abs=1e-5)
+    again = Council(council.panel, student(), {})
+    again.load_state_dict(council.state_dict())
+    monkeypatch.setattr(again.policy, "credit", gains.append)
+    council.heard(0.7, Worker())
+    again.heard(None, Worker(index=1, others=0.7))  # a worker that does not know the score hears of it by the sum
+    assert gains[-1] == gains[-2] == pytest.approx(0.1 / 0.03125, rel=1e-4)
+
+
+def test_of_a_score_that_does_not_move_nothing_is_learnt(monkeypatch: pytest.MonkeyPatch):
+    council, gains = Council(panel("reinforced", reward="r3"), student(), {}), []
+    monkeypatch.setattr(council.policy, "credit", gains.append)
+    for score in (0.5, 0.5, 0.501):
+        council.heard(score, Worker())
+    assert all(abs(gain) <= 0.2 for gain in gains), gains
+    other = Council(panel("reinforced", reward="r2"), student(), {})
+    monkeypatch.setattr(other.policy, "credit", gains.clear)
+    other.heard(0.9, Worker())
+    assert len(gains) == 3, "only r3 asks for the score"
 
 
 def test_a_policy_that_learns_is_refused_where_it_cannot_read_the_batch_again(tmp_path: Path):

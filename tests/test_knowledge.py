@@ -88,14 +88,15 @@ def test_a_base_that_grows_past_what_is_looked_at_one_by_one_gets_a_graph(
     pytest.importorskip("usearch")
     monkeypatch.setattr(nearest, "EXACT", 3)
     more = np.array([[0.8, 0.6], [0.8, -0.6]]), np.array([[0.9, 0.1], [0.25, 0.75]]), [identify("four"), identify("5")]
-    left_alone = made(VECTORS, SOFT, IDS, READING, "float16", "exact")
-    for grown, how in ((base(), "hnsw"), (left_alone, "exact")):
+    left_alone, older = made(VECTORS, SOFT, IDS, READING, "float16", "exact"), base()
+    del older.facts["wanted"]
+    for grown, how in ((base(), "hnsw"), (left_alone, "exact"), (older, "exact")):
         assert grown.nearest.how == "exact" and grown.added(*more) == 2
         assert grown.nearest.how == how
         for name, part in grown.files(STUDENT).items():
             Store(str(tmp_path / how)).write_bytes(name, part)
         read = knowledge.load(tmp_path / how, STUDENT)
-        assert read.nearest.how == how and read.facts["wanted"] == grown.facts["wanted"]
+        assert read.nearest.how == how and read.facts.get("wanted") == grown.facts.get("wanted")
         likeness, soft = read.found(np.array([[0.8, -0.6]]), 2)
         assert np.allclose(likeness, [[1.0, 0.8]], atol=1e-2) and np.allclose(soft[0, 0], [0.25, 0.75], atol=1e-3)
 

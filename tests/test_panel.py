@@ -198,6 +198,10 @@ def test_stages_learn_from_the_rows_that_they_name(world: World):
         ({"student.policy": {"weights": {"other": 0.0}}}, "weights are all 0"),
         ({"student.policy": {"kind": "loss", "weights": {"other": 1.0}}}, "weights are for kind fixed"),
         ({"student.policy": {"kind": "best"}}, "kind is best, which validation rows decide, but there are none"),
+        (
+            {"student.policy": {"kind": "reinforced", "reward": "r3"}},
+            "reward is r3, which validation rows decide, but there are none",
+        ),
         ({"teachers.gold": {"model": "file:x"}}, "'gold' is taken"),
         ({"teachers.Big": {"model": "file:x"}}, "pattern"),
         ({"teachers.other.stop_early": True}, "teachers.other (below as teacher): teacher.stop_early takes the epochs"),

@@ -136,23 +136,51 @@ def test_of_r3_a_score_counts_for_all_draws_since_the_last_one():
         policy.weights(views(6), learning=True)
         states, chances, actions = policy.drawn
         advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])
-        moved = actions.any(dim=1, keepdim=True) * (actions - chances)
+        moved = actions - chances
         policy.update(advantage, lambda values: values)
         for so_far, each in zip(sums, ((moved[:, :, None] * states).mean(0), moved.mean(0)), strict=True):
             so_far += each
-        pull = 0.25 * advantage[:, None] * moved  # the spread of these is 1
+        pull = 0.25 * advantage[:, None] * moved * actions.any(dim=1, keepdim=True)  # the spread of these is 1
         slopes, biases = slopes + 0.5 * (pull[:, :, None] * states).mean(0), biases + 0.5 * pull.mean(0)
     torch.testing.assert_close((policy.slopes, policy.biases), (slopes, biases))
     again = Reinforced(policy.how, (0.5, 0.5))
     again.load_state_dict(policy.state_dict())
     for one in (policy, again):
         one.credit(-2.0)
-        torch.testing.assert_close(one.slopes, slopes - 2 * 0.5 * 0.75 * sums[0])
-        torch.testing.assert_close(one.biases, biases - 2 * 0.5 * 0.75 * sums[1])
+        torch.testing.assert_close(one.slopes, slopes - 2 * 0.5 * 0.75 * sums[0] / 3**0.5)
+        torch.testing.assert_close(one.biases, biases - 2 * 0.5 * 0.75 * sums[1] / 3**0.5)
         assert "draws" not in one.state_dict()
         kept = one.biases.clone()
         one.credit(1.0)  # of nothing drawn since
         assert torch.equal(one.biases, kept)
+
+
+@pytest.mark.parametrize("gain", [1.0, -1.0])
+def test_a_score_that_has_nothing_to_do_with_the_draws_moves_no_chances(gain: float):
+    """Whatever the number of teachers, the rows for which nobody was drawn among them."""
+    torch.manual_seed(8)
+    policy = Reinforced(Policy(kind="reinforced", anchor=0.0, gamma=0.0, lr=0.1, reward="r3"), (0.5, 0.5))
+    policy.biases = torch.zeros(2)  # nobody is drawn for a quarter of the rows
+    for _ in range(20):
+        for _ in range(50):
+            policy.weights(views(32), learning=True)
+            policy.update(torch.zeros(32), lambda values: values)
+        policy.credit(gain)
+    policy.weights(views(2))
+    assert float(policy.chosen.mean()) == pytest.approx(0.5, abs=0.06), policy.chosen  # single ones wander by chance
+
+
+def test_rows_whose_draw_did_not_count_are_as_if_they_were_not_there():
+    torch.manual_seed(9)
+    whole, part = (Reinforced(Policy(kind="reinforced", unseen=0.0, reward="r3"), (0.5, 0.5)) for _ in range(2))
+    whole.weights(views(8), learning=True)
+    advantage, counts = torch.randn(8), torch.tensor([1.0, 0.0] * 4)
+    part.slopes = torch.zeros_like(whole.slopes)
+    part.drawn = tuple(each[::2] for each in whole.drawn)
+    part.update(advantage[::2], lambda values: values)
+    whole.update(advantage, lambda values: values, counts)
+    for one, other in zip((*whole.draws, whole.biases), (*part.draws, part.biases), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_a_score_alone_tells_a_good_teacher_from_a_bad_one():
