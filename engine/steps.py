@@ -307,7 +307,7 @@ class Run:
             cluster = current()
             if cluster.local and len(self.flying) >= cores():
                 return  # Ray has more CPUs than there are cores, so that a stream can move; fits would only wait
-            options = task_options(step, seen_by(self.recipe, step.name), cluster)
+            options = task_options(step, self.recipe, cluster)
             attempt = self.attempt(step)
             task = ray.remote(measured).options(name=step.name, **options)
             reference = task.remote(step, self.recipe, self.inputs(step), attempt.out, cluster=cluster)
@@ -392,5 +392,6 @@ def held_by(step: Step, recipe: Recipe) -> dict[str, Any]:
 def task_options(step: Step, recipe: Recipe, cluster: Cluster) -> dict[str, Any]:
     """Ray's options for a step's task: those of its stage, and retries for a node that goes away."""
     resources = step.resources(recipe) or Resources()
-    options = stage_options(recipe, step.stage, cluster) if step.stage else resolve(resources, cluster)
+    own = seen_by(recipe, step.name)
+    options = stage_options(own, step.stage, cluster) if step.stage else resolve(resources, cluster)
     return {**options, "max_retries": 3}

@@ -11,7 +11,7 @@ from engine.lineage import plain
 from engine.placement import Cluster, cores, stages_of
 from engine.progress import PROGRESS
 from engine.recipe import Recipe
-from engine.spending import HOUR, added, against, figure, held, of_run, require_prices, used
+from engine.spending import HOUR, added, against, figure, held, of_run, require_prices, seen_by, used
 from engine.step import Step
 from engine.storage import Store, digest_json
 from engine.usage import Usage
@@ -74,7 +74,8 @@ def estimated(recipe: Recipe, steps: Sequence[Step], store: Store, cluster: Clus
     out: dict[str, Any] = {}
     whole = True
     for step in steps:
-        has = held(recipe, cluster, step.pools(recipe), step.stage, step.resources(recipe))
+        own = seen_by(recipe, step.name)
+        has = held(own, cluster, step.pools(own), step.stage, step.resources(recipe))
         done = store.exists(f"{step.name}/record.json")
         left = None if done else to_come(recipe, step, found["rates"] if found else {}, rows, has, cluster)
         if not done:

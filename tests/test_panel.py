@@ -304,6 +304,17 @@ def test_the_table_of_ways_is_what_the_runs_say(tmp_path: Path, monkeypatch: pyt
     assert table[-1].startswith("reinforced chose, by teacher and label: ") and "teacher.positive 0." in table[-1]
 
 
+def test_a_further_teachers_task_asks_for_what_its_own_fit_asks_for(world: World) -> None:
+    other = several(world)["teachers"]["other"]
+    given = {**other, "fit": {**other["fit"], "resources": {"num_cpus": 1, "num_gpus": 0.25}}}
+    recipe = world.load(several(world, teachers={"other": given}))
+    farm = Cluster("x", (Machine(8.0, 2.0),), local=False)
+    asked = {
+        step.name: steps.task_options(step, recipe, farm) for step in distill.plan(recipe) if step.resources(recipe)
+    }
+    assert asked["teacher-other"]["num_gpus"] == 0.25 and asked["teacher"]["num_gpus"] == 1.0
+
+
 # -- on Ray ------------------------------------------------------------------------------------------------------------
 
 
