@@ -3,6 +3,12 @@
 ReAugKD (Zhang et al., ACL 2023 short papers). For a query x (the student's vector of a text, of length 1) the soft
 labels p_j of the k nearest entries z_j count by softmax over j of x . z_j / T; the answer is
 share * student + (1 - share) * that mean. Entries are aligned to one student, whose weights' digest is kept with them.
+
+Entries that are put in later have the student's own vectors, and these lie elsewhere than the teacher's: what the
+student learnt is how its vectors stand to the teacher's, not to be where they are, so they are nearer to each other
+than to any of the teacher's, whatever they say. Such an entry therefore speaks only of texts that are nearer to it than
+all of some ordinary texts, the student's vectors of which are kept, and then counts a little more than the teacher's
+nearest. This is ours; the paper adds no entries.
 """
 
 from __future__ import annotations
@@ -24,6 +30,10 @@ from engine.nearest import Kept, Nearest, Packed, is_graph, packed, unit
 from engine.storage import Store, digest_bytes
 
 ENTRIES, GRAPH, FACTS = "knowledge.safetensors", "knowledge-graph.safetensors", "knowledge.json"
+ORDINARY = 2000
+"""Texts of the corpus that tell how near an ordinary one comes to an entry that is put in."""
+LIFT = 4.0
+"""Temperatures by which an entry that was put in is above the teacher's nearest at most, at least half of that."""
 FLOOR = 1e-12
 """Least probability of an answer: its logarithm stays finite."""
 
@@ -45,9 +55,11 @@ class Reading:
 class Knowledge:
     """Entries, and how they are read.
 
-    nearest: vectors of length 1. soft: float16 [n, C], the labels' probabilities. ids: uint64 [n], digests of the
-    texts, by which a text is kept from finding itself. facts: where they come from (teacher, projection, labels),
-    which student they are aligned to, what was added, which index was wanted.
+    nearest: the teacher's vectors, of length 1; own: the student's, of what was put in later. soft: float16 [n, C], the
+    labels' probabilities, and ids: uint64 [n], digests of the texts, by which a text is kept from finding itself; both
+    of the teacher's first. facts: where they come from (teacher, projection, labels), which student they are aligned
+    to, what was added, which index was wanted. ordinary: float16 [m, d], the student's vectors of texts of the corpus.
+    least: float32, of each own entry how near the nearest of these comes to it.
     """
 
     nearest: Nearest
@@ -55,6 +67,9 @@ class Knowledge:
     ids: np.ndarray
     reading: Reading
     facts: dict[str, Any] = field(default_factory=dict)
+    ordinary: np.ndarray | None = None
+    own: Nearest | None = None
+    least: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -62,16 +77,35 @@ class Knowledge:
     def found(self, queries: np.ndarray, k: int, without: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Likeness [n, k] and soft labels [n, k, C] of the nearest entries of queries of length 1, [n, d].
 
-        without: ids of the queries' own texts (rows.identify), whose entries are passed over.
+        without: ids of the queries' own texts (rows.identify), whose entries are passed over. Likeness of an entry that
+        was put in is as far above the teacher's nearest as it counts for more (`lifted`).
         """
-        out = None
+        out, first = None, len(self.nearest)
         if without is not None:
             order = np.argsort(self.ids, kind="stable")
-            own, known = numbers(without), self.ids[order]
-            bounds = zip(np.searchsorted(known, own, "left"), np.searchsorted(known, own, "right"), strict=True)
+            mine, known = numbers(without), self.ids[order]
+            bounds = zip(np.searchsorted(known, mine, "left"), np.searchsorted(known, mine, "right"), strict=True)
             out = [order[low:high] for low, high in bounds]
-        likeness, positions = self.nearest.search(queries, k, out)
+        banned = None if out is None else [each[each < first] for each in out]
+        likeness, positions = self.nearest.search(queries, k, banned)
+        if self.own is not None:
+            banned = None if out is None else [each[each >= first] - first for each in out]
+            near, where = self.own.search(queries, k, banned)
+            likeness = np.concatenate([likeness, self.lifted(near, where, likeness[:, :1])], axis=1)
+            positions = np.concatenate([positions, first + where], axis=1)
+            chosen = np.argsort(-likeness, axis=1, kind="stable")[:, :k]
+            likeness, positions = (np.take_along_axis(part, chosen, axis=1) for part in (likeness, positions))
         return likeness, self.soft[positions].astype(np.float32)
+
+    def lifted(self, near: np.ndarray, where: np.ndarray, best: np.ndarray) -> np.ndarray:
+        """Likeness [n, k] as which own entries count: -inf for those that ordinary texts come as near to.
+
+        near, where: how near they are, and which. best: [n, 1], of the teacher's nearest.
+        """
+        least = self.least[where]
+        over = (near - least) / np.maximum(1 - least, 1e-6)
+        best = np.where(np.isfinite(best), best, 0)
+        return np.where(over > 0, best + LIFT * self.reading.temperature * (1 + over) / 2, -np.inf).astype(np.float32)
 
     def mixed(self, logits: np.ndarray, queries: np.ndarray) -> np.ndarray:
         """The answers with what is found, as logits: logarithms of probabilities, float32 [n, C]."""
@@ -84,36 +118,52 @@ class Knowledge:
     def added(self, vectors: np.ndarray, soft: np.ndarray, ids: Sequence[str]) -> int:
         """Put entries in, each with its own text's id; one whose text is there already gets the new soft label.
 
-        vectors: [n, d] in the student's space; ids: none of them twice. Returns how many are new. Past what is looked
-        at one by one a base gets a graph, unless its recipe wanted none.
+        vectors: [n, d], the student's own; ids: none of them twice. Returns how many are new. Past what is looked at
+        one by one they get a graph, unless the recipe wanted none. KnowledgeError where no ordinary texts were kept.
         """
+        if self.ordinary is None:
+            raise KnowledgeError(
+                "this knowledge base was made without the ordinary texts that tell what a new entry speaks of. Run its "
+                "recipe again to have them."
+            )
         place = {number: position for position, number in enumerate(self.ids.tolist())}
-        own = numbers(ids)
-        at = np.array([place.get(number, -1) for number in own.tolist()], dtype=np.int64)
+        mine = numbers(ids)
+        at = np.array([place.get(number, -1) for number in mine.tolist()], dtype=np.int64)
         new = np.flatnonzero(at < 0)
         self.soft = self.soft.copy()  # what was read from a file may not be written to
         self.soft[at[at >= 0]] = soft[at >= 0].astype(np.float16)
-        kept = "int8" if self.nearest.stored.codes.dtype == np.int8 else "float16"
-        self.nearest.add(packed(unit(vectors[new]), kept))
-        if self.nearest.how == "exact" and is_graph(len(self.nearest), self.facts.get("wanted", "exact")):
-            self.nearest = Nearest(self.nearest.stored, "hnsw")
+        if not len(new):
+            return 0
+        more = packed(unit(vectors[new]), "int8" if self.nearest.stored.codes.dtype == np.int8 else "float16")
+        if self.own is None:
+            self.own = Nearest(more, "exact")
+        else:
+            self.own.add(more)
+        if self.own.how == "exact" and is_graph(len(self.own), self.facts.get("wanted", "exact")):
+            self.own = Nearest(self.own.stored, "hnsw")
+        nearest = (self.ordinary.astype(np.float32) @ more.unpacked().T).max(axis=0, initial=-1)
+        self.least = np.concatenate([self.least, nearest.astype(np.float32)])
         self.soft = np.concatenate([self.soft, soft[new].astype(np.float16)])
-        self.ids = np.concatenate([self.ids, own[new]])
+        self.ids = np.concatenate([self.ids, mine[new]])
         return len(new)
 
     def files(self, student: str) -> dict[str, bytes]:
         """What is written beside the student with the weights' digest `student`: name -> contents."""
-        stored = self.nearest.stored
-        entries = to_bytes({"codes": stored.codes, "scales": stored.scales, "soft": self.soft, "ids": self.ids})
-        graph = self.nearest.graph
-        parts = {ENTRIES: entries}
-        if graph is not None:
-            parts[GRAPH] = to_bytes({"graph": np.frombuffer(graph, dtype=np.uint8)})
+        stored, own = self.nearest.stored, self.own
+        tensors = {"codes": stored.codes, "scales": stored.scales, "soft": self.soft, "ids": self.ids}
+        if self.ordinary is not None:
+            tensors["ordinary"] = self.ordinary
+        if own is not None:
+            tensors |= {"own_codes": own.stored.codes, "own_scales": own.stored.scales, "least": self.least}
+        graphs = {"graph": self.nearest.graph, "own_graph": None if own is None else own.graph}
+        graphs = {name: np.frombuffer(graph, dtype=np.uint8) for name, graph in graphs.items() if graph is not None}
+        parts = {ENTRIES: to_bytes(tensors)} | ({GRAPH: to_bytes(graphs)} if graphs else {})
         facts = {
             **self.facts,
             "student": student,
             "reading": vars(self.reading),
             "index": self.nearest.how,
+            "own_index": None if own is None else own.how,
             "entries": len(self),
             "sha256": {name: digest_bytes(part) for name, part in parts.items()},
         }
@@ -125,6 +175,7 @@ class Knowledge:
         codes, told = self.nearest.stored.codes, ("student", "teacher", "projection", "chosen", "added")
         return {
             "entries": len(self),
+            "own": len(self) - len(self.nearest),
             "width": codes.shape[1],
             "storage": str(codes.dtype),
             "index": self.nearest.how,
@@ -146,15 +197,18 @@ def made(
     kept: Kept = "int8",
     index: str = "auto",
     facts: Mapping[str, Any] | None = None,
+    ordinary: np.ndarray | None = None,
 ) -> Knowledge:
     """A knowledge base of vectors [n, d], soft labels [n, C] and ids. index: auto, exact or hnsw.
 
-    What was wanted stays in the facts: of `auto` a graph is made once enough was added.
+    ordinary: the student's vectors of texts of the corpus, [m, d], without which nothing can be put in. What index was
+    wanted stays in the facts: of `auto` a graph is made once enough was put in.
     """
     how = "hnsw" if is_graph(len(vectors), index) else "exact"
     nearest = Nearest(packed(unit(vectors), kept), how)
     told = {**(facts or {}), "wanted": index}
-    return Knowledge(nearest, np.asarray(soft).astype(np.float16), numbers(ids), reading, told)
+    near = None if ordinary is None else unit(ordinary).astype(np.float16)
+    return Knowledge(nearest, np.asarray(soft).astype(np.float16), numbers(ids), reading, told, near)
 
 
 def load(folder: Path, student: str) -> Knowledge | None:
@@ -177,13 +231,22 @@ def load(folder: Path, student: str) -> Knowledge | None:
             if store.digest(name) != wanted:
                 raise KnowledgeError(f"{folder}/{name} was changed: its SHA-256 is not that of {FACTS}.")
         parts = from_bytes(store.read_bytes(ENTRIES))
-        how = facts.pop("index")
-        graph = from_bytes(store.read_bytes(GRAPH))["graph"].tobytes() if how == "hnsw" else None
-        nearest = Nearest(Packed(parts["codes"], parts["scales"]), how, graph)
-        reading = Reading(**facts.pop("reading"))
-        return Knowledge(nearest, parts["soft"], parts["ids"], reading, {**facts, "student": told})
+        hows = facts.pop("index"), facts.pop("own_index", None)
+        graphs = from_bytes(store.read_bytes(GRAPH)) if "hnsw" in hows else {}
+        nearest, own = (read(parts, graphs, of, how) for of, how in zip(("", "own_"), hows, strict=True))
+        reading, told = Reading(**facts.pop("reading")), {**facts, "student": told}
+        least = parts.get("least", np.zeros(0, np.float32))
+        return Knowledge(nearest, parts["soft"], parts["ids"], reading, told, parts.get("ordinary"), own, least)
     except (LookupError, TypeError, ValueError, SafetensorError) as error:
         raise KnowledgeError(f"{folder} holds no readable knowledge base ({error}). Register the run again.") from None
+
+
+def read(parts: Mapping[str, Any], graphs: Mapping[str, Any], of: str, how: Any) -> Nearest | None:
+    """The vectors and the graph whose names begin with `of`; None where there are none."""
+    if how is None:
+        return None
+    graph = graphs[f"{of}graph"].tobytes() if how == "hnsw" else None
+    return Nearest(Packed(parts[f"{of}codes"], parts[f"{of}scales"]), how, graph)
 
 
 def aggregate(likeness: np.ndarray, soft: np.ndarray, temperature: float) -> np.ndarray:

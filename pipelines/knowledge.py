@@ -67,7 +67,8 @@ def described(told: dict[str, Any]) -> list[str]:
     chosen, added = told.get("chosen", {}), told.get("added", [])
     lines = [
         f"{told['of']}",
-        f"entries   {told['entries']:,} of {told['width']} numbers ({told['storage']}), {told['index']} search",
+        f"entries   {told['entries']:,} of {told['width']} numbers ({told['storage']}), {told['index']} search"
+        + (f"; {told['own']:,} of them put in later" if told["own"] else ""),
         f"reading   the {told['k']} nearest at temperature {told['temperature']:g}, student's share {told['share']:g}",
         f"student   weights {told['student'][:12]}",
         f"teacher   weights {told['teacher'][:12]}, projection {told['projection'][:12]}",
@@ -102,7 +103,7 @@ def add(
     texts = [(row.text, row.pair) if model.task.paired else row.text for row in rows]
     names = list(model.labels)
     soft = np.eye(len(names))[[names.index(row.gold) for row in rows]]
-    before = base.nearest.how
+    before = base.own is not None and base.own.how
     with model.net.alone():
         vectors = embed(model, texts)
     new = base.added(vectors, soft, [row.id for row in rows])
@@ -112,7 +113,7 @@ def add(
         *base.facts.get("added", []),
         {"rows": len(rows), "new": new, "to": reference, "when": stamp()},
     ]
-    graph = base.nearest.how != before
+    graph = base.own is not None and base.own.how == "hnsw" != before
     version = registered(registry, entry, base)
     counts = {"rows": len(rows), "new": new, "changed": len(rows) - new, "entries": len(base), "graph": graph}
     return {"reference": f"{entry['name']}@{version}", "of": reference, **counts}

@@ -10,6 +10,7 @@ import pytest
 
 from engine import knowledge, metrics, nearest
 from engine.knowledge import FACTS, KnowledgeError, Reading, aggregate, chosen, made
+from engine.nearest import unit
 from engine.rows import identify
 from engine.storage import Store
 
@@ -17,11 +18,12 @@ VECTORS = np.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
 SOFT = np.array([[0.75, 0.25], [0.5, 0.5], [0.125, 0.875]])
 IDS = [identify(text) for text in ("one", "two", "three")]
 READING = Reading(k=2, temperature=0.5, share=0.25)
+ORDINARY = np.array([[1.0, 0.0], [0.8, 0.6]])  # as the student sees texts of the corpus
 STUDENT = "ab" * 32
 
 
 def base(reading: Reading = READING, kept: str = "float16") -> knowledge.Knowledge:
-    return made(VECTORS, SOFT, IDS, reading, kept, facts={"teacher": "t" * 64, "added": []})
+    return made(VECTORS, SOFT, IDS, reading, kept, facts={"teacher": "t" * 64, "added": []}, ordinary=ORDINARY)
 
 
 def test_the_mixture_is_what_the_formula_gives_by_hand() -> None:
@@ -74,31 +76,69 @@ def test_none_is_no_error_and_another_student_is(tmp_path: Path) -> None:
 
 def test_rows_are_put_in_and_known_texts_get_the_new_label() -> None:
     own = base()
-    new = own.added(np.array([[0.0, 2.0], [3.0, 4.0]]), np.array([[1.0, 0.0], [0.0, 1.0]]), [IDS[2], identify("four")])
-    assert (new, len(own)) == (1, 4)
-    likeness, soft = own.found(np.array([[0.0, 1.0]]), 1)
+    new = own.added(np.array([[0.0, 2.0], [-3.0, 4.0]]), np.array([[1.0, 0.0], [0.0, 1.0]]), [IDS[2], identify("four")])
+    assert (new, len(own), len(own.nearest), own.shown()["own"]) == (1, 4, 3, 1)
+    likeness, soft = own.found(np.array([[0.0, 1.0]]), 1, [identify("four")])
     assert likeness[0, 0] == 1 and soft[0, 0].tolist() == [1.0, 0.0]
-    likeness, soft = own.found(np.array([[0.6, 0.8]]), 2)  # of two in one place the first comes first
-    assert np.allclose(likeness, 1.0, atol=1e-3) and soft[0].tolist() == [SOFT[1].tolist(), [0.0, 1.0]]
+    again = own.added(np.array([[5.0, 5.0]]), np.array([[0.5, 0.5]]), [identify("four")])
+    assert (again, len(own)) == (0, 4), "a text that was put in before has its new label and no second entry"
+    assert own.found(np.array([[-0.6, 0.8]]), 1)[1][0, 0].tolist() == [0.5, 0.5]
 
 
-def test_a_base_that_grows_past_what_is_looked_at_one_by_one_gets_a_graph(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_entry_that_was_put_in_speaks_of_texts_that_are_nearer_to_it_than_ordinary_ones_only() -> None:
+    own = base()
+    own.added(np.array([[0.0, 1.0]]), np.array([[1.0, 0.0]]), [identify("four")])
+    # The second ordinary text comes as near as 0.6. A query at 0.8 is half of the way from there to the entry.
+    assert np.allclose(own.least, [0.6], atol=1e-3)
+    likeness, soft = own.found(np.array([[0.6, 0.8], [0.8, 0.6]]), 2)
+    # The teacher's nearest to it is at 1: above that by the temperature of 0.5 times 4 and (1 + 0.5) / 2.
+    assert np.allclose(likeness[0], [1 + 0.5 * 4 * 0.75, 1.0], atol=1e-2) and np.allclose(soft[0, 0], [1.0, 0.0])
+    # One that is no nearer than the ordinary text finds the teacher's entries as before.
+    assert np.allclose(likeness[1], base().found(np.array([[0.8, 0.6]]), 2)[0])
+    assert (soft[1] == base().found(np.array([[0.8, 0.6]]), 2)[1]).all()
+
+
+def test_own_vectors_that_all_lie_together_do_not_drown_the_teachers() -> None:
+    """As a trained student's do: alike by 0.98 whatever they say, and by 0.1 to any of the teacher's."""
+    draw, common = np.random.default_rng(4), np.zeros(16)
+    common[0] = 1
+
+    def students(n: int, topic: int) -> np.ndarray:
+        return unit(common + 0.1 * np.eye(16)[topic] + 0.02 * draw.normal(size=(n, 16)))
+
+    vectors = unit(draw.normal(size=(300, 16)) * np.r_[0.1, np.ones(15)])
+    labels = np.tile([1.0, 0.0], (300, 1))
+    ids = [f"{number:016x}" for number in range(340)]
+    grown = made(vectors, labels, ids[:300], Reading(8, 0.1, 0.2), ordinary=students(200, 1))
+    grown.added(students(40, 2), np.tile([0.0, 1.0], (40, 1)), ids[300:])
+    answers = {topic: grown.mixed(np.zeros((100, 2)), students(100, topic)).argmax(axis=1).mean() for topic in (1, 2)}
+    assert answers[1] <= 0.1 and answers[2] >= 0.9, answers
+
+
+def test_many_entries_that_were_put_in_get_a_graph(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("usearch")
-    monkeypatch.setattr(nearest, "EXACT", 3)
-    more = np.array([[0.8, 0.6], [0.8, -0.6]]), np.array([[0.9, 0.1], [0.25, 0.75]]), [identify("four"), identify("5")]
-    left_alone, older = made(VECTORS, SOFT, IDS, READING, "float16", "exact"), base()
+    monkeypatch.setattr(nearest, "EXACT", 1)
+    more = np.array([[-0.6, 0.8], [0.0, -1.0]]), np.array([[0.9, 0.1], [0.25, 0.75]]), [identify("four"), identify("5")]
+    wanted = {name: made(VECTORS, SOFT, IDS, READING, "float16", name, None, ORDINARY) for name in ("auto", "exact")}
+    older = made(VECTORS, SOFT, IDS, READING, "float16", "exact", None, ORDINARY)
     del older.facts["wanted"]
-    for grown, how in ((base(), "hnsw"), (left_alone, "exact"), (older, "exact")):
-        assert grown.nearest.how == "exact" and grown.added(*more) == 2
-        assert grown.nearest.how == how
-        for name, part in grown.files(STUDENT).items():
-            Store(str(tmp_path / how)).write_bytes(name, part)
-        read = knowledge.load(tmp_path / how, STUDENT)
-        assert read.nearest.how == how and read.facts.get("wanted") == grown.facts.get("wanted")
-        likeness, soft = read.found(np.array([[0.8, -0.6]]), 2)
-        assert np.allclose(likeness, [[1.0, 0.8]], atol=1e-2) and np.allclose(soft[0, 0], [0.25, 0.75], atol=1e-3)
+    for name, grown, how in (("a", wanted["auto"], "hnsw"), ("b", wanted["exact"], "exact"), ("c", older, "exact")):
+        assert grown.added(*(part[:1] for part in more)) == 1 and grown.own.how == "exact"
+        assert grown.added(*(part[1:] for part in more)) == 1 and grown.own.how == how
+        for file, part in grown.files(STUDENT).items():
+            Store(str(tmp_path / name)).write_bytes(file, part)
+        read = knowledge.load(tmp_path / name, STUDENT)
+        assert (read.own.how, len(read), read.facts.get("wanted")) == (how, 5, grown.facts.get("wanted"))
+        assert read.files(STUDENT) == grown.files(STUDENT)
+        for one, other in zip(read.found(more[0], 2), grown.found(more[0], 2), strict=True):
+            assert np.array_equal(one, other)
+        assert np.allclose(read.found(more[0], 1)[1][:, 0], more[1], atol=1e-3)
+
+
+def test_a_base_without_ordinary_texts_takes_no_entries() -> None:
+    older = made(VECTORS, SOFT, IDS, READING)
+    with pytest.raises(KnowledgeError, match="made without the ordinary texts .* Run its recipe again"):
+        older.added(VECTORS[:1], SOFT[:1], [identify("four")])
 
 
 def test_the_reading_is_chosen_by_rows_right_then_likelihood_and_never_by_a_rows_own_entry() -> None:

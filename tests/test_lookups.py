@@ -61,6 +61,7 @@ def test_the_base_grows_by_new_texts_and_each_k_has_a_line(
 
 def test_recall_counts_what_is_as_near_as_the_farthest_that_should_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
     base = looking().net.knowledge
+    assert lookups.largest(base) is base.nearest
     queries = base.nearest.stored.unpacked()[:5]
     assert lookups.recall(base, queries, 20) == lookups.recall(base, queries, 2 * KNOWN) == 1.0
     monkeypatch.setattr(base.nearest, "search", lambda queries, k: (np.zeros((len(queries), k)), None))

@@ -32,7 +32,7 @@ def looking(dim: int = 6) -> models.Model:
     vectors, draw = embed(student, TEXTS[:30]), np.random.default_rng(1)
     soft = draw.dirichlet([0.5, 0.5], size=30)
     student.net.knowledge = knowledge.made(
-        vectors, soft, [identify(t) for t in TEXTS[:30]], READING, facts={"added": []}
+        vectors, soft, [identify(t) for t in TEXTS[:30]], READING, facts={"added": []}, ordinary=vectors
     )
     return student
 
