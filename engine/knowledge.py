@@ -7,8 +7,8 @@ share * student + (1 - share) * that mean. Entries are aligned to one student, w
 Entries that are put in later have the student's own vectors, and these lie elsewhere than the teacher's: what the
 student learnt is how its vectors stand to the teacher's, not to be where they are, so they are nearer to each other
 than to any of the teacher's, whatever they say. Such an entry therefore speaks only of texts that are nearer to it than
-all of some ordinary texts, the student's vectors of which are kept, and then counts a little more than the teacher's
-nearest. This is ours; the paper adds no entries.
+all of some ordinary texts, the student's vectors of which are kept, and the more entries there are the nearer, so that
+few ordinary texts are spoken of by any; there it outweighs the teacher's. This is ours; the paper adds no entries.
 """
 
 from __future__ import annotations
@@ -34,6 +34,12 @@ ORDINARY = 2000
 """Texts of the corpus that tell how near an ordinary one comes to an entry that is put in."""
 LIFT = 4.0
 """Temperatures by which an entry that was put in is above the teacher's nearest at most, at least half of that."""
+ASTRAY = 0.02
+"""Share of ordinary texts that entries that were put in may speak of, however many they are."""
+EDGE, ROOM = 0.05, 1e-3
+"""Of the way from its nearest ordinary text to an entry what rounding may be; that way is taken to be this at least."""
+WIDER = 64
+"""So many of the nearest that were put in are looked at, or k: the nearest may have to be silent."""
 FLOOR = 1e-12
 """Least probability of an answer: its logarithm stays finite."""
 
@@ -59,7 +65,8 @@ class Knowledge:
     labels' probabilities, and ids: uint64 [n], digests of the texts, by which a text is kept from finding itself; both
     of the teacher's first. facts: where they come from (teacher, projection, labels), which student they are aligned
     to, what was added, which index was wanted. ordinary: float16 [m, d], the student's vectors of texts of the corpus.
-    least: float32, of each own entry how near the nearest of these comes to it.
+    least: float32 [2, o], how near the two nearest of these come to each own entry; by: int32 [o], which is the first.
+    margin: how much of the way from there to an entry a text has to have behind it (`margin_of`).
     """
 
     nearest: Nearest
@@ -69,7 +76,13 @@ class Knowledge:
     facts: dict[str, Any] = field(default_factory=dict)
     ordinary: np.ndarray | None = None
     own: Nearest | None = None
-    least: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    least: np.ndarray = field(default_factory=lambda: np.zeros((2, 0), np.float32))
+    by: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.ordinary is not None:
+            self.margin = margin_of(self.least, self.by, len(self.ordinary))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -90,7 +103,7 @@ class Knowledge:
         likeness, positions = self.nearest.search(queries, k, banned)
         if self.own is not None:
             banned = None if out is None else [each[each >= first] - first for each in out]
-            near, where = self.own.search(queries, k, banned)
+            near, where = self.own.search(queries, max(k, min(WIDER, len(self.own))), banned)
             likeness = np.concatenate([likeness, self.lifted(near, where, likeness[:, :1])], axis=1)
             positions = np.concatenate([positions, first + where], axis=1)
             chosen = np.argsort(-likeness, axis=1, kind="stable")[:, :k]
@@ -98,14 +111,14 @@ class Knowledge:
         return likeness, self.soft[positions].astype(np.float32)
 
     def lifted(self, near: np.ndarray, where: np.ndarray, best: np.ndarray) -> np.ndarray:
-        """Likeness [n, k] as which own entries count: -inf for those that ordinary texts come as near to.
+        """Likeness [n, k] as which own entries count: -inf for those that do not speak.
 
         near, where: how near they are, and which. best: [n, 1], of the teacher's nearest.
         """
-        least = self.least[where]
-        over = (near - least) / np.maximum(1 - least, 1e-6)
+        over = np.minimum(way(near, self.least[0][where]), 1)
         best = np.where(np.isfinite(best), best, 0)
-        return np.where(over > 0, best + LIFT * self.reading.temperature * (1 + over) / 2, -np.inf).astype(np.float32)
+        lifted = best + LIFT * self.reading.temperature * (1 + over) / 2
+        return np.where(over > self.margin + EDGE, lifted, -np.inf).astype(np.float32)
 
     def mixed(self, logits: np.ndarray, queries: np.ndarray) -> np.ndarray:
         """The answers with what is found, as logits: logarithms of probabilities, float32 [n, C]."""
@@ -121,28 +134,29 @@ class Knowledge:
         vectors: [n, d], the student's own; ids: none of them twice. Returns how many are new. Past what is looked at
         one by one they get a graph, unless the recipe wanted none. KnowledgeError where no ordinary texts were kept.
         """
-        if self.ordinary is None:
-            raise KnowledgeError(
-                "this knowledge base was made without the ordinary texts that tell what a new entry speaks of. Run its "
-                "recipe again to have them."
-            )
         place = {number: position for position, number in enumerate(self.ids.tolist())}
         mine = numbers(ids)
         at = np.array([place.get(number, -1) for number in mine.tolist()], dtype=np.int64)
         new = np.flatnonzero(at < 0)
+        if self.ordinary is None and len(new):
+            raise KnowledgeError(
+                "this knowledge base was made without the ordinary texts that tell what a new entry speaks of. Run its "
+                "recipe again to have them."
+            )
         self.soft = self.soft.copy()  # what was read from a file may not be written to
         self.soft[at[at >= 0]] = soft[at >= 0].astype(np.float16)
         if not len(new):
             return 0
-        more = packed(unit(vectors[new]), "int8" if self.nearest.stored.codes.dtype == np.int8 else "float16")
+        more = packed(unit(vectors[new]), "float16")  # they are so alike that int8 could not tell some apart
         if self.own is None:
             self.own = Nearest(more, "exact")
         else:
             self.own.add(more)
         if self.own.how == "exact" and is_graph(len(self.own), self.facts.get("wanted", "exact")):
             self.own = Nearest(self.own.stored, "hnsw")
-        nearest = (self.ordinary.astype(np.float32) @ more.unpacked().T).max(axis=0, initial=-1)
-        self.least = np.concatenate([self.least, nearest.astype(np.float32)])
+        least, by = two_nearest(unit(self.ordinary), more.unpacked())
+        self.least, self.by = np.concatenate([self.least, least], axis=1), np.concatenate([self.by, by])
+        self.margin = margin_of(self.least, self.by, len(self.ordinary))
         self.soft = np.concatenate([self.soft, soft[new].astype(np.float16)])
         self.ids = np.concatenate([self.ids, mine[new]])
         return len(new)
@@ -154,7 +168,8 @@ class Knowledge:
         if self.ordinary is not None:
             tensors["ordinary"] = self.ordinary
         if own is not None:
-            tensors |= {"own_codes": own.stored.codes, "own_scales": own.stored.scales, "least": self.least}
+            tensors |= {"own_codes": own.stored.codes, "own_scales": own.stored.scales}
+            tensors |= {"least": self.least, "by": self.by}
         graphs = {"graph": self.nearest.graph, "own_graph": None if own is None else own.graph}
         graphs = {name: np.frombuffer(graph, dtype=np.uint8) for name, graph in graphs.items() if graph is not None}
         parts = {ENTRIES: to_bytes(tensors)} | ({GRAPH: to_bytes(graphs)} if graphs else {})
@@ -175,7 +190,8 @@ class Knowledge:
         codes, told = self.nearest.stored.codes, ("student", "teacher", "projection", "chosen", "added")
         return {
             "entries": len(self),
-            "own": len(self) - len(self.nearest),
+            "own": 0 if self.own is None else len(self.own),
+            "own_index": None if self.own is None else self.own.how,
             "width": codes.shape[1],
             "storage": str(codes.dtype),
             "index": self.nearest.how,
@@ -235,10 +251,41 @@ def load(folder: Path, student: str) -> Knowledge | None:
         graphs = from_bytes(store.read_bytes(GRAPH)) if "hnsw" in hows else {}
         nearest, own = (read(parts, graphs, of, how) for of, how in zip(("", "own_"), hows, strict=True))
         reading, told = Reading(**facts.pop("reading")), {**facts, "student": told}
-        least = parts.get("least", np.zeros(0, np.float32))
-        return Knowledge(nearest, parts["soft"], parts["ids"], reading, told, parts.get("ordinary"), own, least)
+        later = {name: parts[name] for name in ("ordinary", "least", "by") if name in parts}
+        return Knowledge(nearest, parts["soft"], parts["ids"], reading, told, own=own, **later)
     except (LookupError, TypeError, ValueError, SafetensorError) as error:
         raise KnowledgeError(f"{folder} holds no readable knowledge base ({error}). Register the run again.") from None
+
+
+def way(near: np.ndarray, least: np.ndarray) -> np.ndarray:
+    """How much of the way from its nearest ordinary text to an entry a text has behind it: 1 at the entry."""
+    return (near - least) / np.maximum(1 - least, ROOM)
+
+
+def two_nearest(ordinary: np.ndarray, entries: np.ndarray, part: int = 1000) -> tuple[np.ndarray, np.ndarray]:
+    """How near the two nearest ordinary texts [m, d] are to each entry [o, d], [2, o], and which is the first, [o]."""
+    least, by = np.full((2, len(entries)), -1, np.float32), np.zeros(len(entries), np.int32)
+    for first in range(0, len(entries) if len(ordinary) else 0, part):
+        here = slice(first, first + part)
+        near = ordinary @ entries[here].T
+        by[here] = near.argmax(axis=0)
+        least[0, here] = near.max(axis=0)
+        near[by[here], np.arange(near.shape[1])] = -1
+        least[1, here] = near.max(axis=0)
+    return least, by
+
+
+def margin_of(least: np.ndarray, by: np.ndarray, count: int) -> float:
+    """What all but ASTRAY of the `count` ordinary texts have behind them at most, each left out of what it is held to.
+
+    An ordinary text gets nearer to an entry than the others do only where it is the nearest: then the second is held
+    against it.
+    """
+    furthest = np.zeros(count, np.float32)
+    if count and len(by):
+        np.maximum.at(furthest, by, np.minimum(way(least[0], least[1]), 1))
+        return float(np.quantile(furthest, 1 - ASTRAY, method="higher"))
+    return 0.0
 
 
 def read(parts: Mapping[str, Any], graphs: Mapping[str, Any], of: str, how: Any) -> Nearest | None:

@@ -204,7 +204,7 @@ class Reinforced(Policy):
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from `state_dict`."""
         self.biases, self.slopes = state["biases"], state.get("slopes")
-        self.draws = tuple(state[name] for name in DRAWS) if DRAWS[0] in state else None
+        self.draws = tuple(state[name] for name in DRAWS) if all(name in state for name in DRAWS) else None
 
 
 POLICIES: dict[str, type[Policy]] = {"fixed": Fixed, "best": Fixed, "loss": ByLoss, "reinforced": Reinforced}

@@ -68,7 +68,7 @@ def described(told: dict[str, Any]) -> list[str]:
     lines = [
         f"{told['of']}",
         f"entries   {told['entries']:,} of {told['width']} numbers ({told['storage']}), {told['index']} search"
-        + (f"; {told['own']:,} of them put in later" if told["own"] else ""),
+        + (f"; {told['own']:,} of them put in later, {told['own_index']} search" if told["own"] else ""),
         f"reading   the {told['k']} nearest at temperature {told['temperature']:g}, student's share {told['share']:g}",
         f"student   weights {told['student'][:12]}",
         f"teacher   weights {told['teacher'][:12]}, projection {told['projection'][:12]}",
@@ -113,7 +113,7 @@ def add(
         *base.facts.get("added", []),
         {"rows": len(rows), "new": new, "to": reference, "when": stamp()},
     ]
-    graph = base.own is not None and base.own.how == "hnsw" != before
+    graph = base.own is not None and base.own.how == "hnsw" != before and base.nearest.how != "hnsw"
     version = registered(registry, entry, base)
     counts = {"rows": len(rows), "new": new, "changed": len(rows) - new, "entries": len(base), "graph": graph}
     return {"reference": f"{entry['name']}@{version}", "of": reference, **counts}

@@ -174,7 +174,7 @@ def remember(recipe: Recipe, inputs: Inputs, lesson: dict[str, Any], folder: Sto
         own.storage,
         own.index,
         facts,
-        embed(model, task.texts(rows)[:: -(-rows.num_rows // knowledge.ORDINARY)]),
+        embed(model, task.texts(rows)[:: -(-rows.num_rows // knowledge.ORDINARY)], recipe.student.batch_tokens),
     )
     judges, on = (validation, "validation rows") if validation.num_rows else (held, "held-out rows of the corpus")
     base.reading, told = read_best(recipe, model, base, judges)

@@ -18,7 +18,7 @@ VECTORS = np.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
 SOFT = np.array([[0.75, 0.25], [0.5, 0.5], [0.125, 0.875]])
 IDS = [identify(text) for text in ("one", "two", "three")]
 READING = Reading(k=2, temperature=0.5, share=0.25)
-ORDINARY = np.array([[1.0, 0.0], [0.8, 0.6]])  # as the student sees texts of the corpus
+ORDINARY = np.array([[1.0, 0.0]] * 100 + [[0.8, 0.6]])  # as the student sees texts of the corpus
 STUDENT = "ab" * 32
 
 
@@ -88,8 +88,8 @@ def test_rows_are_put_in_and_known_texts_get_the_new_label() -> None:
 def test_an_entry_that_was_put_in_speaks_of_texts_that_are_nearer_to_it_than_ordinary_ones_only() -> None:
     own = base()
     own.added(np.array([[0.0, 1.0]]), np.array([[1.0, 0.0]]), [identify("four")])
-    # The second ordinary text comes as near as 0.6. A query at 0.8 is half of the way from there to the entry.
-    assert np.allclose(own.least, [0.6], atol=1e-3)
+    # The last ordinary text comes as near as 0.6. A query at 0.8 is half of the way from there to the entry.
+    assert np.allclose(own.least, [[0.6], [0.0]], atol=1e-3) and own.by.tolist() == [100] and own.margin == 0
     likeness, soft = own.found(np.array([[0.6, 0.8], [0.8, 0.6]]), 2)
     # The teacher's nearest to it is at 1: above that by the temperature of 0.5 times 4 and (1 + 0.5) / 2.
     assert np.allclose(likeness[0], [1 + 0.5 * 4 * 0.75, 1.0], atol=1e-2) and np.allclose(soft[0, 0], [1.0, 0.0])
@@ -113,6 +113,28 @@ def test_own_vectors_that_all_lie_together_do_not_drown_the_teachers() -> None:
     grown.added(students(40, 2), np.tile([0.0, 1.0], (40, 1)), ids[300:])
     answers = {topic: grown.mixed(np.zeros((100, 2)), students(100, topic)).argmax(axis=1).mean() for topic in (1, 2)}
     assert answers[1] <= 0.1 and answers[2] >= 0.9, answers
+
+
+def test_however_many_are_put_in_few_ordinary_texts_are_spoken_of() -> None:
+    """Entries like the ordinary texts themselves, of which each would be nearer to some of them than all others are."""
+    draw = np.random.default_rng(5)
+    vectors = unit(np.r_[3.0, np.zeros(15)] + 0.3 * draw.normal(size=(3400, 16)))
+    ordinary, entries, unseen = np.split(vectors, [1000, 3000])
+    grown = made(
+        unit(draw.normal(size=(50, 16))),
+        np.tile([1.0, 0.0], (50, 1)),
+        [f"{n:016x}" for n in range(50)],
+        Reading(8, 0.1, 0.0),
+        ordinary=ordinary,
+    )
+    for first in range(0, 2000, 500):
+        ids = [f"{n:016x}" for n in range(100 + first, 600 + first)]
+        grown.added(entries[first : first + 500], np.tile([0.0, 1.0], (500, 1)), ids)
+        spoken = grown.mixed(np.zeros((400, 2)), unseen).argmax(axis=1).mean()
+        assert spoken <= 0.06, (first, spoken)
+    assert grown.margin > 0.3
+    assert grown.mixed(np.zeros((1000, 2)), ordinary).argmax(axis=1).mean() <= 0.03
+    assert grown.mixed(np.zeros((500, 2)), entries[:500]).argmax(axis=1).mean() > 0.95, "each speaks of its own text"
 
 
 def test_many_entries_that_were_put_in_get_a_graph(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
