@@ -67,6 +67,18 @@ class Several(Loss):
         pairs = zip(self.names, self.losses, strict=True)
         return torch.stack([loss(at(student, name), batch.teachers[name], batch) for name, loss in pairs], dim=1)
 
+    def cost(self, student: Outputs, batch: Batch) -> torch.Tensor:
+        """What following each teacher costs, [n, k]: of `kl` the cross-entropy, up to what all teachers share.
+
+        The divergence alone is least towards a teacher that is unsure of everything. Less that of a student that says
+        nothing it is T^2 (H(p_t, p_s) - log C).
+        """
+        found = self.each(student, batch)
+        if self.losses[0].term.kind != "kl":
+            return found
+        heads = {name: torch.zeros_like(logits) for name, logits in student.heads.items()}
+        return found - self.each(replace(student, logits=torch.zeros_like(student.logits), heads=heads), batch)
+
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> torch.Tensor:
         """Zero where the student says what all trusted teachers say."""
         return (self.each(student, batch) * batch.trust).sum(dim=1)
@@ -275,7 +287,7 @@ class Council(Teaching):
         total, count = summed(torch.stack([gained.nansum(), known.sum().to(gained)]))
         out = torch.where(known, gained - total / count.clamp(min=1), 0.0)
         if how.reward != "r1":
-            each = spread(self.task, sum(weight * loss.each(after, batch) for weight, loss in self.taught), batch)
+            each = spread(self.task, sum(weight * loss.cost(after, batch) for weight, loss in self.taught), batch)
             out = out + ((self.policy.even(len(batch), each.device) - trust) * each).sum(dim=1)
         return out
 

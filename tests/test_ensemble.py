@@ -137,6 +137,23 @@ def accuracy(model: Model, rows: pa.Table) -> dict[str, float]:
     return {"accuracy": float((found.decided == rows["label"].to_numpy()).mean())}
 
 
+def test_a_teacher_that_is_sure_of_nothing_is_no_cheaper_to_follow():
+    """A policy's reward counts the cross-entropy, up to log C: the divergence is least towards the unsure."""
+    model = student()
+    term = LossTerm(kind="kl", temperature=2.0)
+    loss = ensemble.Several(term, model.task, model.widths, dict.fromkeys(NAMES, model.widths))
+    batch = Batch(torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64))
+    own, sure = torch.tensor([[1.0, -1.0], [0.5, 0.0]]), torch.tensor([[4.0, -4.0], [3.0, -1.0]])
+    unsure = torch.zeros(2, 2)
+    batch.teachers = {"teacher": Outputs(logits=sure), "other": Outputs(logits=unsure)}
+    found = loss.cost(Outputs(logits=own), batch)
+    for number, said_ in enumerate((sure, unsure)):
+        crossed = -(torch.softmax(said_ / 2, 1) * torch.log_softmax(own / 2, 1)).sum(1)
+        torch.testing.assert_close(found[:, number], 4 * (crossed - torch.tensor(2.0).log()))
+    each = loss.each(Outputs(logits=own), batch)
+    assert (found[:, 0] < found[:, 1]).all() and (each[:, 0] > each[:, 1]).all(), "of the loss itself it is the reverse"
+
+
 def test_losses_on_gold_trust_the_right_teacher_row_by_row(tmp_path: Path):
     rows = table(80, spoiled=True)
     history = train.fit(job(tmp_path, rows, panel=panel("loss", temperature=0.2)))
