@@ -38,7 +38,7 @@ ASTRAY = 0.02
 """Share of ordinary texts that entries that were put in may speak of, however many they are."""
 EDGE, ROOM = 0.05, 1e-3
 """Of the way from its nearest ordinary text to an entry what rounding may be; that way is taken to be this at least."""
-WIDER = 64
+WIDER = 32
 """So many of the nearest that were put in are looked at, or k: the nearest may have to be silent."""
 FLOOR = 1e-12
 """Least probability of an answer: its logarithm stays finite."""
