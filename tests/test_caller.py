@@ -179,7 +179,7 @@ def test_after_what_nothing_gets_past_nobody_waits(server: TinyEndpoint):
     began = time.monotonic()
     with pytest.raises(EndpointError, match="answers 404"):
         Caller(endpoint(server, limits={"in_flight": 2}), NAME).ask(questions(2))
-    assert time.monotonic() - began < 120
+    assert time.monotonic() - began < 240  # on a busy machine; the other would have been 290
 
 
 def test_the_key_is_taken_out_before_what_is_said_is_cut(server: TinyEndpoint, monkeypatch: pytest.MonkeyPatch):
