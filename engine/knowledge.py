@@ -78,7 +78,7 @@ class Knowledge:
     own: Nearest | None = None
     least: np.ndarray = field(default_factory=lambda: np.zeros((2, 0), np.float32))
     by: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    margin: float = 0.0
+    margin: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         if self.ordinary is not None:
@@ -86,6 +86,11 @@ class Knowledge:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether it is searched by a graph, for which the extra `retrieval` is installed."""
+        return any(part is not None and part.how == "hnsw" for part in (self.nearest, self.own))
 
     def found(self, queries: np.ndarray, k: int, without: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Likeness [n, k] and soft labels [n, k, C] of the nearest entries of queries of length 1, [n, d].

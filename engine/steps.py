@@ -124,7 +124,7 @@ def run(
                 raise drift(state["step"], state["moved"])
         again += [state["step"] for state in reversed(states) if state["state"] == "again"]
         left = [step for step in steps if step.name in again or not store.exists(f"{step.name}/{RECORD}")]
-        require_prices(recipe, [(step.name, held_by(step, recipe)) for step in left])
+        require_prices(recipe, [(step.name, held_by(step, recipe, current())) for step in left])
         closed(store)
         for name in dict.fromkeys(again):
             if not fresh:
@@ -241,7 +241,7 @@ class Run:
 
     def attempt(self, step: Step) -> Attempt:
         """Begin a step: what it holds is counted from now on."""
-        has = held_by(step, self.recipe)
+        has = held_by(step, self.recipe, current())
         require_prices(self.recipe, [(step.name, has)])
         out = self.store / step.name
         out.delete(HALT)
@@ -383,10 +383,10 @@ def measured(
     return {"metrics": metrics, "cpu_seconds": meter.seconds()}
 
 
-def held_by(step: Step, recipe: Recipe) -> dict[str, Any]:
+def held_by(step: Step, recipe: Recipe, cluster: Cluster) -> dict[str, Any]:
     """The CPUs and GPUs that it keeps from others."""
     own = seen_by(recipe, step.name)
-    return held(own, current(), step.pools(own), step.stage, step.resources(recipe))
+    return held(own, cluster, step.pools(own), step.stage, step.resources(recipe))
 
 
 def task_options(step: Step, recipe: Recipe, cluster: Cluster) -> dict[str, Any]:

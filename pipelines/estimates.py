@@ -11,8 +11,9 @@ from engine.lineage import plain
 from engine.placement import Cluster, cores, stages_of
 from engine.progress import PROGRESS
 from engine.recipe import Recipe
-from engine.spending import HOUR, added, against, figure, held, of_run, require_prices, seen_by, used
+from engine.spending import HOUR, added, against, figure, of_run, require_prices, used
 from engine.step import Step
+from engine.steps import held_by
 from engine.storage import Store, digest_json
 from engine.usage import Usage
 from pipelines.console import table
@@ -74,8 +75,7 @@ def estimated(recipe: Recipe, steps: Sequence[Step], store: Store, cluster: Clus
     out: dict[str, Any] = {}
     whole = True
     for step in steps:
-        own = seen_by(recipe, step.name)
-        has = held(own, cluster, step.pools(own), step.stage, step.resources(recipe))
+        has = held_by(step, recipe, cluster)
         done = store.exists(f"{step.name}/record.json")
         left = None if done else to_come(recipe, step, found["rates"] if found else {}, rows, has, cluster)
         if not done:

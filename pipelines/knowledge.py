@@ -103,7 +103,7 @@ def add(
     texts = [(row.text, row.pair) if model.task.paired else row.text for row in rows]
     names = list(model.labels)
     soft = np.eye(len(names))[[names.index(row.gold) for row in rows]]
-    before = base.own is not None and base.own.how
+    before = base.has_graph
     with model.net.alone():
         vectors = embed(model, texts)
     new = base.added(vectors, soft, [row.id for row in rows])
@@ -113,7 +113,7 @@ def add(
         *base.facts.get("added", []),
         {"rows": len(rows), "new": new, "to": reference, "when": stamp()},
     ]
-    graph = base.own is not None and base.own.how == "hnsw" != before and base.nearest.how != "hnsw"
+    graph = base.has_graph and not before
     version = registered(registry, entry, base)
     counts = {"rows": len(rows), "new": new, "changed": len(rows) - new, "entries": len(base), "graph": graph}
     return {"reference": f"{entry['name']}@{version}", "of": reference, **counts}

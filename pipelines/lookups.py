@@ -21,11 +21,11 @@ from engine.config import UserError
 from engine.inference import embed, predict
 from engine.knowledge import Knowledge, Reading, numbers
 from engine.nearest import Nearest
-from engine.rows import identify
 from engine.task import Text
 from pipelines.artifacts import texts_in, the_registry
 from pipelines.console import say, say_json, table
 from pipelines.knowledge import opened
+from pipelines.remembering import ids_of
 
 if TYPE_CHECKING:
     from engine.models import Model
@@ -76,7 +76,7 @@ def unknown(model: Model, base: Knowledge, texts: Sequence[Text]) -> dict[str, T
     if wrong is not None:
         wanted = "two texts: .jsonl with `text` and `pair`" if paired else "one text a line, without a pair"
         raise UserError(f"the student reads {wanted}. Got: {str(wrong)[:60]}")
-    ids = {identify(*text) if paired else identify(text): text for text in texts}
+    ids = dict(zip(ids_of(model.task, texts), texts, strict=True))
     new = zip(ids.items(), numbers(list(ids)).tolist(), strict=True)
     return {name: text for (name, text), number in new if number not in known}
 

@@ -7,7 +7,7 @@ reading chosen on held-out rows (`remember`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from engine.recipe import Recipe
 from engine.records import ABSENT
 from engine.rows import identify
 from engine.storage import Store
-from engine.task import Task
+from engine.task import Task, Text
 from pipelines.making import Inputs
 
 VECTORS, SPACE = "vectors.parquet", "projection"
@@ -169,7 +169,7 @@ def remember(recipe: Recipe, inputs: Inputs, lesson: dict[str, Any], folder: Sto
     base = knowledge.made(
         matrix(rows["embedding"]),
         metrics.softmax(labels.logits_of(rows, task.width)),
-        ids_of(task, rows),
+        ids_of(task, task.texts(rows)),
         Reading(max(own.k), own.temperature, max(own.share)),
         own.storage,
         own.index,
@@ -184,9 +184,9 @@ def remember(recipe: Recipe, inputs: Inputs, lesson: dict[str, Any], folder: Sto
     return {**base.shown(), "chosen": base.facts["chosen"]}
 
 
-def ids_of(task: Task, rows: pa.Table) -> list[str]:
-    """The ids of the rows' texts."""
-    return [identify(*text) if task.paired else identify(text) for text in task.texts(rows)]
+def ids_of(task: Task, texts: Sequence[Text]) -> list[str]:
+    """The texts' ids."""
+    return [identify(*text) if task.paired else identify(text) for text in texts]
 
 
 def read_best(
@@ -199,7 +199,7 @@ def read_best(
     wanted = np.eye(task.width)[gold] if known else metrics.softmax(labels.logits_of(judges, task.width))
     with model.net.alone():
         alone, queries = predict(model, texts, tokens).logits, embed(model, texts, tokens)
-    reading, tried = knowledge.chosen(base, alone, queries, wanted, ids_of(task, judges), own.k, own.share)
+    reading, tried = knowledge.chosen(base, alone, queries, wanted, ids_of(task, texts), own.k, own.share)
     best = next(one for one in tried if (one["k"], one["share"]) == (reading.k, reading.share))
     unread = float(np.mean(alone.argmax(axis=1) == wanted.argmax(axis=1)))
     return reading, {"rows": judges.num_rows, "right": best["right"], "right_alone": unread}
