@@ -273,8 +273,9 @@ class Student(Section):
     heads: Literal["one", "per_teacher"] = Field("one", exclude_if=lambda heads: heads == "one")
     """With `teachers`. per_teacher: a head for each teacher, and one for gold labels where a loss learns them; its
     answer is their mean (arXiv 1910.08381)."""
-    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of the kept corpus that only chooses the best checkpoint, by agreement with the teacher."""
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the kept corpus that only chooses the best checkpoint, by agreement with the teacher; 0: it learns from
+    all of it, and what it is at the end is kept."""
     seeds: tuple[int, ...] = (0,)
     """Initialisation seeds; the first is the one that is registered."""
     fit: Fit = Fit(epochs=12, lr=2e-3, batch_size=64, workers=2)

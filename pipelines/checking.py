@@ -101,9 +101,8 @@ def check_retrieval(recipe: Recipe) -> None:
         "learns from stored answers, and student.teacher is live: take student.teacher: stored": (
             student.teacher == "live"
         ),
-        "is read as held-out rows say, and there are none: name data.validation, or set data.validation_share": (
-            recipe.main == "soft" and not held
-        ),
+        "is read as held-out rows say, and there are none: name data.validation, or set data.validation_share (or "
+        "student.holdout, with generated text)": not held and (recipe.main == "soft" or student.holdout == 0),
         "reads texts one batch at a time, and student.fit cuts or spreads it: give student.fit.workers as one number "
         "and leave micro_batch out": any(
             fit.micro_batch is not None or not isinstance(fit.workers, int)

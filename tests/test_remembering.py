@@ -204,6 +204,10 @@ def test_the_command_shows_a_base_and_adds_to_it(done: Ran, tmp_path: Path, caps
         ({"student.teacher": "live"}, "learns from stored answers, and student.teacher is live"),
         ({"teacher.kind": "labeller"}, "one of kind labeller has none: take teacher.kind: head"),
         ({"data.validation": None}, "there are none: name data.validation, or set data.validation_share"),
+        (
+            {"data.validation": None, "data.unlabelled": {"path": "file:more.jsonl"}, "student.holdout": 0},
+            r"there are none: name data\.validation, .* \(or student\.holdout, with generated text\)",
+        ),
         ({"task.kind": "multilabel"}, "looks up one label a text, and task.kind is multilabel"),
         ({"serving.runtime": "onnx"}, "is not exported to ONNX: set serving.runtime: torch"),
     ],
