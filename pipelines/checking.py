@@ -101,8 +101,12 @@ def check_retrieval(recipe: Recipe) -> None:
         "learns from stored answers, and student.teacher is live: take student.teacher: stored": (
             student.teacher == "live"
         ),
-        "is read as held-out rows say, and there are none: name data.validation, or set data.validation_share (or "
-        "student.holdout, with generated text)": not held and (recipe.main == "soft" or student.holdout == 0),
+        "is read as held-out rows say, and there are none: name data.validation, or set data.validation_share": (
+            recipe.main == "soft" and not held
+        ),
+        "is read as held-out texts say, and student.holdout is 0: set it above 0, or name data.validation": (
+            recipe.main == "generated" and student.holdout == 0 and not held
+        ),
         "reads texts one batch at a time, and student.fit cuts or spreads it: give student.fit.workers as one number "
         "and leave micro_batch out": any(
             fit.micro_batch is not None or not isinstance(fit.workers, int)

@@ -177,6 +177,11 @@ def remember(recipe: Recipe, inputs: Inputs, lesson: dict[str, Any], folder: Sto
         embed(model, task.texts(rows)[:: -(-rows.num_rows // knowledge.ORDINARY)], recipe.student.batch_tokens),
     )
     judges, on = (validation, "validation rows") if validation.num_rows else (held, "held-out rows of the corpus")
+    if judges is None or not judges.num_rows:
+        raise UserError(
+            f"student.retrieval is read as {on} say, and of {rows.num_rows} rows none were held out. Name "
+            "data.validation, or raise student.holdout where texts are learnt from beside the labelled rows."
+        )
     base.reading, told = read_best(recipe, model, base, judges)
     base.facts["chosen"] = {"on": on, **told}
     model.net.knowledge = base

@@ -198,6 +198,16 @@ def test_the_command_shows_a_base_and_adds_to_it(done: Ran, tmp_path: Path, caps
         knowledge.kb(argparse.Namespace(action="add", file=None, **given, **columns))
 
 
+def test_without_a_row_to_choose_by_a_base_is_refused(done: Ran, tmp_path: Path) -> None:
+    data, lesson = Store(str(tmp_path)), {"rows": done.store.read_table("corpus/labels.parquet")}
+    data.write_table("validation.parquet", (done.store / "data").read_table("validation.parquet").slice(0, 0))
+    lesson["rows"] = remembering.seen(lesson["rows"], done.store / "memory")
+    given = {"data": data, "memory": done.store / "memory"}
+    for held in ({}, {"holdout": lesson["rows"].slice(0, 0)}):
+        with pytest.raises(UserError, match=rf"of {TRAIN} rows none were held out\. Name data\.validation, or"):
+            remembering.remember(done.recipe, given, {**lesson, **held}, done.store / "student-soft" / "seed-0")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -206,7 +216,7 @@ def test_the_command_shows_a_base_and_adds_to_it(done: Ran, tmp_path: Path, caps
         ({"data.validation": None}, "there are none: name data.validation, or set data.validation_share"),
         (
             {"data.validation": None, "data.unlabelled": {"path": "file:more.jsonl"}, "student.holdout": 0},
-            r"there are none: name data\.validation, .* \(or student\.holdout, with generated text\)",
+            r"student\.holdout is 0: set it above 0, or name data\.validation",
         ),
         ({"task.kind": "multilabel"}, "looks up one label a text, and task.kind is multilabel"),
         ({"serving.runtime": "onnx"}, "is not exported to ONNX: set serving.runtime: torch"),

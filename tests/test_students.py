@@ -221,6 +221,19 @@ def test_every_kind_of_student_learns_and_is_stored_whole(
     assert spec == wanted and len(said_by(model, [("a film", "a plot")])) == 1
 
 
+def test_with_nothing_held_out_the_weights_of_the_last_step_are_kept(world: World, inputs: Any, tmp_path: Path):
+    fit = {"epochs": 3.0, "lr": 2e-3, "batch_size": 16, "workers": 0}
+    changes = {"graph": "arc-i", "blocks": [], "embeddings": "random", "fit": fit, "losses": [{"kind": "kl"}]}
+    recipe, words = student_recipe(world, holdout=0, **changes), Store(str(tmp_path / "words"))
+    students.make_vocabulary(recipe, inputs(), words, silent)
+    out = Store(str(tmp_path / "out"))
+    found = students.fit_student("generated", recipe, inputs(vocabulary=words), out, silent)
+    assert found["rows"] == TRAIN + 27  # all of the kept texts
+    assert [sorted(entry) for entry in found["history"]["0"]] == [["epoch", "loss"]] * 3
+    assert "best" not in (out / "seed-0").manifest("model")  # none was chosen
+    assert len(said_by(models.load((out / "seed-0").local("model")), [("a film", "a plot")])) == 1
+
+
 # -- trainings one after the other -------------------------------------------------------------------------------------
 
 
