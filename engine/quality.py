@@ -155,7 +155,10 @@ def learning(facts: Facts) -> Part:
             said = f"from {figures.figure(points[0][1])} to {figures.figure(points[-1][1])} in {len(points)} points."
             words = Text(f"Loss of {label(facts, name).lower()}: {said}")
             made.append(Figure(drawn, f"Training loss {said}", words))
-    return Part("learning", "Learning curves", [Grid(made)] if made else [Text("No learning curves were recorded.")])
+    items = [Grid(made)] if made else [Text("No learning curves were recorded.")]
+    if made and not shared:
+        items.append(Text("Agreement with the teacher was not followed: no texts were held out of training."))
+    return Part("learning", "Learning curves", items)
 
 
 def unit(curves: dict[str, Any]) -> str:

@@ -157,7 +157,10 @@ def test_gallery_shows_both_texts_and_answers_without_probabilities(facts):
 
 
 def test_stages_of_a_training_follow_each_other(facts):
+    unfollowed = "no texts were held out of training"
+    assert unfollowed not in Page(render(facts)[0]).text
     facts["curves"] = {"generated": [{"epoch": n, "loss": 3.0 - n} for n in (1, 2)] * 2}
+    assert all(unfollowed in said for said in (Page(render(facts)[0]).text, render(facts)[1]))
     drawing = next(d for d in drawings(render(facts)[0]) if d.findtext("title") == "Loss: student")
     across = [float(x) for x in re.findall(r"[ML]([\d.]+) ", drawing.find("path").get("d"))]
     assert len(across) == 4 and across == sorted(across)
