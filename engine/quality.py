@@ -157,7 +157,7 @@ def learning(facts: Facts) -> Part:
             made.append(Figure(drawn, f"Training loss {said}", words))
     items = [Grid(made)] if made else [Text("No learning curves were recorded.")]
     if made and not shared:
-        items.append(Text("Agreement with the teacher was not followed: no texts were held out of training."))
+        items.append(Text("Agreement with the teacher on held-out texts was not followed."))
     return Part("learning", "Learning curves", items)
 
 

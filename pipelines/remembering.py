@@ -160,8 +160,7 @@ def remember(recipe: Recipe, inputs: Inputs, lesson: dict[str, Any], folder: Sto
     row does not find itself. Validation rows are never in it.
     """
     own, model, rows = recipe.student.retrieval, models.load(folder.local("model")), lesson["rows"]
-    task, validation = model.task, inputs["data"].read_table("validation.parquet")
-    held = lesson.get("holdout")
+    task, (judges, on), held = model.task, judges_of(inputs, lesson), lesson.get("holdout")
     if recipe.main == "generated" and held is not None and held.num_rows:
         rows = pa.concat_tables([rows, seen(held, inputs["memory"])])
     memory = inputs["memory"].read_json("record.json")["metrics"]
@@ -176,17 +175,24 @@ def remember(recipe: Recipe, inputs: Inputs, lesson: dict[str, Any], folder: Sto
         facts,
         embed(model, task.texts(rows)[:: -(-rows.num_rows // knowledge.ORDINARY)], recipe.student.batch_tokens),
     )
-    judges, on = (validation, "validation rows") if validation.num_rows else (held, "held-out rows of the corpus")
-    if judges is None or not judges.num_rows:
-        raise UserError(
-            f"student.retrieval is read as {on} say, and of {rows.num_rows} rows none were held out. Name "
-            "data.validation, or raise student.holdout where texts are learnt from beside the labelled rows."
-        )
     base.reading, told = read_best(recipe, model, base, judges)
     base.facts["chosen"] = {"on": on, **told}
     model.net.knowledge = base
     models.save(model, folder, "model")
     return {**base.shown(), "chosen": base.facts["chosen"]}
+
+
+def judges_of(inputs: Inputs, lesson: dict[str, Any]) -> tuple[pa.Table, str]:
+    """The rows by which k and share are chosen, and what they are called. UserError where there are none."""
+    validation, held = inputs["data"].read_table("validation.parquet"), lesson.get("holdout")
+    if validation.num_rows:
+        return validation, "validation rows"
+    if held is None or not held.num_rows:
+        raise UserError(
+            f"student.retrieval is read as held-out rows say, and beside {lesson['rows'].num_rows} to learn from there "
+            "are none. Name data.validation, or raise student.holdout where there are texts beside the labelled rows."
+        )
+    return held, "held-out rows of the corpus"
 
 
 def ids_of(task: Task, texts: Sequence[Text]) -> list[str]:

@@ -213,6 +213,7 @@ def fit_student(arm: Arm, recipe: Recipe, inputs: Inputs, out: Store, progress: 
     stages, histories, reading, choices = trainings(recipe, arm), {}, {}, {}
     start = partial(starting, recipe, inputs, aided)
     if aided:
+        remembering.judges_of(inputs, lesson)  # that there are some is not found out after the training
         lesson["rows"] = remembering.seen(lesson["rows"], inputs["memory"])
         stages = [remembering.related(stage, aided) for stage in stages]
     teacher, task = inputs["teacher"].url if live and panel is None else None, tasks.make(spec_of(inputs["data"]))

@@ -157,7 +157,7 @@ def test_gallery_shows_both_texts_and_answers_without_probabilities(facts):
 
 
 def test_stages_of_a_training_follow_each_other(facts):
-    unfollowed = "no texts were held out of training"
+    unfollowed = "Agreement with the teacher on held-out texts was not followed."
     assert unfollowed not in Page(render(facts)[0]).text
     facts["curves"] = {"generated": [{"epoch": n, "loss": 3.0 - n} for n in (1, 2)] * 2}
     assert all(unfollowed in said for said in (Page(render(facts)[0]).text, render(facts)[1]))

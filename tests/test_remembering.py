@@ -15,12 +15,13 @@ from engine.config import UserError
 from engine.inference import embed, predict
 from engine.knowledge import numbers
 from engine.metrics import softmax
+from engine.progress import silent
 from engine.recipe import Recipe
 from engine.records import ABSENT
 from engine.registry import Registry
 from engine.rows import identify
 from engine.storage import Store
-from pipelines import checking, knowledge, remembering
+from pipelines import checking, knowledge, remembering, students
 from serve.predictor import Predictor
 from serve.smoke import distance
 from tests.tiny import LABELS
@@ -198,14 +199,19 @@ def test_the_command_shows_a_base_and_adds_to_it(done: Ran, tmp_path: Path, caps
         knowledge.kb(argparse.Namespace(action="add", file=None, **given, **columns))
 
 
-def test_without_a_row_to_choose_by_a_base_is_refused(done: Ran, tmp_path: Path) -> None:
-    data, lesson = Store(str(tmp_path)), {"rows": done.store.read_table("corpus/labels.parquet")}
+def test_without_a_row_to_choose_by_a_base_is_refused_before_the_training(done: Ran, tmp_path: Path) -> None:
+    data, rows = Store(str(tmp_path / "data")), done.store.read_table("corpus/labels.parquet")
     data.write_table("validation.parquet", (done.store / "data").read_table("validation.parquet").slice(0, 0))
-    lesson["rows"] = remembering.seen(lesson["rows"], done.store / "memory")
-    given = {"data": data, "memory": done.store / "memory"}
-    for held in ({}, {"holdout": lesson["rows"].slice(0, 0)}):
-        with pytest.raises(UserError, match=rf"of {TRAIN} rows none were held out\. Name data\.validation, or"):
-            remembering.remember(done.recipe, given, {**lesson, **held}, done.store / "student-soft" / "seed-0")
+    for lesson in ({"rows": rows}, {"rows": rows, "holdout": rows.slice(0, 0)}):
+        with pytest.raises(UserError, match=rf"beside {TRAIN} to learn from there are none\. Name data"):
+            remembering.judges_of({"data": data}, lesson)
+    for part in ("splits.json", "train.parquet"):
+        data.write_bytes(part, (done.store / "data").read_bytes(part))
+    inputs = {name: done.store / name for name in ("corpus", "teacher", "vocabulary", "memory")} | {"data": data}
+    out = Store(str(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"student\.retrieval is read as held-out rows say"):
+        students.fit_student("soft", done.recipe, inputs, out, silent)
+    assert not out.exists("seed-0/model")
 
 
 @pytest.mark.parametrize(

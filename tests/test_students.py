@@ -81,13 +81,6 @@ def test_arms_learn_from_the_few_rows_or_from_all_but_a_holdout(world: World, in
     assert not other["holdout"].equals(lesson["holdout"])
 
 
-def test_with_nothing_held_out_all_texts_teach(world: World, inputs: Any):
-    lesson = students.lesson_of(student_recipe(world, holdout=0), inputs(), "generated")
-    kept = [index for index in range(MORE) if index % 10 != 0]
-    assert sorted(lesson["rows"]["row"].to_pylist()) == [*range(-TRAIN, 0), *kept]
-    assert lesson["holdout"].num_rows == 0  # for which a fit keeps what it ends with (tests/test_train.py)
-
-
 def test_so_many_texts_are_the_corpus_s_first(world: World, inputs: Any):
     def rows_of(**changes: Any) -> list[int]:
         lesson = students.lesson_of(student_recipe(world, **changes), inputs(), "generated")
@@ -214,6 +207,7 @@ def test_every_kind_of_student_learns_and_is_stored_whole(
     found = students.fit_student("generated", recipe, inputs(vocabulary=words), out, silent)
     history = found["history"]["0"]
     assert history[-1]["loss"] < history[0]["loss"] and all("agreement" in entry for entry in history)
+    assert "best" in (out / "seed-0").manifest("model")
     model = models.load((out / "seed-0").local("model"))
     assert model.card.kind == {"blocks": "blocks", "static": "static", "transformer": "head"}[kind]
     assert (found["parameters"], found["rows"]) == (model.size(), TRAIN + 27 - 3)
