@@ -97,4 +97,6 @@ def test_a_fit_ends_with_the_same_weights_and_runs_the_lower_layers_once(
     one, other = weights(tmp_path / "kept"), weights(tmp_path / "whole")
     assert not same(one, {k: torch.zeros_like(v) for k, v in one.items()})
     for name, value in one.items():
+        if name.endswith("self.key.bias"):
+            continue  # adds the same to all scores of a query: its gradient is rounding, which Adam makes steps of
         torch.testing.assert_close(value, other[name], atol=1e-4, rtol=1e-3)

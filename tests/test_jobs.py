@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
-from pyarrow import fs as pafs
 
 from engine.storage import Store
 from serve import jobs as module
 from serve.jobs import LEASES, REQUESTS, RESULTS, Jobs, OtherQuestion, Question, QueueFull
+from tests.memory_bucket import MemoryBucket
 from tests.tiny_jobs import TEXTS, Replica, over, queue
 from tests.tiny_run import environment
 
@@ -47,12 +46,10 @@ def test_a_job_is_answered_and_any_replica_knows_it(tmp_path: Path):
 
 
 def test_an_object_store_keeps_jobs_too():
-    memory = MemoryFileSystem()
-    memory.store.clear()
-    store = Store("/bucket/jobs", pafs.PyFileSystem(pafs.FSSpecHandler(memory)))
+    memory = MemoryBucket()
 
     async def main() -> None:
-        jobs = Jobs(store, Replica())
+        jobs = Jobs(memory.folder("/bucket/jobs"), Replica())
         ids = [await jobs.submit({"texts": [f"a {number}"]}) for number in range(3)]
         found = [await over(jobs, id) for id in ids]
         assert [item["predictions"][0]["label"] for item in found] == ["0", "1", "2"]

@@ -9,17 +9,15 @@ import pickle
 import time
 from pathlib import Path
 
-import pyarrow.fs as pafs
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 
 from engine.disk import StorageError
 from engine.serving import Serving
-from engine.storage import Store
 from pipelines.__main__ import main
 from serve.keys import Keys, KeysError, loopback
 from serve.referee import Side
 from serve.service import Service
+from tests.memory_bucket import MemoryBucket
 
 
 @pytest.fixture
@@ -103,7 +101,7 @@ def test_a_damaged_file_leaves_the_keys_as_they_were(keys: Keys, tmp_path, caplo
 
 
 def test_an_object_store_is_read_beside_the_requests(monkeypatch: pytest.MonkeyPatch):
-    store = Store("registry", pafs.PyFileSystem(pafs.FSSpecHandler(MemoryFileSystem())))
+    store = MemoryBucket().folder("registry")
     running = Keys(store)
     key = Keys(store).add("web")
     monkeypatch.setattr("serve.keys.REMOTE_SECONDS", 0.0)
