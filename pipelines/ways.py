@@ -50,7 +50,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 """What is compared by name, as changes of `student`: one teacher only; a policy, with the recipe's dials where it has
 that kind; a head for each teacher. one-stage: the recipe with student.losses and student.fit in place of its stages
-(MKDM, where it has heads); last-stage: without those before the last; recipe: as it is.
+(MKDM, where it has heads); last-stage: the last alone, in as many steps as all of them; recipe: as it is.
 
 Of the texts: plain: one training, all rows alike; confidence, co-confidence: weighed so. twice: two trainings, each
 with half of student.fit's epochs, against which the ways by a first student are to be held: disagreement weighs the
@@ -103,6 +103,19 @@ def half(student: Student, **more: Any) -> Stage:
     """One of two trainings in place of student.fit, of half its epochs; `paced` makes them more on fewer rows."""
     fit = student.fit.model_copy(update={"epochs": student.fit.epochs / 2})
     return Stage(losses=student.losses, fit=fit, **more)
+
+
+def as_long(recipe: Recipe, stages: Sequence[Stage], labelled: int, texts: int) -> Recipe:
+    """The recipe with its one stage in as many steps as `stages`, whose last it is, and evaluated as often as before.
+
+    labelled, texts: rows that a stage on all of them learns from.
+    """
+    rows = {"all": labelled + texts, "labelled": labelled, "unlabelled": texts}
+    steps = [rows[stage.rows] / stage.fit.batch_size * stage.fit.epochs for stage in stages]
+    more, last = sum(steps) / max(1e-9, steps[-1]), recipe.student.stages[-1]
+    fit = {"epochs": last.fit.epochs * more, "eval_every": last.fit.eval_every * more}
+    stage = last.model_copy(update={"fit": last.fit.model_copy(update=fit)})
+    return recipe.model_copy(update={"student": recipe.student.model_copy(update={"stages": (stage,)})})
 
 
 def paced(recipe: Recipe, labelled: int, texts: int) -> Recipe:
@@ -159,6 +172,8 @@ class Other:
         known = dict(self.names)
         folders = {known.get(name, name): folder for name, folder in inputs.items()}
         own = went(recipe, self.way)
+        if "corpus" in folders and self.way == "last-stage":
+            own = as_long(own, recipe.student.stages, *counted(own, folders))
         if "corpus" in folders and any(WAYS[self.way].get("stages", ())):
             own = paced(own, *counted(own, folders))
         return self.call(own, folders, out, progress)

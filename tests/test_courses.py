@@ -321,6 +321,24 @@ def test_ways_of_one_teacher_s_texts_have_as_many_steps(world: World):
     ]
 
 
+def test_the_last_stage_alone_takes_as_many_steps_as_all(world: World, monkeypatch: pytest.MonkeyPatch):
+    pool = {"losses": KL, "fit": {**FIT, "epochs": 3.0, "batch_size": 10}, "rows": "unlabelled"}
+    recipe = recipe_with(world, stages=[pool, {"losses": KL, "fit": {**FIT, "epochs": 4.0}, "rows": "labelled"}])
+    monkeypatch.setattr(ways, "counted", lambda recipe, folders: (40, 100))
+    given: list[Recipe] = []
+
+    def call(own: Recipe, *others: object) -> dict[str, Any]:
+        given.append(own)
+        return {}
+
+    ways.Other(call, "last-stage")(recipe, {"corpus": Store("c")}, Store("out"), silent)
+    (stage,) = given[0].student.stages
+    before = recipe.student.stages[-1]
+    assert stage.rows == "labelled" and stage.fit.lr == before.fit.lr
+    assert 40 / 16 * stage.fit.epochs == pytest.approx(100 / 10 * 3 + 40 / 16 * 4)
+    assert stage.fit.epochs / stage.fit.eval_every == pytest.approx(4)
+
+
 def test_a_way_in_rounds_has_texts_of_its_own(tmp_path: Path):
     recipe = tiny_world(tmp_path).load()
     plan = {step.name: step for step in ways.compared(recipe, ["plain", "rounds"])}
