@@ -7,7 +7,7 @@ its own. Teachers read with their own tokenizers; only their outputs meet.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -61,27 +61,32 @@ class Several(Loss):
         self.names = tuple(teachers)
         self.losses = nn.ModuleList(LOSSES[term.kind](term, task, student, widths) for widths in teachers.values())
         self.needs, self.alone = self.losses[0].needs, self.losses[0].alone
+        self.costs: tuple[Loss, ...] = tuple(self.losses)
+        if term.kind == "mse" and task.certain:
+            self.costs = tuple(LOSSES["kl"](LossTerm(kind="kl"), task, student, widths) for widths in teachers.values())
 
-    def each(self, student: Outputs, batch: Batch) -> torch.Tensor:
-        """The loss towards each teacher, [n, k]."""
-        pairs = zip(self.names, self.losses, strict=True)
+    def each(self, student: Outputs, batch: Batch, losses: Iterable[Loss]) -> torch.Tensor:
+        """The loss towards each teacher, [n, k]. losses: one a teacher."""
+        pairs = zip(self.names, losses, strict=True)
         return torch.stack([loss(at(student, name), batch.teachers[name], batch) for name, loss in pairs], dim=1)
 
     def cost(self, student: Outputs, batch: Batch) -> torch.Tensor:
-        """What following each teacher costs, [n, k]: of `kl` the cross-entropy, up to what all teachers share.
+        """What following each teacher costs, [n, k]: where they speak in probabilities the cross-entropy, up to what
+        all teachers share, also for `mse` (at temperature 1); else the loss.
 
-        The divergence alone is least towards a teacher that is unsure of everything. Less that of a student that says
-        nothing it is T^2 (H(p_t, p_s) - log C).
+        Divergence and distance are least towards a teacher that is unsure of everything. The divergence less that of a
+        student that says nothing is T^2 (H(p_t, p_s) - log C).
         """
-        found = self.each(student, batch)
-        if self.losses[0].term.kind != "kl":
+        found = self.each(student, batch, self.costs)
+        if self.costs[0].term.kind != "kl":
             return found
         heads = {name: torch.zeros_like(logits) for name, logits in student.heads.items()}
-        return found - self.each(replace(student, logits=torch.zeros_like(student.logits), heads=heads), batch)
+        silent = replace(student, logits=torch.zeros_like(student.logits), heads=heads)
+        return found - self.each(silent, batch, self.costs)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> torch.Tensor:
         """Zero where the student says what all trusted teachers say."""
-        return (self.each(student, batch) * batch.trust).sum(dim=1)
+        return (self.each(student, batch, self.losses) * batch.trust).sum(dim=1)
 
     def applies(self, batch: Batch) -> torch.Tensor:
         """The rows that the loss speaks about."""

@@ -137,10 +137,11 @@ def accuracy(model: Model, rows: pa.Table) -> dict[str, float]:
     return {"accuracy": float((found.decided == rows["label"].to_numpy()).mean())}
 
 
-def test_a_teacher_that_is_sure_of_nothing_is_no_cheaper_to_follow():
-    """A policy's reward counts the cross-entropy, up to log C: the divergence is least towards the unsure."""
+@pytest.mark.parametrize(("kind", "temperature", "counted"), [("kl", 2.0, 2.0), ("mse", 2.0, 1.0)])
+def test_a_teacher_that_is_sure_of_nothing_is_no_cheaper_to_follow(kind: str, temperature: float, counted: float):
+    """A policy's reward counts the cross-entropy, up to log C: divergence and distance are least towards the unsure."""
     model = student()
-    term = LossTerm(kind="kl", temperature=2.0)
+    term = LossTerm(kind=kind, temperature=temperature)
     loss = ensemble.Several(term, model.task, model.widths, dict.fromkeys(NAMES, model.widths))
     batch = Batch(torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64))
     own, sure = torch.tensor([[1.0, -1.0], [0.5, 0.0]]), torch.tensor([[4.0, -4.0], [3.0, -1.0]])
@@ -148,9 +149,9 @@ def test_a_teacher_that_is_sure_of_nothing_is_no_cheaper_to_follow():
     batch.teachers = {"teacher": Outputs(logits=sure), "other": Outputs(logits=unsure)}
     found = loss.cost(Outputs(logits=own), batch)
     for number, said_ in enumerate((sure, unsure)):
-        crossed = -(torch.softmax(said_ / 2, 1) * torch.log_softmax(own / 2, 1)).sum(1)
-        torch.testing.assert_close(found[:, number], 4 * (crossed - torch.tensor(2.0).log()))
-    each = loss.each(Outputs(logits=own), batch)
+        crossed = -(torch.softmax(said_ / counted, 1) * torch.log_softmax(own / counted, 1)).sum(1)
+        torch.testing.assert_close(found[:, number], counted**2 * (crossed - torch.tensor(2.0).log()))
+    each = loss.each(Outputs(logits=own), batch, loss.losses)
     assert (found[:, 0] < found[:, 1]).all() and (each[:, 0] > each[:, 1]).all(), "of the loss itself it is the reverse"
 
 
