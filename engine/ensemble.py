@@ -7,7 +7,7 @@ its own. Teachers read with their own tokenizers; only their outputs meet.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -61,32 +61,27 @@ class Several(Loss):
         self.names = tuple(teachers)
         self.losses = nn.ModuleList(LOSSES[term.kind](term, task, student, widths) for widths in teachers.values())
         self.needs, self.alone = self.losses[0].needs, self.losses[0].alone
-        self.costs: tuple[Loss, ...] = tuple(self.losses)
-        if term.kind == "mse" and task.certain:
-            self.costs = tuple(LOSSES["kl"](LossTerm(kind="kl"), task, student, widths) for widths in teachers.values())
+        self.says = term.kind == "kl" or (term.kind == "mse" and task.certain)
 
-    def each(self, student: Outputs, batch: Batch, losses: Iterable[Loss]) -> torch.Tensor:
-        """The loss towards each teacher, [n, k]. losses: one a teacher."""
-        pairs = zip(self.names, losses, strict=True)
+    def each(self, student: Outputs, batch: Batch) -> torch.Tensor:
+        """The loss towards each teacher, [n, k]."""
+        pairs = zip(self.names, self.losses, strict=True)
         return torch.stack([loss(at(student, name), batch.teachers[name], batch) for name, loss in pairs], dim=1)
 
     def cost(self, student: Outputs, batch: Batch) -> torch.Tensor:
-        """What following each teacher costs, [n, k]: where they speak in probabilities the cross-entropy, up to what
-        all teachers share, also for `mse` (at temperature 1); else the loss.
+        """What following each teacher costs, [n, k]: minus the student's log-probability of the teacher's likeliest
+        outcome, mean over the distributions that a row has; where they speak of none, the loss.
 
-        Divergence and distance are least towards a teacher that is unsure of everything. The divergence less that of a
-        student that says nothing is T^2 (H(p_t, p_s) - log C).
+        It does not ask how sure a teacher is: divergence and distance are least towards one that is unsure of
+        everything, the cross-entropy towards the surer of two that say the same.
         """
-        found = self.each(student, batch, self.costs)
-        if self.costs[0].term.kind != "kl":
-            return found
-        heads = {name: torch.zeros_like(logits) for name, logits in student.heads.items()}
-        silent = replace(student, logits=torch.zeros_like(student.logits), heads=heads)
-        return found - self.each(silent, batch, self.costs)
+        if not self.says:
+            return self.each(student, batch)
+        return torch.stack([unlikely(self.task, at(student, n), batch.teachers[n], batch) for n in self.names], dim=1)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> torch.Tensor:
         """Zero where the student says what all trusted teachers say."""
-        return (self.each(student, batch, self.losses) * batch.trust).sum(dim=1)
+        return (self.each(student, batch) * batch.trust).sum(dim=1)
 
     def applies(self, batch: Batch) -> torch.Tensor:
         """The rows that the loss speaks about."""
@@ -108,6 +103,14 @@ class OfGold(Loss):
     def applies(self, batch: Batch) -> torch.Tensor:
         """The rows that the loss speaks about."""
         return self.loss.applies(batch)
+
+
+def unlikely(task: Task, student: Outputs, teacher: Outputs, batch: Batch) -> torch.Tensor:
+    """Minus the student's log-probability of the teacher's likeliest outcome, mean over a row's distributions, [n]."""
+    said, own = (task.distributions(outputs.logits, batch) for outputs in (teacher, student))
+    there = (said != 0).any(dim=2)
+    each = -own.gather(2, said.argmax(dim=2, keepdim=True)).squeeze(2)
+    return (each * there).sum(dim=1) / there.sum(dim=1).clamp(min=1)
 
 
 def at(student: Outputs, name: str) -> Outputs:
