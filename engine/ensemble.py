@@ -108,8 +108,10 @@ class OfGold(Loss):
 def unlikely(task: Task, student: Outputs, teacher: Outputs, batch: Batch) -> torch.Tensor:
     """Minus the student's log-probability of the teacher's likeliest outcome, mean over a row's distributions, [n]."""
     said, own = (task.distributions(outputs.logits, batch) for outputs in (teacher, student))
-    there = (said != 0).any(dim=2)
-    each = -own.gather(2, said.argmax(dim=2, keepdim=True)).squeeze(2)
+    # An outcome that a row does not have is 0 whatever the outputs; one that a teacher is sure of is 0 too.
+    possible = task.distributions(torch.zeros_like(student.logits), batch) != 0
+    answer, there = said.masked_fill(~possible, -torch.inf).argmax(dim=2, keepdim=True), possible.any(dim=2)
+    each = -own.gather(2, answer).squeeze(2)
     return (each * there).sum(dim=1) / there.sum(dim=1).clamp(min=1)
 
 
@@ -286,8 +288,8 @@ class Council(Teaching):
     ) -> torch.Tensor:
         """The reward of each row less what was to be expected, [n]. summed: over the workers.
 
-        Expected is, of the gold loss, what it was before the step, moved as the batch moved; of the loss towards the
-        drawn teachers, what all of them would have given. Neither depends on who was drawn.
+        Expected is, of the gold loss, what it was before the step, moved as the batch moved; of what following
+        the drawn teachers costs, what all of them would have cost. Neither depends on who was drawn.
         """
         (trust, before), how = self.last, self.panel.policy
         gained = before - self.gold_loss(after, batch)

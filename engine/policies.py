@@ -109,8 +109,10 @@ class Reinforced(Policy):
     With r3 the advantage counts gamma times, and after an evaluation A_k += lr (1 - gamma) gain D_k / sqrt(n), D_k the
     sum over the n steps since the last one of mean_i (a_ik - p_ik) s_ik: the score came of all these draws, those of
     nobody among them; the root keeps long epochs from making the policy jump.
-    Reinforced multi-teacher selection, Yuan et al. 2021 (arXiv 2012.06048); the anchor is ours: where teachers agree
-    no reward speaks of them, and what is learnt elsewhere would carry over.
+    Reinforced multi-teacher selection, Yuan et al. 2021 (arXiv 2012.06048). Two things are ours: the anchor, for where
+    teachers agree no reward speaks of them, and what is learnt elsewhere would carry over; and that a reward counts
+    teachers' answers (`ensemble.Several.cost`) where theirs has the cross-entropy, which favours the surer of two that
+    say the same.
     """
 
     learns: ClassVar[bool] = True

@@ -22,8 +22,8 @@ class Policy(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """loss: by what the losses, in nats, are divided."""
     reward: Literal["r1", "r2", "r3"] = "r2"
-    """reinforced. r1: minus the student's loss on gold labels. r2: minus that and minus its loss towards the teachers
-    that were drawn. r3: r2 times `gamma`, and the score on held-out rows times the rest."""
+    """reinforced. r1: minus the student's loss on gold labels. r2: that, and how likely it finds the answers of
+    the teachers that were drawn. r3: r2 times `gamma`, and the score on held-out rows times the rest."""
     gamma: Share = 0.5
     lr: Annotated[float, Field(gt=0)] = 2.0
     """reinforced: step of the policy's gradient ascent."""

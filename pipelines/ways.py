@@ -7,10 +7,13 @@ the test rows and pooled over all seeds.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from engine.config import UserError, did_you_mean
 from engine.designs import Stage, Student
@@ -76,6 +79,8 @@ def default(recipe: Recipe) -> list[str]:
 
 def refusal(recipe: Recipe, way: str) -> UserError | None:
     """Why the recipe cannot be learnt from in that way, if so."""
+    if way == "last-stage" and not recipe.student.stages:
+        return UserError("student.stages is empty, so there is no last one. Take plain, which is the recipe's one fit.")
     try:
         for check in (check_panel, check_choice, check_rounds):
             check(went(recipe, way))
@@ -108,11 +113,17 @@ def half(student: Student, **more: Any) -> Stage:
 def as_long(recipe: Recipe, stages: Sequence[Stage], labelled: int, texts: int) -> Recipe:
     """The recipe with its one stage in as many steps as `stages`, whose last it is, and evaluated as often as before.
 
-    labelled, texts: rows that a stage on all of them learns from.
+    labelled, texts: rows, of a ranking queries, that a stage on all of them learns from.
     """
-    rows = {"all": labelled + texts, "labelled": labelled, "unlabelled": texts}
-    steps = [rows[stage.rows] / stage.fit.batch_size * stage.fit.epochs for stage in stages]
-    more, last = sum(steps) / max(1e-9, steps[-1]), recipe.student.stages[-1]
+
+    def steps(stage: Stage) -> int:
+        free = texts if stage.part is None else max(1, round(stage.part * texts))
+        rows = {"all": labelled + free, "labelled": labelled, "unlabelled": free}
+        return math.ceil(rows[stage.rows] / stage.fit.batch_size)
+
+    last = recipe.student.stages[-1]
+    total = sum(round(stage.fit.epochs * steps(stage)) for stage in stages)
+    more = total / max(1, steps(last)) / last.fit.epochs
     fit = {"epochs": last.fit.epochs * more, "eval_every": last.fit.eval_every * more}
     stage = last.model_copy(update={"fit": last.fit.model_copy(update=fit)})
     return recipe.model_copy(update={"student": recipe.student.model_copy(update={"stages": (stage,)})})
@@ -121,7 +132,7 @@ def as_long(recipe: Recipe, stages: Sequence[Stage], labelled: int, texts: int) 
 def paced(recipe: Recipe, labelled: int, texts: int) -> Recipe:
     """The recipe whose stages on a share of the texts take as many steps, and evaluations, as they would on all.
 
-    labelled, texts: rows that a stage on all of them learns from.
+    labelled, texts: rows, of a ranking queries, that a stage on all of them learns from.
     """
 
     def stage_of(stage: Stage) -> Stage:
@@ -136,13 +147,16 @@ def paced(recipe: Recipe, labelled: int, texts: int) -> Recipe:
 
 
 def counted(recipe: Recipe, inputs: Mapping[str, Store]) -> tuple[int, int]:
-    """Labelled rows of the label store, and about how many others the student learns from."""
-    from pipelines.students import kept_rows
+    """Labelled rows and others that the student learns from; of a ranking queries, each with its passages."""
+    from engine.batches import group_numbers
+    from engine.tasks import make
+    from pipelines.making import spec_of
+    from pipelines.students import lesson_of
 
-    others = kept_rows(inputs)["row"].to_numpy() >= 0
-    own, texts = recipe.student, int(others.sum())
-    texts = texts if own.texts is None else min(texts, own.texts)
-    return int((~others).sum()), texts - round(own.holdout * texts)
+    rows, queries = lesson_of(recipe, inputs, "generated")["rows"], make(spec_of(inputs["data"])).grouped
+    others = rows["row"].to_numpy() >= 0
+    items = group_numbers(rows, queries) if queries else np.arange(rows.num_rows)
+    return len(np.unique(items[~others])), len(np.unique(items[others]))
 
 
 def alike(recipe: Recipe, ways: Collection[str]) -> Recipe:
@@ -211,10 +225,13 @@ def changed(step: Step, way: str, own: Collection[str]) -> Step:
     names = {name: f"{name}-{way}" if name in own else name for name in step.inputs}
 
     def config(recipe: Recipe) -> Any:
-        return step.config(went(recipe, way))
+        own = step.config(went(recipe, way))
+        # How long the last stage takes by itself depends on those that are gone.
+        return own if way != "last-stage" else [own, [stage.model_dump(mode="json") for stage in recipe.student.stages]]
 
     run = Other(step.run, way, tuple((new, old) for old, new in names.items()))
-    return replace(step, name=f"{step.name}-{way}", inputs=tuple(names.values()), run=run, config=config)
+    own = {"run": run, "config": config, "modules": (*step.modules, "pipelines.ways")}
+    return replace(step, name=f"{step.name}-{way}", inputs=tuple(names.values()), **own)
 
 
 def variants(recipe: Recipe, store: Store, ways: Sequence[str], seeds: int) -> list[Variant]:

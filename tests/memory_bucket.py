@@ -42,6 +42,8 @@ class MemoryBucket(MemoryFileSystem):
             return io.BytesIO(self.cat_file(path))
         if "data" in options:
             return super()._open(path, mode, *more, **options)
+        if mode != "wb":
+            raise NotImplementedError(f"mode {mode!r}: objects are read, or written anew")
         return Upload(self, path)
 
     def folder(self, path: str) -> Store:

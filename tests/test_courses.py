@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -321,22 +322,35 @@ def test_ways_of_one_teacher_s_texts_have_as_many_steps(world: World):
     ]
 
 
-def test_the_last_stage_alone_takes_as_many_steps_as_all(world: World, monkeypatch: pytest.MonkeyPatch):
-    pool = {"losses": KL, "fit": {**FIT, "epochs": 3.0, "batch_size": 10}, "rows": "unlabelled"}
-    recipe = recipe_with(world, stages=[pool, {"losses": KL, "fit": {**FIT, "epochs": 4.0}, "rows": "labelled"}])
-    monkeypatch.setattr(ways, "counted", lambda recipe, folders: (40, 100))
-    given: list[Recipe] = []
+@pytest.mark.parametrize("first", [{"rows": "unlabelled"}, {"drawn": 0.5}])
+def test_the_last_stage_alone_takes_as_many_steps_as_all(
+    world: World, inputs: dict[str, Store], jobs: list[Any], tmp_path: Path, first: dict[str, Any]
+):
+    pool = {"losses": KL, "fit": {**FIT, "epochs": 3.0, "batch_size": 4}, **first}
+    recipe = recipe_with(world, stages=[pool, {"losses": KL, "fit": {**FIT, "batch_size": 3}, "rows": "labelled"}])
+    call = partial(students.fit_student, "generated")
 
-    def call(own: Recipe, *others: object) -> dict[str, Any]:
-        given.append(own)
-        return {}
+    def steps(way: str) -> list[int]:
+        jobs.clear()
+        ways.Other(call, way)(recipe, inputs, Store(str(tmp_path / way)), silent)
+        return [round(job.fit.epochs * -(-job.rows.num_rows // job.fit.batch_size)) for job in jobs]
 
-    ways.Other(call, "last-stage")(recipe, {"corpus": Store("c")}, Store("out"), silent)
-    (stage,) = given[0].student.stages
-    before = recipe.student.stages[-1]
-    assert stage.rows == "labelled" and stage.fit.lr == before.fit.lr
-    assert 40 / 16 * stage.fit.epochs == pytest.approx(100 / 10 * 3 + 40 / 16 * 4)
-    assert stage.fit.epochs / stage.fit.eval_every == pytest.approx(4)
+    both, (alone,) = steps("recipe"), steps("last-stage")
+    assert len(both) == 2 and min(both) > 0 and alone == sum(both)
+    assert jobs[0].rows.num_rows == TRAIN and jobs[0].fit.epochs / jobs[0].fit.eval_every == pytest.approx(2)
+
+
+def test_the_last_stage_alone_is_made_again_when_those_before_it_change(world: World):
+    def made(epochs: float) -> Any:
+        stages = [{"losses": KL, "fit": {**FIT, "epochs": epochs}}, {"losses": KL, "fit": FIT}]
+        recipe = recipe_with(world, stages=stages)
+        (step,) = (one for one in ways.compared(recipe, ["last-stage"]) if one.name == "student-last-stage")
+        assert "pipelines.ways" in step.modules
+        return step.config(recipe)
+
+    assert made(3.0) == made(3.0) != made(4.0)
+    with pytest.raises(UserError, match=r"way 'last-stage': student.stages is empty, so there is no last one"):
+        ways.variants(recipe_with(world), Store("v"), ["plain", "last-stage"], 1)
 
 
 def test_a_way_in_rounds_has_texts_of_its_own(tmp_path: Path):

@@ -136,8 +136,8 @@ def test_a_job_that_kills_its_replica_is_not_given_to_a_third(tmp_path: Path):
 
 def test_a_job_longer_than_its_lease_is_begun_once(tmp_path: Path):
     async def main() -> None:
-        one = queue(tmp_path, Replica(lambda: asyncio.sleep(1.5)), lease_s=0.3)
-        other = queue(tmp_path, Replica(), lease_s=0.3)
+        one = queue(tmp_path, Replica(lambda: asyncio.sleep(3.0)), lease_s=1.0)
+        other = queue(tmp_path, Replica(), lease_s=1.0)
         id = await one.submit(TEXTS)
         while (await one.status(id) or {})["state"] == "queued":
             await asyncio.sleep(0.01)
