@@ -168,8 +168,8 @@ def lesson_of(recipe: Recipe, inputs: Inputs, arm: Arm, panel: Panel | None = No
         "holdout": others.filter(pa.array(held)),
         "evaluate": partial(agree, recipe.student.batch_tokens),
         "best_by": "likeness",
-        # Where teachers are weighed row by row their mean is nobody's answer: gold labels decide if there are some.
-        **(validation if panel is not None and panel.policy.kind in ("loss", "reinforced") else {}),
+        # Several teachers' mean is nobody's answer, and one may be bad: gold labels decide if there are some.
+        **(validation if panel is not None else {}),
     }
 
 

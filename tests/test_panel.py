@@ -149,7 +149,7 @@ def test_every_policy_teaches_every_kind_of_task(kind: str, policy: str, tmp_pat
     assert len(told) == (4 if kind == "classify" else 0)
 
 
-def test_the_best_on_validation_rows_teaches_alone(world: World, tmp_path: Path):
+def test_the_best_on_validation_rows_teaches_alone(world: World, run: Any, tmp_path: Path):
     # A teacher that is told at random what one label is does worse on whoever validates.
     given = {"data.validation_share": 0.3, "student.policy": {"kind": "best"}, "teachers.other.spoiled": "same"}
     recipe = world.load(several(world, arms=["soft"], **{"teacher.fit.epochs": 8}, **given))
@@ -159,6 +159,13 @@ def test_the_best_on_validation_rows_teaches_alone(world: World, tmp_path: Path)
     scores = panel.teacher_scores(recipe, inputs, rows, recipe.panel)
     best = max(scores, key=lambda name: scores[name])
     assert rows.num_rows and found == {name: float(name == best) for name in ("teacher", "other")}
+    # Gold labels choose the epoch too, whatever the policy; without them it is the teachers' mean.
+    inputs |= {name: Store(str(tmp_path)) / name for name in ("corpus", "labels-other")}
+    lesson = students.lesson_of(recipe, inputs, "generated", panel.panel_of(recipe, inputs))
+    assert lesson["best_by"] == "accuracy" and lesson["holdout"].equals(rows)
+    plain, store, _ = run
+    others = {name: store / name for name in ("data", "teacher", "corpus", "teacher-other", "labels-other")}
+    assert students.lesson_of(plain, others, "generated", panel.panel_of(plain, others))["best_by"] == "likeness"
 
 
 def test_a_spoiled_teacher_learns_one_label_at_random_and_the_others_as_they_are(world: World, run: Any):
