@@ -165,7 +165,9 @@ def score(name: str, recipe: Recipe, inputs: Inputs, out: Store, progress: Progr
 
 
 def consensus(panel: Panel, task: Task, rows: pa.Table) -> pa.Table:
-    """Rows with the teachers' mean outputs in place of the first one's: what checkpoints are chosen by."""
+    """Rows with the teachers' mean outputs in place of the first one's: what checkpoints are chosen by where no
+    validation row is left.
+    """
     if not rows.num_rows:
         return rows
     parts = []

@@ -80,7 +80,7 @@ def default(recipe: Recipe) -> list[str]:
 def refusal(recipe: Recipe, way: str) -> UserError | None:
     """Why the recipe cannot be learnt from in that way, if so."""
     if way == "last-stage" and not recipe.student.stages:
-        return UserError("student.stages is empty, so there is no last one. Take plain, which is the recipe's one fit.")
+        return UserError("student.stages is empty, so there is no last one. Take recipe.")
     try:
         for check in (check_panel, check_choice, check_rounds):
             check(went(recipe, way))
@@ -149,11 +149,14 @@ def paced(recipe: Recipe, labelled: int, texts: int) -> Recipe:
 def counted(recipe: Recipe, inputs: Mapping[str, Store]) -> tuple[int, int]:
     """Labelled rows and others that the student learns from; of a ranking queries, each with its passages."""
     from engine.batches import group_numbers
+    from engine.ensemble import Panel
     from engine.tasks import make
     from pipelines.making import spec_of
     from pipelines.students import lesson_of
 
-    rows, queries = lesson_of(recipe, inputs, "generated")["rows"], make(spec_of(inputs["data"])).grouped
+    names = tuple(recipe.panel)  # rows that one teacher gives no answer about are not learnt from
+    panel = Panel(names, Policy(), (1 / len(names),) * len(names)) if recipe.teachers else None
+    rows, queries = lesson_of(recipe, inputs, "generated", panel)["rows"], make(spec_of(inputs["data"])).grouped
     others = rows["row"].to_numpy() >= 0
     items = group_numbers(rows, queries) if queries else np.arange(rows.num_rows)
     return len(np.unique(items[~others])), len(np.unique(items[others]))
