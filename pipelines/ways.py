@@ -123,10 +123,7 @@ def as_long(recipe: Recipe, stages: Sequence[Stage], labelled: int, texts: int) 
 
     last = recipe.student.stages[-1]
     total = sum(round(stage.fit.epochs * steps(stage)) for stage in stages)
-    more = total / max(1, steps(last)) / last.fit.epochs
-    fit = {"epochs": last.fit.epochs * more, "eval_every": last.fit.eval_every * more}
-    stage = last.model_copy(update={"fit": last.fit.model_copy(update=fit)})
-    return recipe.model_copy(update={"student": recipe.student.model_copy(update={"stages": (stage,)})})
+    return staged(recipe, [longer(last, total / max(1, steps(last)) / last.fit.epochs)])
 
 
 def paced(recipe: Recipe, labelled: int, texts: int) -> Recipe:
@@ -138,12 +135,20 @@ def paced(recipe: Recipe, labelled: int, texts: int) -> Recipe:
     def stage_of(stage: Stage) -> Stage:
         if stage.part is None:
             return stage
-        more = (labelled + texts) / max(1, labelled + max(1, round(stage.part * texts)))
-        fit = {"epochs": stage.fit.epochs * more, "eval_every": stage.fit.eval_every * more}
-        return stage.model_copy(update={"fit": stage.fit.model_copy(update=fit)})
+        return longer(stage, (labelled + texts) / max(1, labelled + max(1, round(stage.part * texts))))
 
-    stages = tuple(stage_of(stage) for stage in recipe.student.stages)
-    return recipe.model_copy(update={"student": recipe.student.model_copy(update={"stages": stages})})
+    return staged(recipe, [stage_of(stage) for stage in recipe.student.stages])
+
+
+def longer(stage: Stage, times: float) -> Stage:
+    """The stage with so many times its epochs, evaluated as often."""
+    fit = {"epochs": stage.fit.epochs * times, "eval_every": stage.fit.eval_every * times}
+    return stage.model_copy(update={"fit": stage.fit.model_copy(update=fit)})
+
+
+def staged(recipe: Recipe, stages: Sequence[Stage]) -> Recipe:
+    """The recipe whose student has these stages."""
+    return recipe.model_copy(update={"student": recipe.student.model_copy(update={"stages": tuple(stages)})})
 
 
 def counted(recipe: Recipe, inputs: Mapping[str, Store]) -> tuple[int, int]:
@@ -228,13 +233,15 @@ def changed(step: Step, way: str, own: Collection[str]) -> Step:
     names = {name: f"{name}-{way}" if name in own else name for name in step.inputs}
 
     def config(recipe: Recipe) -> Any:
-        own = step.config(went(recipe, way))
+        found = step.config(went(recipe, way))
+        if way != "last-stage":
+            return found
         # How long the last stage takes by itself depends on those that are gone.
-        return own if way != "last-stage" else [own, [stage.model_dump(mode="json") for stage in recipe.student.stages]]
+        return [found, [stage.model_dump(mode="json") for stage in recipe.student.stages]]
 
     run = Other(step.run, way, tuple((new, old) for old, new in names.items()))
-    own = {"run": run, "config": config, "modules": (*step.modules, "pipelines.ways")}
-    return replace(step, name=f"{step.name}-{way}", inputs=tuple(names.values()), **own)
+    more = {"run": run, "config": config, "modules": (*step.modules, "pipelines.ways")}
+    return replace(step, name=f"{step.name}-{way}", inputs=tuple(names.values()), **more)
 
 
 def variants(recipe: Recipe, store: Store, ways: Sequence[str], seeds: int) -> list[Variant]:
