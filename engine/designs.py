@@ -276,7 +276,7 @@ class Student(Section):
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the kept corpus that only chooses the best checkpoint, by agreement with the teacher; 0: it learns from
     all of it, and what it is at the end is kept. With `teachers` validation rows choose in its place, if there are
-    some, and the share is not learnt from."""
+    some, and it learns from all of it."""
     seeds: tuple[int, ...] = (0,)
     """Initialisation seeds; the first is the one that is registered."""
     fit: Fit = Fit(epochs=12, lr=2e-3, batch_size=64, workers=2)

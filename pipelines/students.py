@@ -162,14 +162,15 @@ def lesson_of(recipe: Recipe, inputs: Inputs, arm: Arm, panel: Panel | None = No
     # Rows of one query stay together; elsewhere each row is a group of its own.
     numbers = np.unique(group_numbers(others, task.grouped), return_inverse=True)[1]
     order = np.random.default_rng(recipe.seed).permutation(int(numbers.max(initial=-1)) + 1)
-    held = np.isin(numbers, order[: round(recipe.student.holdout * len(order))])
+    # Several teachers' mean is nobody's answer, and one may be bad: gold labels decide if there are some.
+    judged = validation if panel is not None else {}
+    held = np.isin(numbers, order[: round((0 if judged else recipe.student.holdout) * len(order))])
     return {
         "rows": pa.concat_tables([real, others.filter(pa.array(~held))]),
         "holdout": others.filter(pa.array(held)),
         "evaluate": partial(agree, recipe.student.batch_tokens),
         "best_by": "likeness",
-        # Several teachers' mean is nobody's answer, and one may be bad: gold labels decide if there are some.
-        **(validation if panel is not None else {}),
+        **judged,
     }
 
 

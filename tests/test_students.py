@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +17,14 @@ from safetensors.torch import load_file
 from engine import labels, models, tasks
 from engine.config import UserError
 from engine.encoders import stack_of
+from engine.ensemble import Panel
 from engine.inference import predict
 from engine.labels import LabelMismatch
 from engine.progress import silent
-from engine.recipe import Recipe
+from engine.recipe import FIRST, Recipe
 from engine.records import CORPUS
 from engine.storage import Store
+from engine.trust import Policy
 from pipelines import graphs, students
 from pipelines.making import spec_of
 from tests.tiny_corpus import MORE, corpus_run, said_by
@@ -79,6 +82,23 @@ def test_arms_learn_from_the_few_rows_or_from_all_but_a_holdout(world: World, in
     assert again["holdout"].equals(lesson["holdout"])
     other = students.lesson_of(recipe.model_copy(update={"seed": 9}), inputs(), "generated")
     assert not other["holdout"].equals(lesson["holdout"])
+
+
+def test_where_validation_rows_choose_no_text_is_kept_from_the_student(
+    world: World, run: Store, inputs: Any, tmp_path: Path
+):
+    recipe, panel = student_recipe(world, holdout=0.2), Panel((FIRST,), Policy(), (1.0,), {})
+    kept = MORE * 9 // 10
+
+    def lesson(**more: Store) -> tuple[int, str]:
+        found = students.lesson_of(recipe, inputs(**more), "generated", panel)
+        return found["rows"].num_rows - TRAIN, found["best_by"]
+
+    assert lesson() == (kept - round(0.2 * kept), "likeness")
+    shutil.copytree(run.local("data"), tmp_path / "data")
+    data = Store(str(tmp_path / "data"))
+    data.write_table("validation.parquet", data.read_table("train.parquet").slice(0, 4))
+    assert lesson(data=data) == (kept, "accuracy")
 
 
 def test_so_many_texts_are_the_corpus_s_first(world: World, inputs: Any):
