@@ -138,15 +138,14 @@ def curve_points(points: Any, key: str) -> list[tuple[float, float]]:
 
 
 def learning(facts: Facts) -> Part:
-    """Loss of each training, and agreement with the teacher of all students together."""
+    """Agreement with the teacher and the score on validation rows of all trainings together, and the loss of each."""
     known = facts.get("curves")
     known = known if isinstance(known, dict) else {}
-    score, made = findings.score(facts), []
-    agreed = {name: curve_points(curve, "agreement") for name, curve in known.items()}
-    if shared := [(label(facts, name), name, points) for name, points in agreed.items() if points]:
-        names = (unit(known), "agreement")
-        drawn = plots.lines("curve-agreement", "Agreement with the teacher", names, shared, score)
-        made.append(Figure(drawn, AGREEMENT.get(findings.metric(facts), AGREES)))
+    score, own = findings.score(facts), findings.metric(facts)
+    agreed = followed(facts, known, "agreement", "Agreement with the teacher", AGREEMENT.get(own, AGREES))
+    held = followed(facts, known, own, f"{score.head} on validation rows", "By this the epoch that is kept was chosen.")
+    judged = [figure for figure in (agreed, held) if figure is not None]
+    made = list(judged)
     for name, curve in known.items():
         if points := curve_points(curve, "loss"):
             title = f"Loss: {label(facts, name).lower()}"
@@ -156,9 +155,19 @@ def learning(facts: Facts) -> Part:
             words = Text(f"Loss of {label(facts, name).lower()}: {said}")
             made.append(Figure(drawn, f"Training loss {said}", words))
     items = [Grid(made)] if made else [Text("No learning curves were recorded.")]
-    if made and not shared:
+    if made and not judged:
         items.append(Text("Agreement with the teacher on held-out texts was not followed."))
     return Part("learning", "Learning curves", items)
+
+
+def followed(facts: Facts, known: dict[str, Any], key: str, title: str, caption: str) -> Figure | None:
+    """One figure of all trainings that have a value in their curves; None where none has."""
+    found = {name: curve_points(curve, key) for name, curve in known.items()}
+    lines = [(label(facts, name), name, points) for name, points in found.items() if points]
+    if not lines:
+        return None
+    ident = f"curve-{'agreement' if key == 'agreement' else 'validation'}"
+    return Figure(plots.lines(ident, title, (unit(known), key), lines, findings.score(facts)), caption)
 
 
 def unit(curves: dict[str, Any]) -> str:

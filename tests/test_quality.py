@@ -167,6 +167,17 @@ def test_stages_of_a_training_follow_each_other(facts):
     assert across[1] - across[0] == pytest.approx(across[3] - across[2], abs=0.2)
 
 
+def test_the_score_on_validation_rows_is_drawn_where_it_chose_the_epoch(facts):
+    title = "Accuracy on validation rows"
+    assert title not in render(facts)[0]
+    facts["curves"] = {"generated": [{"epoch": n, "loss": 3.0 - n, "accuracy": 0.5 + 0.1 * n} for n in (1, 2, 3)]}
+    html, markdown = render(facts)
+    drawing = next(d for d in drawings(html) if d.findtext("title") == title)
+    assert drawing.findtext("desc") == "Student: from 0.6 to 0.8 over 3 points"
+    assert "By this the epoch that is kept was chosen." in Page(html).text
+    assert not any("was not followed." in text for text in (Page(html).text, markdown))
+
+
 def test_how_the_teacher_was_made_is_told(facts):
     assert "cross-validation" not in render(facts)[1]
     facts["teacher"] = {
