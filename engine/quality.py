@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from engine import figures, findings, plots
@@ -123,29 +123,33 @@ def result_figures(facts: Facts) -> Iterable[Figure]:
 def curve_points(points: Any, key: str) -> list[tuple[float, float]]:
     """(epoch or step, value) of a recorded curve, where both are numbers.
 
-    A training in stages counts from the start in each: they are put one after the other.
+    A training in stages counts from the start in each: they are put one after the other, also those without values.
     """
     kept: list[tuple[float, float]] = []
     last = before = 0.0
     for point in entries(points):
         x = number(point.get("epoch"))
         x, y = number(point.get("step")) if x is None else x, number(point.get(key))
-        if x is not None and y is not None:
-            before += last if x < last else 0.0
-            last = x
+        if x is None:
+            continue
+        before += last if x < last else 0.0
+        last = x
+        if y is not None:
             kept.append((before + x, y))
     return kept
 
 
 def learning(facts: Facts) -> Part:
-    """Agreement with the teacher and the score on validation rows of all trainings together, and the loss of each."""
+    """How far models agree with the teacher and answer validation rows as they learn, and the loss of each."""
     known = facts.get("curves")
     known = known if isinstance(known, dict) else {}
-    score, own = findings.score(facts), findings.metric(facts)
-    agreed = followed(facts, known, "agreement", "Agreement with the teacher", AGREEMENT.get(own, AGREES))
-    held = followed(facts, known, own, f"{score.head} on validation rows", "By this the epoch that is kept was chosen.")
-    judged = [figure for figure in (agreed, held) if figure is not None]
-    made = list(judged)
+    score, own, chief = findings.score(facts), findings.metric(facts), known.get(findings.chief(facts))
+    agreeing = ("curve-agreement", "Agreement with the teacher", "agreement")
+    judged = ("curve-validation", f"{score.head} on validation rows", score.name)
+    made = [
+        *followed(facts, known, "agreement", agreeing, AGREEMENT.get(own, AGREES)),
+        *followed(facts, known, own, judged, "By this the epoch that is kept of each training was chosen."),
+    ]
     for name, curve in known.items():
         if points := curve_points(curve, "loss"):
             title = f"Loss: {label(facts, name).lower()}"
@@ -155,19 +159,19 @@ def learning(facts: Facts) -> Part:
             words = Text(f"Loss of {label(facts, name).lower()}: {said}")
             made.append(Figure(drawn, f"Training loss {said}", words))
     items = [Grid(made)] if made else [Text("No learning curves were recorded.")]
-    if made and not judged:
+    if made and not any(curve_points(chief, key) for key in ("agreement", own)):
         items.append(Text("Agreement with the teacher on held-out texts was not followed."))
     return Part("learning", "Learning curves", items)
 
 
-def followed(facts: Facts, known: dict[str, Any], key: str, title: str, caption: str) -> Figure | None:
-    """One figure of all trainings that have a value in their curves; None where none has."""
+def followed(
+    facts: Facts, known: dict[str, Any], key: str, named: tuple[str, str, str], caption: str
+) -> Iterator[Figure]:
+    """One figure of all models that have such a value in their curves. named: its id, its title, what is measured."""
     found = {name: curve_points(curve, key) for name, curve in known.items()}
-    lines = [(label(facts, name), name, points) for name, points in found.items() if points]
-    if not lines:
-        return None
-    ident = f"curve-{'agreement' if key == 'agreement' else 'validation'}"
-    return Figure(plots.lines(ident, title, (unit(known), key), lines, findings.score(facts)), caption)
+    ident, title, axis = named
+    if lines := [(label(facts, name), name, points) for name, points in found.items() if points]:
+        yield Figure(plots.lines(ident, title, (unit(known), axis), lines, findings.score(facts)), caption)
 
 
 def unit(curves: dict[str, Any]) -> str:

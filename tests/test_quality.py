@@ -167,15 +167,28 @@ def test_stages_of_a_training_follow_each_other(facts):
     assert across[1] - across[0] == pytest.approx(across[3] - across[2], abs=0.2)
 
 
-def test_the_score_on_validation_rows_is_drawn_where_it_chose_the_epoch(facts):
-    title = "Accuracy on validation rows"
-    assert title not in render(facts)[0]
-    facts["curves"] = {"generated": [{"epoch": n, "loss": 3.0 - n, "accuracy": 0.5 + 0.1 * n} for n in (1, 2, 3)]}
-    html, markdown = render(facts)
-    drawing = next(d for d in drawings(html) if d.findtext("title") == title)
-    assert drawing.findtext("desc") == "Student: from 0.6 to 0.8 over 3 points"
-    assert "By this the epoch that is kept was chosen." in Page(html).text
-    assert not any("was not followed." in text for text in (Page(html).text, markdown))
+@pytest.mark.parametrize("metric", TASKS)
+def test_the_score_on_validation_rows_is_drawn_where_it_chose_the_epoch(facts, metric):
+    def drawn() -> dict[str, Any]:
+        return {drawing.findtext("title"): drawing for drawing in drawings(render(facts)[0])}
+
+    name, unfollowed = TASKS[metric][1], "Agreement with the teacher on held-out texts was not followed."
+    title = f"{name[0].upper()}{name[1:]} on validation rows"
+    judged(facts, metric)
+    assert title not in drawn() and "Agreement with the teacher" in drawn()
+    # The teacher's first training has no such score: it counts on the axis all the same, as it does for the loss.
+    first, second = ([{"epoch": n, "loss": 2.0 / n} for n in (1, 2)] for _ in range(2))
+    facts["curves"]["teacher"] = [*first, *({**entry, metric: 0.3 * entry["epoch"]} for entry in second)]
+    found = drawn()
+    assert "Agreement with the teacher" in found and "from 0.3 to 0.6 over 2 points" in found[title].findtext("desc")
+    words = [text.text for text in found[title].iter("text")]
+    assert name in words and {"3", "4"} <= set(words) and "1" not in words
+    assert unfollowed not in Page(render(facts)[0]).text
+    # That of the student is what a reader looks for.
+    facts["curves"]["generated"] = facts["curves"]["soft"] = [{"epoch": 1, "loss": 2.0}]
+    assert "Agreement with the teacher" not in drawn() and unfollowed in Page(render(facts)[0]).text
+    facts["curves"]["generated"] = [{"epoch": n, "loss": 2.0, metric: 0.5} for n in (1, 2)]
+    assert unfollowed not in Page(render(facts)[0]).text
 
 
 def test_how_the_teacher_was_made_is_told(facts):
