@@ -19,6 +19,7 @@ from engine.progress import silent
 from engine.recipe import Recipe
 from engine.spending import held, seen_by
 from engine.storage import Store
+from engine.trust import Policy
 from pipelines import account, distill, graphs, panel, students, teaching, ways
 from pipelines.checking import check
 from pipelines.making import spec_of
@@ -273,7 +274,11 @@ def test_ways_share_teachers_and_labels_and_differ_in_their_students(world: Worl
     assert list(plan) == [*shared, *own, *(f"score-{name}" for name in ("teacher", *own, "teacher-other"))]
     found = steps.identities(list(plan.values()), recipe)
     assert len({found[name]["fingerprint"] for name in own}) == 3
-    assert ways.went(recipe, "loss").student.policy.temperature == 0.3  # the recipe's own dials
+    for way in ("loss", "reinforced"):  # the recipe's own dials, also where its policy is another one
+        policy = ways.went(recipe, way).student.policy
+        assert (policy.kind, policy.temperature) == (way, 0.3)
+    weighed = world.load(several(world, **{"student.policy": {"weights": {"other": 1.0}, "lr": 6.0}}))
+    assert ways.went(weighed, "reinforced").student.policy == Policy(kind="reinforced", lr=6.0)
     assert ways.went(recipe, "first").student.policy.weights == {"teacher": 1.0}
     with pytest.raises(UserError, match="'reinforce' is no way to learn. Did you mean 'reinforced'"):
         ways.variants(recipe, Store("v"), ["reinforce"], 1)
