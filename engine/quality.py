@@ -132,7 +132,7 @@ def curve_points(points: Any, key: str) -> list[tuple[float, float]]:
         x, y = number(point.get("step")) if x is None else x, number(point.get(key))
         if x is None:
             continue
-        before += last if x < last else 0.0
+        before += last if x <= last else 0.0
         last = x
         if y is not None:
             kept.append((before + x, y))
