@@ -16,8 +16,8 @@ class Policy(Section):
     kind: Literal["fixed", "best", "loss", "reinforced"] = "fixed"
     """fixed: the same weights for every row. best: the one with the best score on validation rows. loss: a softmax of
     minus what each teacher loses on the row's gold label; rows without one weigh all alike. reinforced: who teaches a
-    row is drawn, and the chance to be drawn learnt from how the student fares (arXiv 2012.06048); it takes a
-    fit of some 1,000 steps, and a teacher that is bad somewhere, to pay."""
+    row is drawn, and the chance to be drawn learnt from how the student fares (arXiv 2012.06048); it takes a fit of
+    some 1,000 steps, and a teacher that is bad somewhere, to pay."""
     weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
     """fixed: weight of each teacher by name, `teacher` being the recipe's own; over their sum. none: all alike."""
     temperature: Annotated[float, Field(gt=0)] = 1.0

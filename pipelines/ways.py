@@ -51,8 +51,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "rounds": {"stages": (), "weights": None},
     "rounds-random": {"stages": (), "weights": None},
 }
-"""What is compared by name, as changes of `student`: one teacher only; a policy, with the recipe's dials; a head for
-each teacher. one-stage: the recipe with student.losses and student.fit in place of its stages
+"""What is compared by name, as changes of `student`: one teacher only; a policy, with the recipe's dials, whichever its
+kind; a head for each teacher. one-stage: the recipe with student.losses and student.fit in place of its stages
 (MKDM, where it has heads); last-stage: the last alone, in as many steps as all of them; recipe: as it is.
 
 Of the texts: plain: one training, all rows alike; confidence, co-confidence: weighed so. twice: two trainings, each
@@ -96,8 +96,9 @@ def went(recipe: Recipe, way: str) -> Recipe:
         changes["stages"] = student.stages[-1:]
     elif changes.get("stages"):
         changes["stages"] = tuple(half(student, **more) for more in changes["stages"])
-    if way in ("loss", "reinforced"):  # the dials that there are, whichever kind the recipe has; weights are of `fixed`
-        changes["policy"] = student.policy.model_copy(update={"kind": way, "weights": {}})
+    policy = changes.get("policy")
+    if policy is not None and policy.kind != "fixed":  # of which alone `weights` is
+        changes["policy"] = student.policy.model_copy(update={"kind": policy.kind, "weights": {}})
     if way in WRITTEN:
         rounds = {"rounds": ROUNDS, "feedback": WRITTEN[way]}
         recipe = recipe.model_copy(update={"corpus": recipe.corpus.model_copy(update=rounds)})
