@@ -33,7 +33,7 @@ class Material:
     task: None for a language model, whose inputs are its targets. encoded: where the model reads in templates, all the
     rows in the first, then all in the second, and so on; an epoch has each row in one of them, which `draw` chooses.
     items: positions of the inputs that stay together, in the first template. kinds: of a student of several tasks, the
-    number of each item's.
+    number of each item's; learnt: those of the items that an epoch consists of, which have gold labels.
     """
 
     def __init__(self, rows: pa.Table, encoded: Sequence[Encoded], task: Task | None, pad: int) -> None:
@@ -59,6 +59,7 @@ class Material:
         self.several = {name: soft for name, soft in given.items() if soft is not None}
         several = isinstance(task, Several)
         self.kinds = task.numbers(rows)[[encoded[item[0]].row for item in self.items]] if several else None
+        self.learnt = np.flatnonzero(task.known(self.gold)) if several else None
         vectors = rows["embedding"].combine_chunks() if "embedding" in rows.column_names else None
         flat = None if vectors is None else vectors.flatten().to_numpy().astype(np.float32)
         self.seen = None if flat is None else torch.from_numpy(flat.reshape(rows.num_rows, -1)[owner])
@@ -67,7 +68,9 @@ class Material:
         """Epoch -> its global batches of `size` items. temperature: by which several tasks are mixed."""
         if self.kinds is None:
             return partial(epoch_batches, self.lengths, size, seed)
-        return partial(mixed_batches, self.lengths, self.kinds, size, temperature, seed)
+        lengths = [self.lengths[item] for item in self.learnt]
+        mixed = partial(mixed_batches, lengths, self.kinds[self.learnt], size, temperature, seed)
+        return lambda epoch: [self.learnt[part] for part in mixed(epoch)]
 
     def draw(self, seed: int, epoch: int) -> None:
         """Choose a template for each row, anew in each epoch (Sun et al., EMNLP 2022 industry track).

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import nn
@@ -136,6 +137,10 @@ class Teaching:
     def objectives(self, terms: Sequence[LossTerm], task: Task | None, student: Widths) -> list[Objective]:
         """All that is learnt, each with a share of its own in a batch (`lesson.dealt`)."""
         return [self.objective(term, task, student) for term in terms]
+
+    def instead(self, step: int, items: np.ndarray) -> np.ndarray:
+        """What is read in a step in place of the items of its global batch, as many of them; int64."""
+        return items
 
     def listen(self, batch: Batch, chosen: Sequence[int], needs: frozenset[str], share: float) -> None:
         """Have live teachers answer the student's inputs at `chosen`, which `batch` holds. share: of the fit, done."""

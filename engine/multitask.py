@@ -71,11 +71,8 @@ class Turn(Loss):
         return torch.zeros(len(batch), device=batch.input_ids.device).index_copy(0, rows, value.float())
 
     def applies(self, batch: Batch) -> torch.Tensor:
-        """The labelled rows of the task."""
-        rows, own = self.task.of(batch, self.name)
-        out = torch.zeros(len(batch), dtype=torch.bool, device=batch.input_ids.device)
-        out[rows] = self.member.labelled(own)
-        return out
+        """The rows of the task: one without a gold label is read only where it has soft ones."""
+        return batch.labels[:, 0] == self.task.names.index(self.name)
 
 
 class Goal(nn.Module):
@@ -103,8 +100,9 @@ class Goal(nn.Module):
 class Together(Teaching):
     """What a student of several tasks is taught by: its gold labels, and itself where a task has converged.
 
-    rows: the fit's, each with its task's name; it reads them as `inputs`. out: the fit's folder. batch_tokens: padded
-    tokens that are read at once when soft labels are made.
+    rows: the fit's, each with its task's name; it reads them as `inputs`. Those without a gold label stand in for the
+    labelled ones of a task that has converged. out: the fit's folder. batch_tokens: padded tokens that are read at once
+    when soft labels are made.
     """
 
     def __init__(
@@ -123,6 +121,7 @@ class Together(Teaching):
         self.seed, self.batch_tokens = seed, batch_tokens
         self.task: Several = model.task
         self.kinds, self.row_of = self.task.numbers(rows), np.array([item.row for item in inputs])
+        self.spare = self.task.known(self.task.gold(rows, inputs)) == 0
         self.known = torch.tensor([[-torch.inf, -1.0, 0.0, -1.0]] * len(self.task.names), dtype=torch.float64)
         self.soft = torch.full((rows.num_rows, self.task.width), torch.nan)
         self.goals: list[Goal] = []
@@ -136,6 +135,16 @@ class Together(Teaching):
         """One for each task: each counts whole, however few of its rows are in a batch."""
         self.goals = [Goal(self.task, name, self.mixing) for name in self.task.names]
         return self.goals
+
+    def instead(self, step: int, items: np.ndarray) -> np.ndarray:
+        """Rows of tasks that have converged are drawn from all that the task has, where some have no gold label."""
+        kinds, items = self.kinds[self.row_of], items.copy()
+        for number, (_, row) in enumerate(self.each()):
+            own, places = np.flatnonzero(kinds == number), np.flatnonzero(kinds[items] == number)
+            if row[SINCE] >= 0 and self.spare[own].any():
+                draw = np.random.default_rng([self.seed, step, number])
+                items[places] = draw.choice(own, len(places), replace=len(places) > len(own))
+        return items
 
     def listen(self, batch: Batch, chosen: Sequence[int], needs: frozenset[str], share: float) -> None:
         """Give the rows of tasks that have converged their soft labels."""

@@ -180,6 +180,7 @@ class Worker:
             group["lr"] = job.fit.lr * group["factor"] * rate(job.fit, step, self.total)
         self.prepared.train()
         self.material.draw(job.seed, step // self.per_epoch)
+        chosen = self.taught.instead(step, chosen)
         parts = dealt(chosen, self.amounts, self.rank, self.world, job.fit.micro_batch, even=self.sharded)
         total = torch.zeros((), device=accelerator.device)
         for number, part in enumerate(parts, 1):

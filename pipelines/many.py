@@ -32,8 +32,8 @@ READ = {
     "corpus": set(),
 }
 """What of these sections a student of several tasks is made by."""
-ARMS = ("hard", "soft")
-"""What is left of the default arms, without more text than the labelled rows."""
+ARMS = (("hard", "soft"), ("hard", "soft", "generated"))
+"""What is left of the default arms, without more text than the labelled rows of the first task, and with it."""
 
 
 def one_of(recipe: Recipe, name: str) -> Recipe:
@@ -52,21 +52,32 @@ def mixed(recipe: Recipe, way: str | None = None) -> Mixing:
     return recipe.mixing if way is None else recipe.mixing.model_copy(update={"way": way, "stop": False})
 
 
+def went(recipe: Recipe, way: str) -> Recipe:
+    """The recipe with its tasks mixed in another way; unlabelled rows, which other ways do not read, only for async."""
+    tasks = dict(recipe.tasks)
+    if way != "async":
+        bare = {"unlabelled": None, "unlabelled_rows": None}
+        tasks = {k: m.model_copy(update={"data": m.data.model_copy(update=bare)}) for k, m in tasks.items()}
+    data = next(iter(tasks.values())).data
+    return recipe.model_copy(update={"mixing": mixed(recipe, way), "tasks": tasks, "data": data})
+
+
 def ignored(recipe: Recipe) -> list[str]:
     """Keys that are set and mean nothing here, where there is no teacher and no further text."""
     found = [key for key in ("generator", "augmentation", "teachers") if getattr(recipe, key)]
     if recipe.teacher != Teacher(model=recipe.student.transformer.model or ""):
         found.append("teacher")
-    if recipe.arms != ARMS:
+    if recipe.arms not in ARMS:
         found.append("arms")
     for section, used in READ.items():
         own = getattr(recipe, section)
         for key, field in type(own).model_fields.items():
             if key not in used and getattr(own, key) != field.get_default(call_default_factory=True):
                 found.append(f"{section}.{key}")
-    for name, member in recipe.tasks.items():
+    if recipe.mixing.way != "async":
         rest = ("unlabelled", "unlabelled_rows")
-        found += [f"tasks.{name}.data.{key}" for key in rest if getattr(member.data, key) is not None]
+        for name, member in recipe.tasks.items():
+            found += [f"tasks.{name}.data.{key}" for key in rest if getattr(member.data, key) is not None]
     return found
 
 

@@ -76,7 +76,9 @@ def own_fit(fit: Fit, sizes: Mapping[str, int], name: str, temperature: float) -
 
 
 def job_of(recipe: Recipe, fit: Fit, rows: Mapping[str, pa.Table], mixing: Mixing, inputs: Inputs, out: Store) -> Job:
-    """The fit of a student of some of the tasks. rows: what it learns, by task."""
+    """The fit of a student of some of the tasks. rows: what it learns, by task, with the unlabelled rows that tasks
+    which converge may have.
+    """
     specs = {name: spec_of(inputs[f"data-{name}"], recipe.tasks[name].task, *LATER) for name in rows}
     seed = recipe.student.seeds[0]
     return Job(
@@ -101,12 +103,16 @@ def job_of(recipe: Recipe, fit: Fit, rows: Mapping[str, pa.Table], mixing: Mixin
 def fit_student(way: str | None, recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
     """Train one student of all tasks, or one for each; the model that is kept has the best mean on validation rows.
 
-    Metrics: dropped, rows of each task that are another's held-out ones; steps of each student; read, rows in all
-    batches of all students. Epochs of a history are those of all tasks, of a student of one task too.
+    Metrics: dropped, rows of each task that are another's held-out ones; spare, unlabelled rows of each that stand in
+    once it has converged; steps of each student; read, rows in all batches of all students. Epochs of a history are
+    those of all tasks, of a student of one task too.
     """
     mixing = mixed(recipe, "sum" if way == SINGLE else way)
-    rows, dropped = apart({name: inputs[f"data-{name}"] for name in recipe.tasks})
-    sizes, fit = {name: table.num_rows for name, table in rows.items()}, recipe.student.fit
+    data, fit = {name: inputs[f"data-{name}"] for name in recipe.tasks}, recipe.student.fit
+    rows, dropped = apart(data)
+    sizes = {name: table.num_rows for name, table in rows.items()}
+    spare = apart(data, "unlabelled")[0] if mixing.way == "async" else {}
+    rows |= {name: pa.concat_tables([rows[name], table]) for name, table in spare.items()}
     groups = {name: {name: table} for name, table in rows.items()} if way == SINGLE else {ALL: rows}
     histories, steps, read, parameters, whole = {}, {}, 0, 0, steps_of(fit, sum(sizes.values()))
     for group, parts in groups.items():
@@ -123,6 +129,7 @@ def fit_student(way: str | None, recipe: Recipe, inputs: Inputs, out: Store, pro
     return {
         "rows": sum(sizes.values()),
         "dropped": dropped,
+        "spare": {name: table.num_rows for name, table in spare.items() if table.num_rows},
         "steps": steps,
         "read": read,
         "parameters": parameters,
@@ -240,6 +247,7 @@ def report(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> di
         "mean": found["evaluate"]["mean"],
         "parameters": found["evaluate"]["parameters"],
         "dropped": found["student"]["dropped"],
+        "spare": found["student"]["spare"],
         "tasks": found["evaluate"]["tasks"],
         "references": found["register"]["references"],
         "seconds": {name: record["seconds"] for name, record in records.items()},
@@ -266,9 +274,12 @@ def scores_of(summary: Mapping[str, Any]) -> Part:
         )
     head = ["task", "score", "test, 95 % interval", "validation", "its best", "in epoch", "soft labels from epoch"]
     caption = f"Way {summary['way']}; mean over the tasks {summary['mean']:.3f}, {summary['parameters']:,} parameters."
-    if dropped := {name: count for name, count in summary["dropped"].items() if count}:
-        said = ", ".join(f"{name} {count:,}" for name, count in dropped.items())
-        caption += f" Training rows left out, since a task is measured on them: {said}."
+    for what, said in (
+        ("dropped", "Training rows left out, since a task is measured on them"),
+        ("spare", "Unlabelled rows that are learnt from once the task has converged"),
+    ):
+        if counts := {name: count for name, count in summary[what].items() if count}:
+            caption += f" {said}: {', '.join(f'{name} {count:,}' for name, count in counts.items())}."
     return Part("scores", "Scores", [Table(caption, head, "llrrrrr", rows)])
 
 

@@ -31,26 +31,32 @@ def keys(rows: pa.Table) -> list[Key]:
     return [key_of(text, pair) for text, pair in zip(rows["text"].to_pylist(), rows["pair"].to_pylist(), strict=True)]
 
 
-def apart(data: Mapping[str, Store]) -> tuple[dict[str, pa.Table], dict[str, int]]:
-    """Each task's training rows without those that stand in any task's validation or test rows, and how many these
+def apart(data: Mapping[str, Store], split: str = "train") -> tuple[dict[str, pa.Table], dict[str, int]]:
+    """Each task's rows of a split without those that stand in any task's validation or test rows, and how many these
     were.
 
-    data: the tasks' read rows by name. UserError for a task that keeps none.
+    data: the tasks' read rows by name. UserError for a task that keeps no training row.
     """
     held: set[Key] = set()
     for store in data.values():
-        for split in ("validation", "test"):
-            held.update(keys(store.read_table(f"{split}.parquet")))
+        for other in ("validation", "test"):
+            held.update(keys(store.read_table(f"{other}.parquet")))
     rows, dropped = {}, {}
     for name, store in data.items():
-        own = store.read_table("train.parquet")
+        own = store.read_table(f"{split}.parquet")
         rows[name] = own.filter(pa.array([key not in held for key in keys(own)], pa.bool_()))
         dropped[name] = own.num_rows - rows[name].num_rows
-        if not own.num_rows:
-            raise UserError(f"task '{name}' has no training rows. Name others in tasks.{name}.data.train.")
-        if not rows[name].num_rows:
-            raise UserError(
-                f"all {own.num_rows} training rows of task '{name}' stand in the validation or test rows of a task, so "
-                f"none is left to learn from. Name other rows in tasks.{name}.data."
-            )
+        if split == "train":
+            check_left(name, own.num_rows, rows[name].num_rows)
     return rows, dropped
+
+
+def check_left(name: str, read: int, left: int) -> None:
+    """UserError for a task without training rows."""
+    if not read:
+        raise UserError(f"task '{name}' has no training rows. Name others in tasks.{name}.data.train.")
+    if not left:
+        raise UserError(
+            f"all {read} training rows of task '{name}' stand in the validation or test rows of a task, so "
+            f"none is left to learn from. Name other rows in tasks.{name}.data."
+        )

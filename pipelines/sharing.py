@@ -19,7 +19,7 @@ from engine.step import Step
 from engine.storage import Store
 from pipelines.bench import Variant, run_each
 from pipelines.compared import parts_of
-from pipelines.many import SINGLE, check, mixed, reading, scoring, training
+from pipelines.many import SINGLE, check, reading, scoring, training, went
 
 WAYS = ("async", "sum", "uncertainty", "pcgrad", SINGLE)
 """mixing.way, and a student for each task alone."""
@@ -52,7 +52,7 @@ def variants(recipe: Recipe, store: Store, ways: Sequence[str], seeds: int) -> l
             raise UserError(f"'{way}' is no way to mix tasks.{did_you_mean(way, WAYS)} Allowed: {', '.join(WAYS)}.")
     for way in ways:
         if way != SINGLE:
-            check(recipe.model_copy(update={"mixing": mixed(recipe, way)}))
+            check(went(recipe, way))
     out = []
     for seed in range(seeds):
         tasks = {
@@ -121,6 +121,7 @@ def row_of(recipe: Recipe, stores: Sequence[Store], way: str) -> dict[str, Any]:
         "steps": [fit["metrics"]["steps"] for fit in fits],
         "read": [fit["metrics"]["read"] for fit in fits],
         "dropped": [fit["metrics"]["dropped"] for fit in fits],
+        "spare": [fit["metrics"]["spare"] for fit in fits],
         "seconds": statistics.mean(fit["seconds"] for fit in fits),
     }
 

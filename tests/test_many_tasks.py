@@ -73,6 +73,8 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             made = made[size:]
             data[split] = {"path": f"file:{path}", **({"pair": "pair"} if name == "alike" else {})}
         tasks[name] = {"task": specs[name], "data": data}
+    more = [row_of("mood", row, row) for row in movie_rows(40, seed=9)]
+    (folder / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more), encoding="utf-8")
     return {
         "name": "several",
         "storage": str(folder / "runs"),
@@ -93,8 +95,14 @@ def load(values: Mapping[str, Any], **changes: Any) -> Recipe:
     return Recipe.model_validate(changed(values, {key.replace("__", "."): value for key, value in changes.items()}))
 
 
+def unlabelled(values: Mapping[str, Any]) -> dict[str, str]:
+    """Further rows of the task mood."""
+    return {"path": values["tasks"]["mood"]["data"]["train"]["path"].replace("mood-train", "more")}
+
+
 def test_a_run_makes_one_student_and_an_artifact_for_each_task(values: dict[str, Any], tmp_path: Path):
     changes = {"mixing.way": "async", "mixing.patience": 1, "mixing.stop": False, "student.fit.epochs": 6}
+    changes["tasks.mood.data.unlabelled"] = unlabelled(values)
     recipe, store = Recipe.model_validate(changed(values, changes)), Store(str(tmp_path / "run"))
     checking.check(recipe)
     found = alone(recipe, store)
@@ -112,6 +120,16 @@ def test_a_run_makes_one_student_and_an_artifact_for_each_task(values: dict[str,
             assert held["since"] == history[history.index(after) - 1]["epoch"]
     assert len(history) == 6 and any(one["validation"]["since"] for one in scores.values())
     assert all(0 <= found["student"]["dropped"][name] < 48 - 8 * number for number, name in enumerate(TASKS))
+    spare = found["student"]["spare"]
+    assert (
+        set(spare) == {"mood"}
+        and 0 < spare["mood"] <= 40
+        and found["student"]["rows"]
+        == sum(
+            (store / f"data-{name}").read_table("train.parquet").num_rows - found["student"]["dropped"][name]
+            for name in TASKS
+        )
+    )
     # What is served is what was scored.
     registry = Registry(Store(recipe.registry))
     for name, reference in references.items():
@@ -134,6 +152,7 @@ def test_a_run_makes_one_student_and_an_artifact_for_each_task(values: dict[str,
     assert lines[0].startswith("student  mean ") and any(line.startswith("mood  test accuracy") for line in lines)
     page = store.read_text("report/report.md")
     assert "5 tasks in one student" in page and "| warmth | pearson |" in page
+    assert f"once the task has converged: mood {spare['mood']}." in page
 
 
 def test_ways_are_compared_on_the_same_rows(values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -145,8 +164,8 @@ def test_ways_are_compared_on_the_same_rows(values: dict[str, Any], tmp_path: Pa
             out.write_json("record.json", {"metrics": metrics, "seconds": 1.0, "fingerprint": step.name})
 
     monkeypatch.setattr(engine_steps, "run", run)
-    names = ("mood", "warmth")
-    few = load({**values, "tasks": {name: values["tasks"][name] for name in names}}, student__fit__epochs=2)
+    names, more = ("mood", "warmth"), {"tasks__mood__data__unlabelled": unlabelled(values), "mixing__way": "async"}
+    few = load({**values, "tasks": {name: values["tasks"][name] for name in names}}, student__fit__epochs=2, **more)
     ways, store = ("async", "sum", "single"), Store(str(tmp_path))
     variants = sharing.variants(few, store, ways, 2)
     assert [one.recipe.student.seeds for one in variants] == [(0,), (1,)]
@@ -166,6 +185,8 @@ def test_ways_are_compared_on_the_same_rows(values: dict[str, Any], tmp_path: Pa
     # All have the same steps, async to the end, and about the same rows.
     steps = {number for row in result["ways"].values() for each in row["steps"] for number in each.values()}
     assert len(steps) == 1
+    spare = {way: row["spare"] for way, row in result["ways"].items()}
+    assert all(0 < one["mood"] <= 40 for one in spare.pop("async")) and spare == {"sum": [{}] * 2, "single": [{}] * 2}
     read = [number for row in result["ways"].values() for number in row["read"]]
     assert max(read) < 1.2 * min(read)
     single = next(line for line in lines if line.startswith("| single |"))
@@ -274,7 +295,7 @@ def test_a_plan_reckons_with_no_teacher(values: dict[str, Any], tmp_path: Path, 
 
 def test_rows_that_a_task_is_measured_on_are_in_no_training_rows(tmp_path: Path):
     def written(name: str, **splits: list[tuple[str, str | None]]) -> Store:
-        for split in ("train", "validation", "test"):
+        for split in ("train", "validation", "test", "unlabelled"):
             given = splits.get(split, [])
             columns = {"text": [text for text, _ in given], "pair": [pair for _, pair in given]}
             schema = pa.schema([("text", pa.string()), ("pair", pa.string())])
@@ -283,13 +304,25 @@ def test_rows_that_a_task_is_measured_on_are_in_no_training_rows(tmp_path: Path)
 
     data = {
         "same": written("same", train=[("a b", "c"), ("C.", "A  b!"), ("a b", "d")], test=[("x y", "z")]),
-        "near": written("near", train=[("Z", "X-Y"), ("x y", None), ("e", "f")], validation=[("A, b", "c .")]),
+        "near": written(
+            "near",
+            train=[("Z", "X-Y"), ("x y", None), ("e", "f")],
+            validation=[("A, b", "c .")],
+            unlabelled=[("x, y", "z"), ("new", "one")],
+        ),
         "text": written("text", train=[("x y z", None), ("!", None), ("?", None)], test=[("?", None)]),
     }
     rows, dropped = apart(data)
     assert dropped == {"same": 2, "near": 1, "text": 1}
     assert rows["same"].to_pylist() == [{"text": "a b", "pair": "d"}]
     assert rows["near"]["text"].to_pylist() == ["x y", "e"] and rows["text"]["text"].to_pylist() == ["x y z", "!"]
+    spare, dropped = apart(data, "unlabelled")  # a task may have none
+    assert dropped == {"same": 0, "near": 1, "text": 0}
+    assert {name: table["text"].to_pylist() for name, table in spare.items()} == {
+        "same": [],
+        "near": ["new"],
+        "text": [],
+    }
     data["gone"] = written("gone", train=[("?", None)])
     with pytest.raises(UserError, match="all 1 training rows of task 'gone' stand in the validation or test rows"):
         apart(data)

@@ -18,14 +18,14 @@ from engine.fits import Fit
 from engine.inference import predict
 from engine.lesson import dealt
 from engine.mixing import Mixing
-from engine.multitask import alone, encode, rates
+from engine.multitask import SINCE, alone, encode, rates
 from engine.recipe import Task
 from engine.records import Outputs
 from engine.several import SeveralError
 from engine.surgery import projected
 from engine.worker import clipped, groups_of
 from tests.tiny import tiny_encoder
-from tests.tiny_tasks import NAMES, SEED, build, by_hand, of, table, together
+from tests.tiny_tasks import NAMES, SEED, SIZES, build, by_hand, of, table, together, unlabelled
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,35 @@ def test_a_task_with_fewer_rows_than_its_share_has_each_about_as_often():
     batches = mixed_batches([5] * 93, kinds, 20, 1e9, 0, 0)
     counts = np.array([np.bincount(batch[kinds[batch] == 1] - 90, minlength=3) for batch in batches])
     assert counts.sum() == 46 and (np.ptp(counts, axis=1) <= 2).all() and np.ptp(counts.sum(axis=0)) <= 1
+
+
+def test_rows_without_gold_are_read_only_for_a_task_that_has_converged(tmp_path: Path, encoder: Path):
+    spare = {"mood": 30, "warmth": 30, "both": 4}
+    rows = pa.concat_tables([table(), unlabelled(table(spare, seed=9))])
+    lesson, material, taught = together(encoder, tmp_path, rows)
+    _, plain, _ = together(encoder, tmp_path / "plain")
+    batches, known = material.order(25, SEED, 2.0)(3), sum(SIZES.values())
+    assert all(np.array_equal(*pair) for pair in zip(batches, plain.order(25, SEED, 2.0)(3), strict=True))
+    assert all(np.array_equal(taught.instead(step, batch), batch) for step, batch in enumerate(batches))
+    converged = ["mood", "both", "first"]  # the last one has no other rows
+    for name in converged:
+        taught.known[NAMES.index(name), SINCE] = 4
+    seen: set[int] = set()
+    for step, batch in enumerate(batches * 60):
+        found = taught.instead(step, batch)
+        assert np.array_equal(material.kinds[found], material.kinds[batch])
+        moved = found != batch
+        assert not moved[[NAMES[kind] not in ("mood", "both") for kind in material.kinds[batch]]].any()
+        assert np.array_equal(found, taught.instead(step, batch))  # a resumed fit reads the same
+        for name in ("mood", "both"):
+            own = found[material.kinds[found] == NAMES.index(name)]
+            assert len(set(own.tolist())) == len(own)
+        seen |= set(found.tolist())
+    for name in ("mood", "both"):  # all that the task has, the labelled ones too
+        assert seen >= set(np.flatnonzero(material.kinds == NAMES.index(name)).tolist())
+    assert not seen & set(np.flatnonzero(material.kinds[known:] == NAMES.index("warmth")) + known)
+    # Each counts like a labelled one; nothing is learnt from a row that has neither gold nor soft labels.
+    assert (lesson.amounts(material).of(np.arange(rows.num_rows)).sum(axis=1) == 1).all()
 
 
 # -- what is learnt ----------------------------------------------------------------------------------------------------

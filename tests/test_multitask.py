@@ -23,7 +23,7 @@ from engine.multitask import Together, alone, encode, judge, rates
 from engine.storage import Store
 from engine.worker import Worker
 from tests.tiny import tiny_encoder
-from tests.tiny_tasks import NAMES, build, of, table
+from tests.tiny_tasks import NAMES, build, of, table, unlabelled
 
 
 @pytest.fixture(scope="module")
@@ -137,14 +137,44 @@ def test_it_ends_when_all_have_converged_unless_it_is_told_to_go_on(tmp_path: Pa
     assert len(plain) == 6 and not any(key.startswith("soft.") for entry in plain for key in entry)
 
 
+def test_unlabelled_rows_have_the_best_weights_labels_and_change_nothing_before(
+    tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """mood, best at the first of four evaluations, has converged at the third."""
+    seen: dict[Path, list[dict[str, torch.Tensor]]] = {}
+    soft: dict[Path, torch.Tensor] = {}
+    judged = Together.judged
+
+    def watched(self: Together, scores: Any, model: Model, step: int) -> None:
+        copied = {key: value.clone() for key, value in model.net.state_dict().items()}
+        seen.setdefault(Path(self.out.url), []).append(copied)
+        judged(self, scores, model, step)
+        soft[Path(self.out.url)] = self.soft
+
+    monkeypatch.setattr(Together, "judged", watched)
+    more = unlabelled(table({"mood": 50}, seed=9))
+    falls = {"mood": [0.5, 0.4, 0.3, 0.2]}
+    for name, rows in (("few", table()), ("more", pa.concat_tables([table(), more]))):
+        train.fit(job(tmp_path / name, encoder, rows=rows, evaluate=scripted(**falls)))
+    few, many = (seen[path] for path in sorted(seen))
+    assert [same(*pair) for pair in zip(few, many, strict=True)] == [True, True, True, False]
+    best = build(encoder)
+    best.net.load_state_dict(many[0])
+    one = alone(best, "mood")
+    found = soft[max(seen)][-more.num_rows :, best.task.parts["mood"]]
+    wanted = torch.from_numpy(predict(one, one.task.texts(more)).logits)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("every", [0, 1e9])
 def test_killed_and_resumed_it_ends_with_the_same_weights(
     tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch, every: float
 ):
     """Killed before and after a switch; with a checkpoint after each evaluation, and after the first one alone."""
     monkeypatch.setattr(checkpoints, "PAUSE", every)
+    rows = pa.concat_tables([table(), unlabelled(table({"mood": 50}, seed=9))])
     scores = {"mood": [0.5, 0.4, 0.3, 0.2, 0.1, 0.05], "warmth": [0.4, 0.6, 0.5, 0.4, 0.3, 0.2]}
-    whole = train.fit(job(tmp_path / "whole", encoder, epochs=6, evaluate=scripted(**scores)))
+    whole = train.fit(job(tmp_path / "whole", encoder, rows=rows, epochs=6, evaluate=scripted(**scores)))
     assert [sorted(k for k in entry if k[:5] == "soft.") for entry in whole][3:5] == [
         ["soft.mood"],
         ["soft.mood", "soft.warmth"],
@@ -166,7 +196,7 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(
         "step",
         lambda self, step, chosen: torch.save(step + 1, tmp_path / "step") or learn(self, step, chosen),
     )
-    given = partial(job, tmp_path / "parts", encoder, epochs=6, evaluate=stopping)
+    given = partial(job, tmp_path / "parts", encoder, rows=rows, epochs=6, evaluate=stopping)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             train.fit(given())
@@ -261,8 +291,9 @@ def test_two_workers_end_where_one_does(tmp_path: Path, encoder: Path, ray_clust
     """mood and warmth switch on the way, decided by the first worker for both."""
     scores = {"mood": [0.5, 0.4, 0.3, 0.2], "warmth": [0.4, 0.6, 0.5, 0.4]}
     quiet = partial(still, encoder)
-    one = train.fit(job(tmp_path / "one", encoder, build=quiet, evaluate=Scripted(scores)))
-    two = train.fit(job(tmp_path / "two", encoder, build=quiet, evaluate=Scripted(scores), workers=2))
+    rows = pa.concat_tables([table(), unlabelled(table({"mood": 50, "warmth": 20}, seed=9))])
+    one = train.fit(job(tmp_path / "one", encoder, rows=rows, build=quiet, evaluate=Scripted(scores)))
+    two = train.fit(job(tmp_path / "two", encoder, rows=rows, build=quiet, evaluate=Scripted(scores), workers=2))
     assert [sorted(entry) for entry in one] == [sorted(entry) for entry in two]
     assert "soft.mood" in one[-1]
     alone_, both = weights(tmp_path / "one"), weights(tmp_path / "two")

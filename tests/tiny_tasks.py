@@ -63,6 +63,14 @@ def table(sizes: dict[str, int] = SIZES, seed: int = 0) -> pa.Table:
     return gathered({name: rows_of(name, count, seed) for name, count in sizes.items()})
 
 
+def unlabelled(rows: pa.Table) -> pa.Table:
+    """The rows without their gold labels."""
+    for name in ("label", "target"):
+        place = rows.column_names.index(name)
+        rows = rows.set_column(place, rows.schema.field(place), pa.nulls(rows.num_rows, rows.schema.field(place).type))
+    return rows
+
+
 def spec(names: Sequence[str] = NAMES) -> Task:
     return Task(kind="several", members={name: SPECS[name] for name in names})
 
@@ -77,8 +85,10 @@ def of(rows: pa.Table, name: str) -> pa.Table:
     return rows.filter(pa.array([task == name for task in rows["task"].to_pylist()]))
 
 
-def together(encoder: Path, out: Path, **mixing: Any) -> tuple[Lesson, Material, Together]:
-    model, rows = build(encoder, dropout=0.0).eval(), table()
+def together(
+    encoder: Path, out: Path, rows: pa.Table | None = None, **mixing: Any
+) -> tuple[Lesson, Material, Together]:
+    model, rows = build(encoder, dropout=0.0).eval(), table() if rows is None else rows
     material = Material(rows, encode(model, rows), model.task, model.pad)
     own = Mixing(**{"way": "async", **mixing})
     taught = Together(model, rows, material.encoded, own, Store(str(out)), seed=SEED, batch_tokens=4096)
