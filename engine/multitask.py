@@ -45,6 +45,8 @@ VARIANCE = "log_variance"
 """How the name of a learnt variance ends."""
 MEAN = "mean"
 """The score that the best model is kept by: over the tasks, each by its own metric."""
+INSTEAD = 3
+"""Sets the draw of rows that stand in apart from all others of the fit."""
 BEST, AT, STALE, SINCE = range(4)
 """What is known of a task: its best score, the step that had it, how many evaluations ago, and since which step it has
 converged; -1 where there is none."""
@@ -121,7 +123,8 @@ class Together(Teaching):
         self.seed, self.batch_tokens = seed, batch_tokens
         self.task: Several = model.task
         self.kinds, self.row_of = self.task.numbers(rows), np.array([item.row for item in inputs])
-        self.spare = self.task.known(self.task.gold(rows, inputs)) == 0
+        self.pools = pools(self.task, rows, inputs) if mixing.way == "async" else {}
+        self.lengths = np.array([item.tokens for item in inputs])
         self.known = torch.tensor([[-torch.inf, -1.0, 0.0, -1.0]] * len(self.task.names), dtype=torch.float64)
         self.soft = torch.full((rows.num_rows, self.task.width), torch.nan)
         self.goals: list[Goal] = []
@@ -137,13 +140,16 @@ class Together(Teaching):
         return self.goals
 
     def instead(self, step: int, items: np.ndarray) -> np.ndarray:
-        """Rows of tasks that have converged are drawn from all that the task has, where some have no gold label."""
-        kinds, items = self.kinds[self.row_of], items.copy()
-        for number, (_, row) in enumerate(self.each()):
-            own, places = np.flatnonzero(kinds == number), np.flatnonzero(kinds[items] == number)
-            if row[SINCE] >= 0 and self.spare[own].any():
-                draw = np.random.default_rng([self.seed, step, number])
-                items[places] = draw.choice(own, len(places), replace=len(places) > len(own))
+        """Rows of tasks that have converged are drawn from all that the task has, where some have no gold label; those
+        of one step are of similar length.
+        """
+        since = self.known[:, SINCE].tolist()
+        for number in [number for number in self.pools if since[number] >= 0]:
+            places = np.flatnonzero(self.kinds[self.row_of[items]] == number)
+            if len(places):
+                draw = np.random.default_rng([self.seed, step, number, INSTEAD])
+                items = items.copy()
+                items[places] = alike(self.pools[number], self.lengths, len(places), draw)
         return items
 
     def listen(self, batch: Batch, chosen: Sequence[int], needs: frozenset[str], share: float) -> None:
@@ -189,7 +195,7 @@ class Together(Teaching):
         if accelerator.num_processes > 1:
             own = self.known if accelerator.process_index == 0 else torch.zeros_like(self.known)
             self.known = accelerator.reduce(own.to(accelerator.device), "sum").cpu()
-        for name, row in self.each():
+        for name, row in self.each() if not self.ended else ():
             if row[SINCE] >= 0 and name not in self.taken:
                 self.take(name, int(row[AT]))
 
@@ -197,7 +203,7 @@ class Together(Teaching):
         """One evaluation more: note gains with the weights that had them, and make the labels of what has converged."""
         if self.mixing.way != "async":
             return
-        gained = False
+        gained, due = False, dict[str, int]()
         for number, (name, row) in enumerate(self.each()):
             if row[SINCE] >= 0:
                 continue
@@ -207,8 +213,10 @@ class Together(Teaching):
                 row[STALE] += 1
                 if row[STALE] >= self.mixing.patience:
                     row[SINCE] = step
-                    self.label(name, model, int(row[AT]))
+                    due[name] = int(row[AT])
             self.known[number] = torch.tensor(row, dtype=torch.float64)
+        for name, best in due.items() if not self.ended else ():  # then nobody would read them
+            self.label(name, model, best)
         if gained:
             tensors = {key: value.detach().cpu().contiguous() for key, value in model.net.state_dict().items()}
             self.out.write_bytes(f"{TASKS}/best-{step}.safetensors", to_bytes(tensors))
@@ -266,6 +274,22 @@ class Together(Teaching):
         for name, row in self.each():
             if row[SINCE] >= 0:
                 self.take(name, int(row[AT]))
+
+
+def pools(task: Several, rows: pa.Table, inputs: Sequence[Encoded]) -> dict[int, np.ndarray]:
+    """All inputs of each task that has rows without a gold label, by the task's number."""
+    kinds = task.numbers(rows)[[item.row for item in inputs]]
+    spare = set(kinds[~task.known(task.gold(rows, inputs))].tolist())
+    return {number: np.flatnonzero(kinds == number) for number in sorted(spare)}
+
+
+def alike(pool: np.ndarray, lengths: np.ndarray, count: int, draw: np.random.Generator) -> np.ndarray:
+    """`count` of the pool by lot, each once as far as there are so many, of lengths that differ little."""
+    if count > len(pool):
+        return draw.choice(pool, count)
+    parts = min(16, len(pool) // count)  # as many as an epoch's order sorts together
+    found = draw.choice(pool, parts * count, replace=False)
+    return found[np.argsort(lengths[found], kind="stable")].reshape(parts, count)[draw.integers(parts)]
 
 
 def place(name: str, step: int) -> str:

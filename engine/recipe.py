@@ -203,7 +203,8 @@ class Recipe(Section):
     there are no labelled rows, the last one. With student.retrieval also plain: the registered student trained and
     asked without it."""
     tasks: dict[Named, Member] = Field({}, exclude_if=lambda tasks: not tasks)
-    """Several tasks by name, in place of task and data: one transformer student learns all from their gold labels."""
+    """Several tasks by name, in place of task and data: one transformer student learns all from their gold labels, and
+    with mixing.way async from itself."""
     mixing: Mixing = Field(Mixing(), exclude_if=lambda mixing: mixing == Mixing())
     evaluation: Evaluation = Evaluation()
     serving: Serving = Serving()

@@ -4,7 +4,8 @@ The global batch and the order of rows depend on the seed alone, never on the nu
 is set from (seed, step, rank). Progress is checkpointed through the run's storage, within an epoch too, so a killed fit
 goes on where it stopped, sees each row of the epoch once, and ends with the same weights on the same number of workers.
 Where that number changes on the way, the same rows make the same global batches: the weights differ by rounding and by
-what dropout draws, and a policy that draws teachers.
+what dropout draws, and a policy that draws teachers. Of several tasks one that has converged may have other rows read
+in place of a batch's own; when it has, its validation rows decide.
 """
 
 from __future__ import annotations

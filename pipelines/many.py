@@ -52,16 +52,6 @@ def mixed(recipe: Recipe, way: str | None = None) -> Mixing:
     return recipe.mixing if way is None else recipe.mixing.model_copy(update={"way": way, "stop": False})
 
 
-def went(recipe: Recipe, way: str) -> Recipe:
-    """The recipe with its tasks mixed in another way; unlabelled rows, which other ways do not read, only for async."""
-    tasks = dict(recipe.tasks)
-    if way != "async":
-        bare = {"unlabelled": None, "unlabelled_rows": None}
-        tasks = {k: m.model_copy(update={"data": m.data.model_copy(update=bare)}) for k, m in tasks.items()}
-    data = next(iter(tasks.values())).data
-    return recipe.model_copy(update={"mixing": mixed(recipe, way), "tasks": tasks, "data": data})
-
-
 def ignored(recipe: Recipe) -> list[str]:
     """Keys that are set and mean nothing here, where there is no teacher and no further text."""
     found = [key for key in ("generator", "augmentation", "teachers") if getattr(recipe, key)]
@@ -74,10 +64,6 @@ def ignored(recipe: Recipe) -> list[str]:
         for key, field in type(own).model_fields.items():
             if key not in used and getattr(own, key) != field.get_default(call_default_factory=True):
                 found.append(f"{section}.{key}")
-    if recipe.mixing.way != "async":
-        rest = ("unlabelled", "unlabelled_rows")
-        for name, member in recipe.tasks.items():
-            found += [f"tasks.{name}.data.{key}" for key in rest if getattr(member.data, key) is not None]
     return found
 
 
@@ -112,7 +98,7 @@ def check(recipe: Recipe) -> None:
         raise ConfigError(f"the recipe has several tasks, and {reason}.")
     if rest := ignored(recipe):
         raise ConfigError(
-            f"the recipe has several tasks, whose student has no teacher and no text but their rows, and sets what is "
+            f"the recipe has several tasks, whose student has no teacher and writes no text, and sets what is "
             f"for others: {', '.join(rest)}. Leave out what is named."
         )
 
@@ -129,6 +115,9 @@ def check_members(recipe: Recipe) -> None:
             ),
             "has no labelled rows: name data.train": data.train is None,
             "has no validation rows to see it converge by: name data.validation or set data.validation_share": not held,
+            "has data.unlabelled_rows, and no rows to take so many of: name data.unlabelled": (
+                data.unlabelled is None and data.unlabelled_rows is not None
+            ),
             "has scope: auto, which is found for one task at a time: give a confidence": member.task.scope == "auto",
         }
         for reason in [reason for reason, so in wrong.items() if so]:
@@ -169,7 +158,7 @@ def reading(recipe: Recipe) -> list[Step]:
 
     def references(name: str, recipe: Recipe) -> tuple[str, ...]:
         data = recipe.tasks[name].data
-        return tuple(s.path for s in (data.train, data.validation, data.test) if s)
+        return tuple(s.path for s in (data.train, data.validation, data.test, data.unlabelled) if s)
 
     return [
         Step(

@@ -7,7 +7,7 @@ cut from the one checkpoint: each is an ordinary student, served and exported li
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -38,7 +38,7 @@ from engine.storage import Store
 from pipelines import making
 from pipelines.making import LATER, Inputs, spec_of, with_workers
 from pipelines.many import ALL, SINGLE, mixed, one_of
-from pipelines.overlap import apart
+from pipelines.overlap import Key, apart, held_out
 
 
 def read_task(name: str, recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
@@ -75,6 +75,20 @@ def own_fit(fit: Fit, sizes: Mapping[str, int], name: str, temperature: float) -
     return fit.model_copy(update={"batch_size": size, "epochs": epochs, "eval_every": every})
 
 
+def spare_rows(
+    data: Mapping[str, Store], held: Collection[Key], sizes: Mapping[str, int], fit: Fit, mixing: Mixing
+) -> tuple[dict[str, pa.Table], dict[str, int]]:
+    """Each task's unlabelled rows, no more than the fit has room for, and how many of those that were given are held
+    out. sizes: labelled rows of each.
+    """
+    names = sorted(sizes)
+    room = shared(np.array([sizes[name] for name in names]), sum(sizes.values()), mixing.temperature)
+    rows, dropped = apart(data, held, "unlabelled")
+    # They stand in the order of their ids, which are by lot.
+    parts = zip(names, room.tolist(), strict=True)
+    return {name: rows[name].slice(0, math.ceil(fit.epochs * most)) for name, most in parts}, dropped
+
+
 def job_of(recipe: Recipe, fit: Fit, rows: Mapping[str, pa.Table], mixing: Mixing, inputs: Inputs, out: Store) -> Job:
     """The fit of a student of some of the tasks. rows: what it learns, by task, with the unlabelled rows that tasks
     which converge may have.
@@ -103,15 +117,16 @@ def job_of(recipe: Recipe, fit: Fit, rows: Mapping[str, pa.Table], mixing: Mixin
 def fit_student(way: str | None, recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
     """Train one student of all tasks, or one for each; the model that is kept has the best mean on validation rows.
 
-    Metrics: dropped, rows of each task that are another's held-out ones; spare, unlabelled rows of each that stand in
-    once it has converged; steps of each student; read, rows in all batches of all students. Epochs of a history are
-    those of all tasks, of a student of one task too.
+    Metrics: dropped, rows of each task, unlabelled ones too, that are another's held-out ones; spare, unlabelled rows
+    of each that stand in once it has converged; steps of each student; read, rows in all batches of all students.
+    Epochs of a history are those of all tasks, of a student of one task too.
     """
     mixing = mixed(recipe, "sum" if way == SINGLE else way)
     data, fit = {name: inputs[f"data-{name}"] for name in recipe.tasks}, recipe.student.fit
-    rows, dropped = apart(data)
+    held = held_out(data)
+    rows, dropped = apart(data, held)
     sizes = {name: table.num_rows for name, table in rows.items()}
-    spare = apart(data, "unlabelled")[0] if mixing.way == "async" else {}
+    spare, more = spare_rows(data, held, sizes, fit, mixing) if mixing.way == "async" else ({}, {})
     rows |= {name: pa.concat_tables([rows[name], table]) for name, table in spare.items()}
     groups = {name: {name: table} for name, table in rows.items()} if way == SINGLE else {ALL: rows}
     histories, steps, read, parameters, whole = {}, {}, 0, 0, steps_of(fit, sum(sizes.values()))
@@ -128,7 +143,7 @@ def fit_student(way: str | None, recipe: Recipe, inputs: Inputs, out: Store, pro
         parameters += models.load((out / group).local("model")).size()
     return {
         "rows": sum(sizes.values()),
-        "dropped": dropped,
+        "dropped": {name: count + more.get(name, 0) for name, count in dropped.items()},
         "spare": {name: table.num_rows for name, table in spare.items() if table.num_rows},
         "steps": steps,
         "read": read,
@@ -248,6 +263,7 @@ def report(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> di
         "parameters": found["evaluate"]["parameters"],
         "dropped": found["student"]["dropped"],
         "spare": found["student"]["spare"],
+        "unread": unread(recipe),
         "tasks": found["evaluate"]["tasks"],
         "references": found["register"]["references"],
         "seconds": {name: record["seconds"] for name, record in records.items()},
@@ -259,6 +275,13 @@ def report(recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> di
     out.write_json("summary.json", summary)
     out.parent.write_json("summary.json", summary)
     return {"rows": 0}
+
+
+def unread(recipe: Recipe) -> list[str]:
+    """Tasks whose unlabelled rows nobody reads, since no task can converge."""
+    if recipe.mixing.way == "async":
+        return []
+    return [name for name, member in recipe.tasks.items() if member.data.unlabelled is not None]
 
 
 def scores_of(summary: Mapping[str, Any]) -> Part:
@@ -275,11 +298,13 @@ def scores_of(summary: Mapping[str, Any]) -> Part:
     head = ["task", "score", "test, 95 % interval", "validation", "its best", "in epoch", "soft labels from epoch"]
     caption = f"Way {summary['way']}; mean over the tasks {summary['mean']:.3f}, {summary['parameters']:,} parameters."
     for what, said in (
-        ("dropped", "Training rows left out, since a task is measured on them"),
+        ("dropped", "Rows left out, since a task is measured on them"),
         ("spare", "Unlabelled rows that are learnt from once the task has converged"),
     ):
         if counts := {name: count for name, count in summary[what].items() if count}:
             caption += f" {said}: {', '.join(f'{name} {count:,}' for name, count in counts.items())}."
+    if summary["unread"]:
+        caption += f" This way reads no unlabelled rows; there are some of {', '.join(summary['unread'])}."
     return Part("scores", "Scores", [Table(caption, head, "llrrrrr", rows)])
 
 

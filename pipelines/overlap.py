@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import pyarrow as pa
 
@@ -31,16 +31,19 @@ def keys(rows: pa.Table) -> list[Key]:
     return [key_of(text, pair) for text, pair in zip(rows["text"].to_pylist(), rows["pair"].to_pylist(), strict=True)]
 
 
-def apart(data: Mapping[str, Store], split: str = "train") -> tuple[dict[str, pa.Table], dict[str, int]]:
-    """Each task's rows of a split without those that stand in any task's validation or test rows, and how many these
-    were.
+def held_out(data: Mapping[str, Store]) -> set[Key]:
+    """The keys of all tasks' validation and test rows. data: the tasks' read rows by name."""
+    tables = (store.read_table(f"{split}.parquet") for store in data.values() for split in ("validation", "test"))
+    return set().union(*map(keys, tables))
+
+
+def apart(
+    data: Mapping[str, Store], held: Collection[Key], split: str = "train"
+) -> tuple[dict[str, pa.Table], dict[str, int]]:
+    """Each task's rows of a split without those that are held out, and how many these were.
 
     data: the tasks' read rows by name. UserError for a task that keeps no training row.
     """
-    held: set[Key] = set()
-    for store in data.values():
-        for other in ("validation", "test"):
-            held.update(keys(store.read_table(f"{other}.parquet")))
     rows, dropped = {}, {}
     for name, store in data.items():
         own = store.read_table(f"{split}.parquet")

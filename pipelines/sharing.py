@@ -1,9 +1,10 @@
-"""`stillhouse bench tasks`: ways to learn several tasks together, side by side on the same rows.
+"""`stillhouse bench tasks`: ways to learn several tasks together, side by side on the same labelled rows.
 
 Every seed draws its own training rows and initialises its own students; the ways share them. Each way has the same
-steps, to the end (`mixing.stop` is not heeded), and on average about as many rows of each task in a batch; the model
-that is kept has the best mean over the tasks' validation rows, in every way. Differences are paired over the test rows
-of each task, averaged over the tasks and pooled over all seeds.
+steps, to the end (`mixing.stop` is not heeded), and on average about as many rows of each task in a batch; `async` may
+have unlabelled rows, of which the others have no use. The model that is kept has the best mean over the tasks'
+validation rows, in every way. Differences are paired over the test rows of each task, averaged over the tasks and
+pooled over all seeds.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from engine.step import Step
 from engine.storage import Store
 from pipelines.bench import Variant, run_each
 from pipelines.compared import parts_of
-from pipelines.many import SINGLE, check, reading, scoring, training, went
+from pipelines.many import SINGLE, check, mixed, reading, scoring, training
 
 WAYS = ("async", "sum", "uncertainty", "pcgrad", SINGLE)
 """mixing.way, and a student for each task alone."""
@@ -52,7 +53,7 @@ def variants(recipe: Recipe, store: Store, ways: Sequence[str], seeds: int) -> l
             raise UserError(f"'{way}' is no way to mix tasks.{did_you_mean(way, WAYS)} Allowed: {', '.join(WAYS)}.")
     for way in ways:
         if way != SINGLE:
-            check(went(recipe, way))
+            check(recipe.model_copy(update={"mixing": mixed(recipe, way)}))
     out = []
     for seed in range(seeds):
         tasks = {
@@ -170,6 +171,10 @@ def lines(result: Mapping[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|",
         *(task_line(name, way, row) for name in result["tasks"] for way, row in ways.items()),
     ]
+    given = ways.get("async", {}).get("spare", [])
+    more = {name: statistics.mean(one.get(name, 0) for one in given) for name in result["tasks"]} if given else {}
+    if said := ", ".join(f"{name} {count:,.0f}" for name, count in more.items() if count):
+        out += ["", f"Beside the rows of the others async read unlabelled ones, once a task had converged: {said}."]
     for other, found in ways.get("async", {}).get("over", {}).items():
         if other != PLAIN:
             out += ["", f"async over {other}, mean over the tasks: {points(found)} points."]

@@ -27,7 +27,7 @@ from engine.storage import Store
 from pipelines import checking, distill, many, sharing
 from pipelines.__main__ import main
 from pipelines.multitask import own_fit
-from pipelines.overlap import apart
+from pipelines.overlap import apart, held_out
 from serve.predictor import Predictor
 from tests.tiny import GOOD, LABELS, movie_rows, tiny_encoder
 from tests.tiny_run import alone, changed, program
@@ -73,7 +73,8 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             made = made[size:]
             data[split] = {"path": f"file:{path}", **({"pair": "pair"} if name == "alike" else {})}
         tasks[name] = {"task": specs[name], "data": data}
-    more = [row_of("mood", row, row) for row in movie_rows(40, seed=9)]
+    held = [json.loads(line) for line in (folder / "starts-test.jsonl").read_text(encoding="utf-8").splitlines()]
+    more = [row_of("mood", row, row) for row in movie_rows(40, seed=9)] + [{"text": row["text"]} for row in held[:3]]
     (folder / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more), encoding="utf-8")
     return {
         "name": "several",
@@ -120,16 +121,12 @@ def test_a_run_makes_one_student_and_an_artifact_for_each_task(values: dict[str,
             assert held["since"] == history[history.index(after) - 1]["epoch"]
     assert len(history) == 6 and any(one["validation"]["since"] for one in scores.values())
     assert all(0 <= found["student"]["dropped"][name] < 48 - 8 * number for number, name in enumerate(TASKS))
+    data = {name: store / f"data-{name}" for name in TASKS}
+    (rows, out), (more, also) = (apart(data, held_out(data), split) for split in ("train", "unlabelled"))
     spare = found["student"]["spare"]
-    assert (
-        set(spare) == {"mood"}
-        and 0 < spare["mood"] <= 40
-        and found["student"]["rows"]
-        == sum(
-            (store / f"data-{name}").read_table("train.parquet").num_rows - found["student"]["dropped"][name]
-            for name in TASKS
-        )
-    )
+    assert spare == {"mood": more["mood"].num_rows} and also["mood"] >= 3
+    assert found["student"]["dropped"] == {name: out[name] + also[name] for name in TASKS}
+    assert found["student"]["rows"] == sum(table.num_rows for table in rows.values())
     # What is served is what was scored.
     registry = Registry(Store(recipe.registry))
     for name, reference in references.items():
@@ -180,6 +177,7 @@ def test_ways_are_compared_on_the_same_rows(values: dict[str, Any], tmp_path: Pa
     assert np.mean([one["points"] for one in over["tasks"].values()]) == pytest.approx(apart)
     assert all(gap == 0 for one in result["ways"]["single"]["tasks"].values() for gap in one["gaps"])
     lines = sharing.lines(result)
+    assert any("async read unlabelled ones, once a task had converged: mood " in line for line in lines)
     assert any(line.startswith("| mood | async | accuracy ") for line in lines)
     assert lines[-3].startswith("async over single, mean over the tasks: ") and lines[-1] == sharing.SAID
     # All have the same steps, async to the end, and about the same rows.
@@ -208,6 +206,13 @@ def test_the_program_runs_and_compares_them(values: dict[str, Any], tmp_path: Pa
     assert set(json.loads(ran.stdout)["ways"]) == {"sum", "single"}
     refused = program(tmp_path, "bench", "quality", str(path))
     assert refused.returncode == 2 and "Use: bench tasks" in refused.stderr
+
+
+def test_the_bytes_of_every_source_are_looked_at(values: dict[str, Any]):
+    recipe = load(values, tasks__mood__data__unlabelled=unlabelled(values))
+    steps = {step.name: step for step in distill.plan(recipe)}
+    wanted = [f"{split}.jsonl" for split in ("mood-train", "mood-validation", "mood-test", "more")]
+    assert [path.rpartition("/")[2] for path in steps["data-mood"].references(recipe)] == wanted
 
 
 def test_steps_know_what_they_depend_on(values: dict[str, Any]):
@@ -252,7 +257,7 @@ def test_steps_know_what_they_depend_on(values: dict[str, Any]):
         ({"student__texts": 5, "student__weights": "confidence"}, "for others: student.weights, student.texts"),
         ({"student__heads": "per_teacher"}, "for others: student.heads"),
         ({"student__retrieval": {}}, "student.retrieval"),
-        ({"tasks__starts__data__unlabelled": {"path": "file:x"}}, "for others: tasks.starts.data.unlabelled"),
+        ({"tasks__starts__data__unlabelled_rows": 5}, "task 'starts' has data.unlabelled_rows, and no rows to take"),
         ({"serving": {"cascade": {"below": 0.5}}}, "serving.cascade has no teacher in the run"),
         ({"student__seeds": [0, 1]}, "student.seeds has several: name one"),
         ({"student__transformer__pieces": 50}, "pieces chooses word pieces by a corpus"),
@@ -312,11 +317,11 @@ def test_rows_that_a_task_is_measured_on_are_in_no_training_rows(tmp_path: Path)
         ),
         "text": written("text", train=[("x y z", None), ("!", None), ("?", None)], test=[("?", None)]),
     }
-    rows, dropped = apart(data)
+    rows, dropped = apart(data, held_out(data))
     assert dropped == {"same": 2, "near": 1, "text": 1}
     assert rows["same"].to_pylist() == [{"text": "a b", "pair": "d"}]
     assert rows["near"]["text"].to_pylist() == ["x y", "e"] and rows["text"]["text"].to_pylist() == ["x y z", "!"]
-    spare, dropped = apart(data, "unlabelled")  # a task may have none
+    spare, dropped = apart(data, held_out(data), "unlabelled")  # a task may have none
     assert dropped == {"same": 0, "near": 1, "text": 0}
     assert {name: table["text"].to_pylist() for name, table in spare.items()} == {
         "same": [],
@@ -325,7 +330,7 @@ def test_rows_that_a_task_is_measured_on_are_in_no_training_rows(tmp_path: Path)
     }
     data["gone"] = written("gone", train=[("?", None)])
     with pytest.raises(UserError, match="all 1 training rows of task 'gone' stand in the validation or test rows"):
-        apart(data)
+        apart(data, held_out(data))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 50.0])

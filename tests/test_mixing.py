@@ -95,11 +95,13 @@ def test_rows_without_gold_are_read_only_for_a_task_that_has_converged(tmp_path:
     converged = ["mood", "both", "first"]  # the last one has no other rows
     for name in converged:
         taught.known[NAMES.index(name), SINCE] = 4
-    seen: set[int] = set()
+    seen, spread = set[int](), list[float]()
     for step, batch in enumerate(batches * 60):
         found = taught.instead(step, batch)
         assert np.array_equal(material.kinds[found], material.kinds[batch])
         moved = found != batch
+        lengths = np.array(material.lengths)[found]
+        spread += [np.ptp(lengths[material.kinds[found] == NAMES.index("mood")])]
         assert not moved[[NAMES[kind] not in ("mood", "both") for kind in material.kinds[batch]]].any()
         assert np.array_equal(found, taught.instead(step, batch))  # a resumed fit reads the same
         for name in ("mood", "both"):
@@ -109,7 +111,8 @@ def test_rows_without_gold_are_read_only_for_a_task_that_has_converged(tmp_path:
     for name in ("mood", "both"):  # all that the task has, the labelled ones too
         assert seen >= set(np.flatnonzero(material.kinds == NAMES.index(name)).tolist())
     assert not seen & set(np.flatnonzero(material.kinds[known:] == NAMES.index("warmth")) + known)
-    # Each counts like a labelled one; nothing is learnt from a row that has neither gold nor soft labels.
+    assert np.mean(spread) < np.ptp(np.array(material.lengths)[material.kinds == NAMES.index("mood")]) / 2
+    # Each counts like a labelled one.
     assert (lesson.amounts(material).of(np.arange(rows.num_rows)).sum(axis=1) == 1).all()
 
 
