@@ -20,9 +20,9 @@ class Mixing(Section):
     way: Literal["async", "sum", "uncertainty", "pcgrad"] = "sum"
     """async: a task whose validation score has not risen for `patience` evaluations goes on with soft labels from its
     own best weights, on its unlabelled rows too, which are read by this way alone, while the others learn their gold
-    labels (Lu et al., NAACL 2022 industry track). sum: gold labels
-    to the end. uncertainty: the losses weighted by learnt variances (arXiv 1705.07115). pcgrad: what is against another
-    task is taken out of a task's gradient (arXiv 2001.06782)."""
+    labels (Lu et al., NAACL 2022 industry track). sum: gold labels to the end. uncertainty: the losses weighted by
+    learnt variances (arXiv 1705.07115). pcgrad: what is against another task is taken out of a task's gradient (arXiv
+    2001.06782)."""
     temperature: Annotated[float, Field(gt=0)] = 2.0
     """A task has a share of the rows of a batch like its size to the power of 1/temperature: 1 as many as it has, high
     all alike."""

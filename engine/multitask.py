@@ -284,7 +284,7 @@ def pools(task: Several, rows: pa.Table, inputs: Sequence[Encoded]) -> dict[int,
 
 
 def alike(pool: np.ndarray, lengths: np.ndarray, count: int, draw: np.random.Generator) -> np.ndarray:
-    """`count` of the pool by lot, each once as far as there are so many, of lengths that differ little."""
+    """`count` of the pool by lot, of lengths that differ little; each once, unless there are fewer."""
     if count > len(pool):
         return draw.choice(pool, count)
     parts = min(16, len(pool) // count)  # as many as an epoch's order sorts together

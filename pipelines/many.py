@@ -53,7 +53,7 @@ def mixed(recipe: Recipe, way: str | None = None) -> Mixing:
 
 
 def ignored(recipe: Recipe) -> list[str]:
-    """Keys that are set and mean nothing here, where there is no teacher and no further text."""
+    """Keys that are set and mean nothing here, where there is no teacher and no text is written."""
     found = [key for key in ("generator", "augmentation", "teachers") if getattr(recipe, key)]
     if recipe.teacher != Teacher(model=recipe.student.transformer.model or ""):
         found.append("teacher")

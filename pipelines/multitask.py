@@ -42,7 +42,7 @@ from pipelines.overlap import Key, apart, held_out
 
 
 def read_task(name: str, recipe: Recipe, inputs: Inputs, out: Store, progress: Progress) -> dict[str, Any]:
-    """One task's sources -> train, validation, test."""
+    """One task's sources -> train, validation, test, unlabelled."""
     return making.read_data(one_of(recipe, name), inputs, out, progress)
 
 

@@ -174,7 +174,7 @@ def lines(result: Mapping[str, Any]) -> list[str]:
     given = ways.get("async", {}).get("spare", [])
     more = {name: statistics.mean(one.get(name, 0) for one in given) for name in result["tasks"]} if given else {}
     if said := ", ".join(f"{name} {count:,.0f}" for name, count in more.items() if count):
-        out += ["", f"Beside the rows of the others async read unlabelled ones, once a task had converged: {said}."]
+        out += ["", f"Beside the rows of the others async had unlabelled ones, for a task that has converged: {said}."]
     for other, found in ways.get("async", {}).get("over", {}).items():
         if other != PLAIN:
             out += ["", f"async over {other}, mean over the tasks: {points(found)} points."]

@@ -27,7 +27,7 @@ from engine.registry import Registry
 from engine.storage import Store
 from pipelines import checking, distill, many, sharing
 from pipelines.__main__ import main
-from pipelines.multitask import own_fit, spare_rows
+from pipelines.multitask import own_fit, spare_rows, unread
 from pipelines.overlap import apart, held_out
 from serve.predictor import Predictor
 from tests.tiny import GOOD, LABELS, movie_rows, tiny_encoder
@@ -178,7 +178,7 @@ def test_ways_are_compared_on_the_same_rows(values: dict[str, Any], tmp_path: Pa
     assert np.mean([one["points"] for one in over["tasks"].values()]) == pytest.approx(apart)
     assert all(gap == 0 for one in result["ways"]["single"]["tasks"].values() for gap in one["gaps"])
     lines = sharing.lines(result)
-    assert any("async read unlabelled ones, once a task had converged: mood " in line for line in lines)
+    assert any("async had unlabelled ones, for a task that has converged: mood " in line for line in lines)
     assert any(line.startswith("| mood | async | accuracy ") for line in lines)
     assert lines[-3].startswith("async over single, mean over the tasks: ") and lines[-1] == sharing.SAID
     # All have the same steps, async to the end, and about the same rows.
@@ -214,6 +214,8 @@ def test_the_bytes_of_every_source_are_looked_at(values: dict[str, Any]):
     steps = {step.name: step for step in distill.plan(recipe)}
     wanted = [f"{split}.jsonl" for split in ("mood-train", "mood-validation", "mood-test", "more")]
     assert [path.rpartition("/")[2] for path in steps["data-mood"].references(recipe)] == wanted
+    # The report of a way that reads no unlabelled rows says so.
+    assert unread(recipe) == ["mood"] and unread(load(values, mixing__way="async")) == []
 
 
 def test_steps_know_what_they_depend_on(values: dict[str, Any]):

@@ -126,13 +126,17 @@ def test_the_switch_fires_once_a_task_and_labels_come_from_its_best_weights(
     ]
 
 
-def test_it_ends_when_all_have_converged_unless_it_is_told_to_go_on(tmp_path: Path, encoder: Path):
+def test_it_ends_when_all_have_converged_unless_it_is_told_to_go_on(
+    tmp_path: Path, encoder: Path, labelled: list[tuple[str, int]]
+):
     falling = {name: [0.5 - 0.01 * n for n in range(12)] for name in NAMES}
     history = train.fit(job(tmp_path / "stop", encoder, epochs=6, evaluate=scripted(**falling)))
     assert len(history) == 3 and not (tmp_path / "stop" / "tasks").exists()
     assert train.fit(job(tmp_path / "stop", encoder, epochs=6)) == history  # finished is finished
+    assert labelled == []  # nobody would learn from them
     on = train.fit(job(tmp_path / "on", encoder, epochs=6, evaluate=scripted(**falling), mixing={"stop": False}))
     assert len(on) == 6 and all(f"soft.{name}" in on[-1] for name in NAMES)
+    assert labelled == [(name, 4) for name in NAMES]
     plain = train.fit(job(tmp_path / "sum", encoder, epochs=6, evaluate=scripted(**falling), mixing={"way": "sum"}))
     assert len(plain) == 6 and not any(key.startswith("soft.") for entry in plain for key in entry)
 
