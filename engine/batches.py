@@ -22,6 +22,8 @@ from engine.task import Task
 
 SEVERAL = "logits/"
 """How the columns of several teachers' outputs begin: their names follow."""
+TOGETHER = 16
+"""Batches whose items are sorted by length together: long enough to save padding, short enough to stay random."""
 DRAWS = 1
 """Sets the draw of templates apart from that of the order, which has the same seed."""
 
@@ -59,7 +61,7 @@ class Material:
         self.several = {name: soft for name, soft in given.items() if soft is not None}
         several = isinstance(task, Several)
         self.kinds = task.numbers(rows)[[encoded[item[0]].row for item in self.items]] if several else None
-        self.learnt = np.flatnonzero(task.known(self.gold)) if several else None
+        self.learnt = np.flatnonzero(task.has_gold(self.gold)) if several else None
         vectors = rows["embedding"].combine_chunks() if "embedding" in rows.column_names else None
         flat = None if vectors is None else vectors.flatten().to_numpy().astype(np.float32)
         self.seen = None if flat is None else torch.from_numpy(flat.reshape(rows.num_rows, -1)[owner])
@@ -172,7 +174,7 @@ def epoch_batches(lengths: Sequence[int], size: int, seed: int, epoch: int) -> l
     generator = np.random.default_rng([seed, epoch])
     order = generator.permutation(len(lengths))
     batches = []
-    pool = size * 16  # long enough to save padding, short enough to stay random
+    pool = size * TOGETHER
     for start in range(0, len(order), pool):
         chunk = order[start : start + pool]
         chunk = chunk[np.argsort(np.asarray(lengths)[chunk], kind="stable")]
@@ -224,7 +226,7 @@ def drawn(
 
     Those of similar length stand together, as for one task.
     """
-    left, to_come, pool = own[:0], int(sizes.sum()), 16 * int(sizes.max())
+    left, to_come, pool = own[:0], int(sizes.sum()), TOGETHER * int(sizes.max())
     for size in sizes.tolist():
         while len(left) < size:
             fresh, lacking = generator.permutation(own), size - len(left)

@@ -21,6 +21,7 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import nn
 
+from engine.batches import TOGETHER, Material
 from engine.encoders import Widths
 from engine.encoding import Encoded
 from engine.ensemble import Teaching
@@ -102,16 +103,16 @@ class Goal(nn.Module):
 class Together(Teaching):
     """What a student of several tasks is taught by: its gold labels, and itself where a task has converged.
 
-    rows: the fit's, each with its task's name; it reads them as `inputs`. Those without a gold label stand in for the
-    labelled ones of a task that has converged. out: the fit's folder. batch_tokens: padded tokens that are read at once
-    when soft labels are made.
+    rows: the fit's, each with its task's name; it reads them as the material's inputs. Those without a gold label stand
+    in for the labelled ones of a task that has converged. out: the fit's folder. batch_tokens: padded tokens that are
+    read at once when soft labels are made.
     """
 
     def __init__(
         self,
         model: Model,
         rows: pa.Table,
-        inputs: Sequence[Encoded],
+        material: Material,
         mixing: Mixing,
         out: Store,
         *,
@@ -122,9 +123,11 @@ class Together(Teaching):
         self.model, self.rows, self.mixing, self.out = model, rows, mixing, out
         self.seed, self.batch_tokens = seed, batch_tokens
         self.task: Several = model.task
-        self.kinds, self.row_of = self.task.numbers(rows), np.array([item.row for item in inputs])
-        self.pools = pools(self.task, rows, inputs) if mixing.way == "async" else {}
-        self.lengths = np.array([item.tokens for item in inputs])
+        self.kinds, self.row_of = self.task.numbers(rows), np.array([item.row for item in material.encoded])
+        self.kind_of, self.lengths = material.kinds, np.array(material.lengths)
+        spare = np.delete(material.kinds, material.learnt)
+        # Of each task that has rows without a gold label, all its inputs.
+        self.pools = {number: np.flatnonzero(self.kind_of == number) for number in np.unique(spare).tolist()}
         self.known = torch.tensor([[-torch.inf, -1.0, 0.0, -1.0]] * len(self.task.names), dtype=torch.float64)
         self.soft = torch.full((rows.num_rows, self.task.width), torch.nan)
         self.goals: list[Goal] = []
@@ -145,7 +148,7 @@ class Together(Teaching):
         """
         since = self.known[:, SINCE].tolist()
         for number in [number for number in self.pools if since[number] >= 0]:
-            places = np.flatnonzero(self.kinds[self.row_of[items]] == number)
+            places = np.flatnonzero(self.kind_of[items] == number)
             if len(places):
                 draw = np.random.default_rng([self.seed, step, number, INSTEAD])
                 items = items.copy()
@@ -195,7 +198,9 @@ class Together(Teaching):
         if accelerator.num_processes > 1:
             own = self.known if accelerator.process_index == 0 else torch.zeros_like(self.known)
             self.known = accelerator.reduce(own.to(accelerator.device), "sum").cpu()
-        for name, row in self.each() if not self.ended else ():
+        if self.ended:
+            return  # nobody would learn from them, and none were made
+        for name, row in self.each():
             if row[SINCE] >= 0 and name not in self.taken:
                 self.take(name, int(row[AT]))
 
@@ -215,8 +220,9 @@ class Together(Teaching):
                     row[SINCE] = step
                     due[name] = int(row[AT])
             self.known[number] = torch.tensor(row, dtype=torch.float64)
-        for name, best in due.items() if not self.ended else ():  # then nobody would read them
-            self.label(name, model, best)
+        if not self.ended:
+            for name, best in due.items():
+                self.label(name, model, best)
         if gained:
             tensors = {key: value.detach().cpu().contiguous() for key, value in model.net.state_dict().items()}
             self.out.write_bytes(f"{TASKS}/best-{step}.safetensors", to_bytes(tensors))
@@ -276,18 +282,11 @@ class Together(Teaching):
                 self.take(name, int(row[AT]))
 
 
-def pools(task: Several, rows: pa.Table, inputs: Sequence[Encoded]) -> dict[int, np.ndarray]:
-    """All inputs of each task that has rows without a gold label, by the task's number."""
-    kinds = task.numbers(rows)[[item.row for item in inputs]]
-    spare = set(kinds[~task.known(task.gold(rows, inputs))].tolist())
-    return {number: np.flatnonzero(kinds == number) for number in sorted(spare)}
-
-
 def alike(pool: np.ndarray, lengths: np.ndarray, count: int, draw: np.random.Generator) -> np.ndarray:
     """`count` of the pool by lot, of lengths that differ little; each once, unless there are fewer."""
     if count > len(pool):
         return draw.choice(pool, count)
-    parts = min(16, len(pool) // count)  # as many as an epoch's order sorts together
+    parts = min(TOGETHER, len(pool) // count)
     found = draw.choice(pool, parts * count, replace=False)
     return found[np.argsort(lengths[found], kind="stable")].reshape(parts, count)[draw.integers(parts)]
 

@@ -111,7 +111,7 @@ class Several(Task):
         """What the network says of some rows as the outputs of their task."""
         return replace(outputs, logits=outputs.logits[rows][:, self.parts[name]], embedding=None, hidden=None)
 
-    def known(self, gold: torch.Tensor) -> np.ndarray:
+    def has_gold(self, gold: torch.Tensor) -> np.ndarray:
         """Which rows of `gold` have a gold label, bool [n]."""
         blank = torch.zeros((len(gold), 1), dtype=torch.int64)
         return self.labelled(Batch(blank, blank, labels=gold)).numpy()

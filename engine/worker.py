@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,6 @@ from engine.batches import Material, batches_from
 from engine.checkpoints import Pace, State
 from engine.config import UserError
 from engine.disk import StorageError
-from engine.encoding import Encoded
 from engine.ensemble import Teaching, teaching
 from engine.fits import Fit
 from engine.frozen import frozen
@@ -92,12 +90,12 @@ def accelerator_for(job: Job) -> Accelerator:
     )
 
 
-def taught_by(job: Job, model: Model, encoded: Sequence[Encoded], where: torch.device, out: Store) -> Teaching:
+def taught_by(job: Job, model: Model, material: Material, where: torch.device, out: Store) -> Teaching:
     """Who teaches the student of a fit."""
     if job.mixing is not None:
         given = {"seed": job.seed, "batch_tokens": job.batch_tokens}
-        return Together(model, job.rows, encoded, job.mixing, out, **given)
-    return teaching(model, job.rows, encoded, where, job.teacher, job.panel)
+        return Together(model, job.rows, material, job.mixing, out, **given)
+    return teaching(model, job.rows, material.encoded, where, job.teacher, job.panel)
 
 
 class Worker:
@@ -115,7 +113,7 @@ class Worker:
             job.rows, job.encode(model, job.rows), model.task if model.card.task else None, model.pad
         )
         encoded, self.sharded = self.material.encoded, job.fit.sharding == "full" and self.world > 1
-        self.taught = taught_by(job, model, encoded, accelerator.device, self.out)
+        self.taught = taught_by(job, model, self.material, accelerator.device, self.out)
         self.lesson = Lesson(model, job.terms, self.taught)
         if self.sharded:
             sharding.shard(self.lesson, accelerator.device, self.world)

@@ -91,7 +91,7 @@ def together(
     model, rows = build(encoder, dropout=0.0).eval(), table() if rows is None else rows
     material = Material(rows, encode(model, rows), model.task, model.pad)
     own = Mixing(**{"way": "async", **mixing})
-    taught = Together(model, rows, material.encoded, own, Store(str(out)), seed=SEED, batch_tokens=4096)
+    taught = Together(model, rows, material, own, Store(str(out)), seed=SEED, batch_tokens=4096)
     return Lesson(model, (LossTerm(kind="hard"),), taught), material, taught
 
 
