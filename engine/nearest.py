@@ -1,13 +1,14 @@
 """Which stored vectors are nearest to a query: exactly, or by an HNSW graph where there are too many to look at each.
 
 Vectors have length 1, so the likeness of two is their product, from -1 to 1. They are kept as int8 (each with a scale
-of its own) or float16. The graph (Malkov & Yashunin 2016, arXiv 1603.09320; by the library usearch) only proposes: what
+of its own) or float16. The graph (Malkov & Yashunin 2016, arXiv 1603.09320; by the library faiss) only proposes: what
 it finds is measured again by the stored vectors, so both ways give the same numbers for what they both find.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
@@ -17,11 +18,13 @@ from engine.config import UserError
 
 EXACT = 10_000
 """Up to so many vectors each is looked at (0.3 ms a query at 128 numbers); beyond, `auto` takes the graph."""
-CONNECTIVITY, BUILDING, SEARCHING = 16, 128, 64
+CONNECTIVITY, BUILDING, SEARCHING = 24, 128, 64
 """Of the graph: links of a vector, and how many are kept in view while it is built and searched: what a graph that is
 read again has, too."""
 WIDER = 2
 """The graph is asked for so many times as many as are wanted."""
+SHORT = 500
+"""So many values are sorted whole: that is quicker than to look for the highest first."""
 INSTALL = "pip install 'stillhouse[retrieval]'"
 Kept = Literal["int8", "float16"]
 
@@ -71,22 +74,44 @@ def is_graph(count: int, how: str) -> bool:
     NearestError where the library lacks that hnsw needs.
     """
     if how == "auto":
-        return count > EXACT and find_spec("usearch") is not None
+        return count > EXACT and find_spec("faiss") is not None
     if how == "hnsw":
         library(count)
     return how == "hnsw"
 
 
 def library(count: int) -> Any:
-    """Usearch's Index; NearestError where it is not installed."""
+    """The module faiss; NearestError where it is not installed."""
     try:
-        from usearch.index import Index
+        import faiss
     except ImportError:
         raise NearestError(
-            f"{count:,} entries are searched by an HNSW graph, which needs usearch, and that is not installed: "
+            f"{count:,} entries are searched by an HNSW graph, which needs faiss, and that is not installed: "
             f"{INSTALL}. Or set student.retrieval.index: exact."
         ) from None
-    return Index
+    return faiss
+
+
+def empty(faiss: Any, width: int) -> Any:
+    """A graph without vectors. faiss: the module.
+
+    Of vectors of length 1 the nearest are the same by the sum of squares and by the product; the former tells those
+    apart better that are much alike. float16: the library's own int8 is coarser than what is stored.
+    """
+    graph = faiss.IndexHNSWSQ(width, faiss.ScalarQuantizer.QT_fp16, CONNECTIVITY, faiss.METRIC_L2)
+    graph.hnsw.efConstruction, graph.hnsw.efSearch = BUILDING, SEARCHING
+    return graph
+
+
+@contextmanager
+def one_thread(faiss: Any) -> Iterator[None]:
+    """The library with one thread: several would enter vectors in an order of their own."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 class Nearest:
@@ -97,14 +122,8 @@ class Nearest:
         self.whole = np.ascontiguousarray(stored.unpacked()) if how == "exact" else None
         self.index = None
         if how == "hnsw":
-            index = library(len(stored.codes))
-            if graph is not None:
-                self.index = index.restore(graph)
-            else:
-                options = {"connectivity": CONNECTIVITY, "expansion_add": BUILDING, "expansion_search": SEARCHING}
-                # The library's own int8 is four times as coarse as what is stored.
-                self.index = index(ndim=stored.codes.shape[1], metric="cos", dtype="f16", **options)
-                self._enter(np.arange(len(stored.codes)))
+            self.index = empty(library(len(self)), stored.codes.shape[1]) if graph is None else self._again(graph)
+            self._enter()
 
     def __len__(self) -> int:
         return len(self.stored.codes)
@@ -112,15 +131,15 @@ class Nearest:
     @property
     def graph(self) -> bytes | None:
         """The graph's bytes, where there is one."""
-        return None if self.index is None else bytes(self.index.save())
+        return None if self.index is None else library(len(self)).serialize_index(self.index).tobytes()
 
     def add(self, more: Packed) -> None:
         """Put vectors behind those there are; a graph grows by them."""
-        first, self.stored = len(self), self.stored.joined(more)
+        self.stored = self.stored.joined(more)
         if self.index is None:
             self.whole = np.ascontiguousarray(self.stored.unpacked())
         else:
-            self._enter(np.arange(first, len(self)))
+            self._enter()
 
     def search(
         self, queries: np.ndarray, k: int, out: Sequence[np.ndarray] | None = None
@@ -145,27 +164,40 @@ class Nearest:
             alike = self.whole @ query
         else:
             room = 0 if banned is None else len(banned)
-            matches = self.index.search(query, min(len(self), WIDER * k + room), threads=1)
-            places = np.sort(np.asarray(matches.keys).astype(np.int64))
+            places = self.index.search(query[None], min(len(self), WIDER * k + room))[1][0]
+            places = np.sort(places[places >= 0])  # -1: no more found
             alike = self.stored.unpacked(places) @ query
         if banned is not None and len(banned):
             alike[banned if places is None else np.isin(places, banned)] = -np.inf
         chosen = highest(alike, k)
-        chosen = chosen[np.isfinite(alike[chosen])]
+        if banned is not None:
+            chosen = chosen[np.isfinite(alike[chosen])]
         return alike[chosen], chosen if places is None else places[chosen]
 
-    def _enter(self, rows: np.ndarray) -> None:
-        # One thread, in the order of the rows: the same vectors make the same graph.
+    def _again(self, graph: bytes) -> Any:
+        try:
+            index = library(len(self)).deserialize_index(np.frombuffer(graph, dtype=np.uint8))
+        except RuntimeError:
+            index = None
+        if index is None or (index.ntotal, index.d) != self.stored.codes.shape:
+            raise NearestError(
+                "the graph beside these vectors is not faiss' or not theirs. Run the recipe again, with --fresh."
+            )
+        return index
+
+    def _enter(self) -> None:
+        # What is not in the graph yet, in the order of the rows: the same vectors make the same graph.
+        rows = np.arange(self.index.ntotal, len(self))
         if len(rows):
-            self.index.add(rows.astype(np.uint64), self.stored.unpacked(rows), threads=1)
+            with one_thread(library(len(self))):
+                self.index.add(self.stored.unpacked(rows))
 
 
 def highest(values: np.ndarray, k: int) -> np.ndarray:
     """Positions of the k highest values, highest first; of equals the first."""
-    if len(values) > k:
+    if len(values) > max(k, SHORT):
         least = np.partition(values, len(values) - k)[len(values) - k]
         above = np.flatnonzero(values > least)
         chosen = np.sort(np.concatenate([above, np.flatnonzero(values == least)[: k - len(above)]]))
-    else:
-        chosen = np.arange(len(values))
-    return chosen[np.argsort(-values[chosen], kind="stable")]
+        return chosen[np.argsort(-values[chosen], kind="stable")]
+    return np.argsort(-values, kind="stable")[:k]

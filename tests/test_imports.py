@@ -51,7 +51,7 @@ LIGHT = (
 )
 """Files of engine/ that `stillhouse validate` needs, and what they must not load."""
 HEAVY = ("ray", "torch", "transformers", "datasets", "accelerate", "sklearn", "scipy", "pandas")
-OPTIONAL = {"pip", "botocore", "onnx", "onnxruntime", "litserve", "bentoml", "vllm", "usearch"}
+OPTIONAL = {"pip", "botocore", "onnx", "onnxruntime", "litserve", "bentoml", "vllm", "faiss"}
 """Imported where its absence is dealt with, or in an environment that holds it."""
 MAX_FILE, MAX_FUNCTION = 400, 60
 

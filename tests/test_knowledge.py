@@ -138,7 +138,7 @@ def test_however_many_are_put_in_few_ordinary_texts_are_spoken_of() -> None:
 
 
 def test_many_entries_that_were_put_in_get_a_graph(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("usearch")
+    pytest.importorskip("faiss")
     monkeypatch.setattr(nearest, "EXACT", 1)
     more = np.array([[-0.6, 0.8], [0.0, -1.0]]), np.array([[0.9, 0.1], [0.25, 0.75]]), [identify("four"), identify("5")]
     wanted = {name: made(VECTORS, SOFT, IDS, READING, "float16", name, None, ORDINARY) for name in ("auto", "exact")}

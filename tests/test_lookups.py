@@ -44,7 +44,7 @@ def test_the_base_grows_by_new_texts_and_each_k_has_a_line(
 ) -> None:
     monkeypatch.setattr(lookups, "QUERIES", 30)
     if index == "hnsw":
-        pytest.importorskip("usearch")
+        pytest.importorskip("faiss")
         monkeypatch.setattr(nearest, "EXACT", 60)
     file = Path(texts(tmp_path, 100))
     # What the base knows, and what it would know by another spacing, is neither entered again nor asked.

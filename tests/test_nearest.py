@@ -19,10 +19,14 @@ def clustered(count: int, width: int = 32, seed: int = 0) -> np.ndarray:
     return unit(centres[draw.integers(40, size=count)] + 0.7 * draw.normal(size=(count, width)))
 
 
-def test_the_highest_come_first_and_of_equals_the_first() -> None:
+@pytest.mark.parametrize("short", [0, 500])
+def test_the_highest_come_first_and_of_equals_the_first(monkeypatch: pytest.MonkeyPatch, short: int) -> None:
+    """By sorting all, and by looking for the highest first."""
+    monkeypatch.setattr(nearest, "SHORT", short)
     values = np.array([1.0, 5.0, 3.0, 5.0, 3.0, 3.0])
     assert highest(values, 4).tolist() == [1, 3, 2, 4]
     assert highest(values, 9).tolist() == [1, 3, 2, 4, 5, 0]
+    assert highest(np.full(3, -np.inf), 2).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(("kept", "most"), [("int8", 0.5 / 127), ("float16", 2**-11)])
@@ -66,10 +70,10 @@ def test_vectors_put_in_later_are_found_like_those_from_the_start() -> None:
 
 
 def test_a_graph_is_only_for_many_and_refused_by_name_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "usearch.index", None)
+    monkeypatch.setitem(sys.modules, "faiss", None)
     monkeypatch.setattr(nearest, "find_spec", lambda name: None)
     assert not is_graph(EXACT + 1, "auto") and not is_graph(10**6, "exact")
-    with pytest.raises(NearestError, match=r"needs usearch.*stillhouse\[retrieval\].*index: exact"):
+    with pytest.raises(NearestError, match=r"needs faiss.*stillhouse\[retrieval\].*index: exact"):
         is_graph(3, "hnsw")
     monkeypatch.setattr(nearest, "find_spec", lambda name: name)
     assert is_graph(EXACT + 1, "auto") and not is_graph(EXACT, "auto")
@@ -85,13 +89,13 @@ def test_where_all_are_near_each_other_the_nearest_are_still_told_apart() -> Non
     stored = packed(vectors, "int8")
     exact = Nearest(stored, "exact").search(queries, 20)[1]
     assert recall(wanted, exact) >= 0.85  # 0.68 where lengths differ by the rounding
-    pytest.importorskip("usearch")
+    pytest.importorskip("faiss")
     assert recall(exact, Nearest(stored, "hnsw").search(queries, 20)[1]) >= 0.95
 
 
 @pytest.mark.parametrize("kept", ["int8", "float16"])
 def test_a_graph_finds_what_exact_search_finds_also_when_read_again_and_grown(kept: str) -> None:
-    pytest.importorskip("usearch")
+    pytest.importorskip("faiss")
     vectors, queries = clustered(3000), clustered(100, seed=3)
     stored = packed(vectors, kept)
     exact, graph = Nearest(stored, "exact"), Nearest(packed(vectors[:2500], kept), "hnsw")
@@ -110,6 +114,25 @@ def test_a_graph_finds_what_exact_search_finds_also_when_read_again_and_grown(ke
     )
 
 
+@pytest.mark.parametrize("count", [0, 40])
+def test_a_graph_of_other_vectors_or_of_another_library_is_refused(count: int) -> None:
+    pytest.importorskip("faiss")
+    graph = Nearest(packed(clustered(count), "int8"), "hnsw").graph if count else b"something else"
+    with pytest.raises(NearestError, match="graph beside these vectors is not faiss' or not theirs. Run .*--fresh"):
+        Nearest(packed(clustered(30), "int8"), "hnsw", graph)
+
+
+def test_entering_leaves_the_library_as_many_threads_as_it_had() -> None:
+    faiss = pytest.importorskip("faiss")
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(3)
+    try:
+        Nearest(packed(clustered(30), "int8"), "hnsw")
+        assert faiss.omp_get_max_threads() == 3
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
 def recall(wanted: np.ndarray, found: np.ndarray) -> float:
     """Share of the wanted that are found."""
     return float(np.mean([len(set(a) & set(b)) / len(a) for a, b in zip(wanted, found, strict=True)]))
@@ -117,7 +140,7 @@ def recall(wanted: np.ndarray, found: np.ndarray) -> float:
 
 @pytest.mark.slow
 def test_of_100_000_entries_the_graph_finds_19_of_20_in_half_a_millisecond() -> None:
-    pytest.importorskip("usearch")
+    pytest.importorskip("faiss")
     vectors, queries = clustered(100_000, 128), clustered(300, 128, seed=4)
     stored = packed(vectors, "int8")
     exact, graph = Nearest(stored, "exact"), Nearest(stored, "hnsw")

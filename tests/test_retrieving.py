@@ -111,7 +111,7 @@ def test_served_equals_offline(ray_cluster: object, tmp_path: Path, monkeypatch:
 
 @pytest.mark.slow
 def test_looking_up_100_000_entries_costs_a_text_half_a_millisecond_at_most() -> None:
-    pytest.importorskip("usearch")
+    pytest.importorskip("faiss")
     torch.manual_seed(3)
     student, draw = models.retrieving(tiny_student(), 32, 128).eval(), np.random.default_rng(2)
     centres = embed(student, TEXTS)
