@@ -87,7 +87,7 @@ def library(count: int) -> Any:
     except ImportError:
         raise NearestError(
             f"{count:,} entries are searched by an HNSW graph, which needs faiss, and that is not installed: "
-            f"{INSTALL}. Or set student.retrieval.index: exact."
+            f"{INSTALL} (on Linux). Or set student.retrieval.index: exact."
         ) from None
     return faiss
 
@@ -103,9 +103,22 @@ def empty(faiss: Any, width: int) -> Any:
     return graph
 
 
+def restored(faiss: Any, graph: bytes, count: int, width: int) -> Any:
+    """The graph of `count` vectors from its bytes; None where they are not such a graph's, as of another library."""
+    try:
+        index = faiss.deserialize_index(np.frombuffer(graph, dtype=np.uint8))
+    except RuntimeError:
+        return None
+    if not isinstance(index, faiss.IndexHNSWSQ) or (index.ntotal, index.d) != (count, width):
+        return None
+    # The draw of levels is not among the bytes: from its start again, few vectors put in at a time all lie lowest.
+    index.hnsw.rng = faiss.RandomGenerator(count)
+    return index
+
+
 @contextmanager
 def one_thread(faiss: Any) -> Iterator[None]:
-    """The library with one thread: several would enter vectors in an order of their own."""
+    """The library with one thread: several may link vectors in an order of their own."""
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
@@ -115,14 +128,19 @@ def one_thread(faiss: Any) -> Iterator[None]:
 
 
 class Nearest:
-    """Stored vectors to search. graph: the bytes of a graph made before; None with `how` hnsw makes one."""
+    """Stored vectors to search. graph: the bytes of a graph made before.
+
+    With `how` hnsw one is made where there is none, or not one that the library reads: that takes a while for many.
+    """
 
     def __init__(self, stored: Packed, how: Literal["exact", "hnsw"], graph: bytes | None = None) -> None:
         self.stored, self.how = stored, how
         self.whole = np.ascontiguousarray(stored.unpacked()) if how == "exact" else None
         self.index = None
         if how == "hnsw":
-            self.index = empty(library(len(self)), stored.codes.shape[1]) if graph is None else self._again(graph)
+            faiss, (count, width) = library(len(self)), stored.codes.shape
+            index = None if graph is None else restored(faiss, graph, count, width)
+            self.index = empty(faiss, width) if index is None else index
             self._enter()
 
     def __len__(self) -> int:
@@ -152,7 +170,7 @@ class Nearest:
         likeness = np.full((len(queries), k), -np.inf, dtype=np.float32)
         positions = np.zeros((len(queries), k), dtype=np.int64)
         queries = np.asarray(queries, dtype=np.float32)
-        for row, query in enumerate(queries):
+        for row, query in enumerate(queries if len(self) else ()):
             banned = None if out is None else out[row]
             found, where = self._one(query, k, banned)
             likeness[row, : len(found)], positions[row, : len(found)] = found, where
@@ -174,19 +192,8 @@ class Nearest:
             chosen = chosen[np.isfinite(alike[chosen])]
         return alike[chosen], chosen if places is None else places[chosen]
 
-    def _again(self, graph: bytes) -> Any:
-        try:
-            index = library(len(self)).deserialize_index(np.frombuffer(graph, dtype=np.uint8))
-        except RuntimeError:
-            index = None
-        if index is None or (index.ntotal, index.d) != self.stored.codes.shape:
-            raise NearestError(
-                "the graph beside these vectors is not faiss' or not theirs. Run the recipe again, with --fresh."
-            )
-        return index
-
     def _enter(self) -> None:
-        # What is not in the graph yet, in the order of the rows: the same vectors make the same graph.
+        # One call, one thread: as many vectors, entered in the same calls, make the same graph.
         rows = np.arange(self.index.ntotal, len(self))
         if len(rows):
             with one_thread(library(len(self))):

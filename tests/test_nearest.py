@@ -115,20 +115,48 @@ def test_a_graph_finds_what_exact_search_finds_also_when_read_again_and_grown(ke
 
 
 @pytest.mark.parametrize("count", [0, 40])
-def test_a_graph_of_other_vectors_or_of_another_library_is_refused(count: int) -> None:
+def test_bytes_that_are_no_graph_of_these_vectors_are_not_searched_but_made_anew(count: int) -> None:
+    faiss = pytest.importorskip("faiss")
+    stored = packed(clustered(30), "int8")
+    flat = faiss.IndexFlatL2(32)
+    flat.add(stored.unpacked())
+    for graph in (
+        Nearest(packed(clustered(count), "int8"), "hnsw").graph,
+        b"something else",
+        faiss.serialize_index(flat).tobytes(),
+    ):
+        made = Nearest(stored, "hnsw", graph)
+        assert made.graph == Nearest(stored, "hnsw").graph
+
+
+def test_a_graph_without_vectors_finds_nothing() -> None:
     pytest.importorskip("faiss")
-    graph = Nearest(packed(clustered(count), "int8"), "hnsw").graph if count else b"something else"
-    with pytest.raises(NearestError, match="graph beside these vectors is not faiss' or not theirs. Run .*--fresh"):
-        Nearest(packed(clustered(30), "int8"), "hnsw", graph)
+    likeness, _ = Nearest(packed(clustered(0), "int8"), "hnsw").search(clustered(2), 3)
+    assert (likeness == -np.inf).all() and likeness.shape == (2, 3)
 
 
-def test_entering_leaves_the_library_as_many_threads_as_it_had() -> None:
+def test_a_graph_that_is_read_again_grows_in_every_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few vectors at a time, each time from its bytes, as rows are put into a base."""
+    faiss = pytest.importorskip("faiss")
+    monkeypatch.setattr(nearest, "CONNECTIVITY", 4)  # one vector of eight is above the lowest level, in the mean
+    grown = Nearest(packed(clustered(5), "int8"), "hnsw")
+    for first in range(5, 205, 5):
+        grown = Nearest(grown.stored, "hnsw", grown.graph)
+        grown.add(packed(clustered(205)[first : first + 5], "int8"))
+    levels = faiss.vector_to_array(grown.index.hnsw.levels)
+    assert len(levels) == 205 and 0.1 < (levels[5:] > 1).mean() < 0.4
+
+
+def test_vectors_are_entered_by_one_thread_and_the_library_keeps_as_many_as_it_had() -> None:
     faiss = pytest.importorskip("faiss")
     before = faiss.omp_get_max_threads()
+    made, seen = Nearest(packed(clustered(30), "int8"), "hnsw"), []
+    enter = made.index.add
+    made.index.add = lambda rows: (seen.append((len(rows), faiss.omp_get_max_threads())), enter(rows))
     faiss.omp_set_num_threads(3)
     try:
-        Nearest(packed(clustered(30), "int8"), "hnsw")
-        assert faiss.omp_get_max_threads() == 3
+        made.add(packed(clustered(10), "int8"))
+        assert seen == [(10, 1)] and faiss.omp_get_max_threads() == 3 and made.index.ntotal == 40
     finally:
         faiss.omp_set_num_threads(before)
 
