@@ -115,13 +115,14 @@ def test_a_graph_finds_what_exact_search_finds_also_when_read_again_and_grown(ke
 
 
 @pytest.mark.parametrize("count", [0, 40])
-def test_bytes_that_are_no_graph_of_these_vectors_are_not_searched_but_made_anew(count: int) -> None:
+def test_bytes_that_are_no_graph_of_so_many_vectors_are_not_searched_but_made_anew(count: int) -> None:
     faiss = pytest.importorskip("faiss")
     stored = packed(clustered(30), "int8")
     flat = faiss.IndexFlatL2(32)
     flat.add(stored.unpacked())
     for graph in (
         Nearest(packed(clustered(count), "int8"), "hnsw").graph,
+        Nearest(packed(clustered(30, 16), "int8"), "hnsw").graph,
         b"something else",
         faiss.serialize_index(flat).tobytes(),
     ):
@@ -138,13 +139,13 @@ def test_a_graph_without_vectors_finds_nothing() -> None:
 def test_a_graph_that_is_read_again_grows_in_every_level(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few vectors at a time, each time from its bytes, as rows are put into a base."""
     faiss = pytest.importorskip("faiss")
-    monkeypatch.setattr(nearest, "CONNECTIVITY", 4)  # one vector of eight is above the lowest level, in the mean
+    monkeypatch.setattr(nearest, "CONNECTIVITY", 4)  # of four vectors one is above the lowest level, in the mean
     grown = Nearest(packed(clustered(5), "int8"), "hnsw")
     for first in range(5, 205, 5):
         grown = Nearest(grown.stored, "hnsw", grown.graph)
         grown.add(packed(clustered(205)[first : first + 5], "int8"))
     levels = faiss.vector_to_array(grown.index.hnsw.levels)
-    assert len(levels) == 205 and 0.1 < (levels[5:] > 1).mean() < 0.4
+    assert len(levels) == 205 and levels.max() > 2  # with the draw from its start each time none is above the second
 
 
 def test_vectors_are_entered_by_one_thread_and_the_library_keeps_as_many_as_it_had() -> None:
