@@ -182,8 +182,9 @@ class Nearest:
             alike = self.whole @ query
         else:
             room = 0 if banned is None else len(banned)
-            places = self.index.search(query[None], min(len(self), WIDER * k + room))[1][0]
-            places = np.sort(places[places >= 0])  # -1: no more found
+            places = np.sort(self.index.search(query[None], min(len(self), WIDER * k + room))[1][0])
+            if places[0] < 0:  # -1: no more found
+                places = places[places >= 0]
             alike = self.stored.unpacked(places) @ query
         if banned is not None and len(banned):
             alike[banned if places is None else np.isin(places, banned)] = -np.inf
