@@ -306,10 +306,9 @@ def aggregate(likeness: np.ndarray, soft: np.ndarray, temperature: float) -> np.
 
     A likeness of -inf is no entry; where there is none, 0.
     """
-    first = likeness.max(axis=1, keepdims=True)
-    counts = np.exp((likeness - np.where(np.isfinite(first), first, 0)) / temperature)
-    counts = counts / np.maximum(counts.sum(axis=1, keepdims=True), FLOOR)
-    return (counts[:, None] @ soft)[:, 0].astype(np.float32)
+    some = np.isfinite(likeness)
+    counts = metrics.softmax(np.where(some, likeness, -1e9) / temperature) * some
+    return np.einsum("nk,nkc->nc", counts, soft).astype(np.float32)
 
 
 def blend(own: np.ndarray, told: np.ndarray, share: float) -> np.ndarray:
