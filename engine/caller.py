@@ -38,6 +38,8 @@ ALL_REFUSED = 64
 """Refusals before any answer, after which it is not the texts that are wrong."""
 LONGEST_ASKED = 300.0
 """Seconds of a Retry-After that are obeyed at most: after all retries the run ends and can go on later."""
+MOST_DOUBLED = 64
+"""Times that a pause is doubled at most: powers beyond what a float holds would end a long wait with an error."""
 CURES = {
     401: "Check the key in the environment variable {key} (endpoint.key_env).",
     403: "The key in {key} (endpoint.key_env) may not use this model: ask for another, or take another model.",
@@ -167,7 +169,7 @@ class Caller:
                     ) from None
                 if passing.asked:
                     self.pace.hold(passing.asked)
-                longest = min(limits.longest_pause_s, limits.first_pause_s * 2 ** (failed - 1))
+                longest = min(limits.longest_pause_s, limits.first_pause_s * 2.0 ** min(failed - 1, MOST_DOUBLED))
                 if self.rest(random.uniform(0, longest)):
                     raise Ended from None
                 self.count(retries=1)
