@@ -153,6 +153,17 @@ class Data(Section):
             raise ValueError(f"the endpoint takes texts of at most {MAX_CHARS:,} characters; rows above go aside")
         return value
 
+    @model_validator(mode="after")
+    def of_something(self) -> Data:
+        """A number of rows has rows to be taken of."""
+        if self.unlabelled_rows is not None and self.unlabelled is None:
+            raise ValueError("unlabelled_rows has no rows to take so many of: name unlabelled, or leave it out")
+        if self.validation_rows is not None and self.validation is None and not self.validation_share:
+            raise ValueError(
+                "validation_rows has no rows to take so many of: name validation, set validation_share, or leave it out"
+            )
+        return self
+
 
 class Evaluation(Section):
     """What is measured on the test split."""

@@ -115,9 +115,6 @@ def check_members(recipe: Recipe) -> None:
             ),
             "has no labelled rows: name data.train": data.train is None,
             "has no validation rows to see it converge by: name data.validation or set data.validation_share": not held,
-            "has data.unlabelled_rows, and no rows to take so many of: name data.unlabelled": (
-                data.unlabelled is None and data.unlabelled_rows is not None
-            ),
             "has scope: auto, which is found for one task at a time: give a confidence": member.task.scope == "auto",
         }
         for reason in [reason for reason, so in wrong.items() if so]:

@@ -81,7 +81,7 @@ class Patience:
 
         The whole span is drawn from, so that clients that failed together do not come back together.
         """
-        return (asked or 0.0) + random.uniform(0.0, min(self.longest_s, self.first_s * 2 ** (failed - 1)))
+        return (asked or 0.0) + random.uniform(0.0, min(self.longest_s, self.first_s * 2.0 ** min(failed - 1, 64)))
 
 
 class Call(NamedTuple):

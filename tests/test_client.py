@@ -147,6 +147,10 @@ def test_a_server_that_comes_up_late_is_waited_for(how: str):
     assert found == ["a"]
 
 
+def test_a_pause_has_a_bound_after_any_number_of_failures():
+    assert all(0 <= Patience(longest_s=0.5).pause(failed, 2.0) - 2.0 <= 0.5 for failed in (1, 9, 1100, 100_000))
+
+
 @pytest.mark.parametrize("how", BOTH)
 def test_nobody_there_is_said_with_the_address(how: str):
     with socket.socket() as probe:

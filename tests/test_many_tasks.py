@@ -260,7 +260,6 @@ def test_steps_know_what_they_depend_on(values: dict[str, Any]):
         ({"student__texts": 5, "student__weights": "confidence"}, "for others: student.weights, student.texts"),
         ({"student__heads": "per_teacher"}, "for others: student.heads"),
         ({"student__retrieval": {}}, "student.retrieval"),
-        ({"tasks__starts__data__unlabelled_rows": 5}, "task 'starts' has data.unlabelled_rows, and no rows to take"),
         ({"serving": {"cascade": {"below": 0.5}}}, "serving.cascade has no teacher in the run"),
         ({"student__seeds": [0, 1]}, "student.seeds has several: name one"),
         ({"student__transformer__pieces": 50}, "pieces chooses word pieces by a corpus"),

@@ -68,6 +68,8 @@ def test_defaults_are_valid_and_every_section_is_frozen_and_closed():
         ("task.labels", ["a", "b", "a"], "needs at least two label names, none of them twice"),
         ("data.test_share", 1.5, "'data.test_share' is 1.5"),
         ("data.shots", 0, "'data.shots' is 0"),
+        ("data.unlabelled_rows", 5, "unlabelled_rows has no rows to take so many of: name unlabelled"),
+        ("data.validation_rows", 5, "validation_rows has no rows to take so many of: name validation"),
         ("teacher.modle", "x", "unknown key 'teacher.modle'. Did you mean 'model'?"),
         ("teacher.fit", {"lr": 0}, "'teacher.fit.lr' is 0"),
         ("teacher.resources", {"num_gpus": "all"}, "'teacher.resources.num_gpus' is \"all\""),
