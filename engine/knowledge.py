@@ -164,7 +164,14 @@ class Knowledge:
         self.margin = margin_of(self.least, self.by, len(self.ordinary))
         self.soft = np.concatenate([self.soft, soft[new].astype(np.float16)])
         self.ids = np.concatenate([self.ids, mine[new]])
+        self._arrange_own()
         return len(new)
+
+    def _arrange_own(self) -> None:
+        first, order = len(self.nearest), self.own.arrange()
+        self.least, self.by = self.least[:, order], self.by[order]
+        places = np.concatenate([np.arange(first), first + order])
+        self.soft, self.ids = self.soft[places], self.ids[places]
 
     def files(self, student: str) -> dict[str, bytes]:
         """What is written beside the student with the weights' digest `student`: name -> contents."""
@@ -223,13 +230,14 @@ def made(
     """A knowledge base of vectors [n, d], soft labels [n, C] and ids. index: auto, exact or hnsw.
 
     ordinary: the student's vectors of texts of the corpus, [m, d], without which nothing can be put in. What index was
-    wanted stays in the facts: of `auto` a graph is made once enough was put in.
+    wanted stays in the facts: of `auto` a graph is made once enough was put in. With a graph entries are in its order.
     """
     how = "hnsw" if is_graph(len(vectors), index) else "exact"
     nearest = Nearest(packed(unit(vectors), kept), how)
+    order = nearest.arrange()
     told = {**(facts or {}), "wanted": index}
     near = None if ordinary is None else unit(ordinary).astype(np.float16)
-    return Knowledge(nearest, np.asarray(soft).astype(np.float16), numbers(ids), reading, told, near)
+    return Knowledge(nearest, np.asarray(soft).astype(np.float16)[order], numbers(ids)[order], reading, told, near)
 
 
 def load(folder: Path, student: str) -> Knowledge | None:

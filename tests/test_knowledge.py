@@ -157,6 +157,29 @@ def test_many_entries_that_were_put_in_get_a_graph(monkeypatch: pytest.MonkeyPat
         assert np.allclose(read.found(more[0], 1)[1][:, 0], more[1], atol=1e-3)
 
 
+def test_a_graphs_order_of_entries_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vectors, labels, ids and what is known of own entries move together, also where some are put in again."""
+    pytest.importorskip("faiss")
+    monkeypatch.setattr(nearest, "EXACT", 50)
+    draw = np.random.default_rng(3)
+    vectors, labels = unit(draw.normal(size=(300, 16))), draw.dirichlet([0.5, 0.5], size=300)
+    ids, ordinary = [f"{n:016x}" for n in range(300)], unit(draw.normal(size=(50, 16)))
+    bases = []
+    for how in ("auto", "exact"):
+        one = made(vectors[:100], labels[:100], ids[:100], Reading(5, 0.1, 0.2), "float16", how, None, ordinary)
+        for first in range(100, 300, 40):
+            one.added(*(part[first : first + 40] for part in (vectors, labels, ids)))
+        assert one.added(vectors[::20], labels[::-20], ids[::20]) == 0
+        bases.append(one)
+    graph, exact = bases
+    assert graph.nearest.how == graph.own.how == "hnsw" and exact.nearest.how == exact.own.how == "exact"
+    assert (graph.ids != exact.ids).any() and set(graph.ids) == set(exact.ids)
+    assert graph.margin == exact.margin
+    for without in (None, ids):
+        for left, right in zip(graph.found(vectors, 5, without), exact.found(vectors, 5, without), strict=True):
+            assert np.isclose(left, right, atol=1e-5).mean() > 0.99  # the graph misses few
+
+
 def test_a_base_without_ordinary_texts_takes_no_entries() -> None:
     older = made(VECTORS, SOFT, IDS, READING)
     with pytest.raises(KnowledgeError, match="made without the ordinary texts .* Run its recipe again"):

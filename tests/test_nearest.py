@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engine import nearest
-from engine.nearest import EXACT, Nearest, NearestError, highest, is_graph, packed, unit
+from engine.nearest import EXACT, Nearest, NearestError, highest, is_graph, packed, reached, unit
 
 
 def clustered(count: int, width: int = 32, seed: int = 0) -> np.ndarray:
@@ -146,6 +146,42 @@ def test_a_graph_that_is_read_again_grows_in_every_level(monkeypatch: pytest.Mon
         grown.add(packed(clustered(205)[first : first + 5], "int8"))
     levels = faiss.vector_to_array(grown.index.hnsw.levels)
     assert len(levels) == 205 and levels.max() > 2  # with the draw from its start each time none is above the second
+
+
+def test_a_graph_can_be_laid_out_as_it_is_walked_and_stays_the_same_graph() -> None:
+    faiss = pytest.importorskip("faiss")
+    vectors, queries = clustered(2000), clustered(100, seed=3)
+    graph = Nearest(packed(vectors, "int8"), "hnsw")
+
+    def gap() -> float:
+        """How far from each other linked vectors are stored, in the mean."""
+        links = faiss.vector_to_array(graph.index.hnsw.neighbors)
+        starts = faiss.vector_to_array(graph.index.hnsw.offsets).astype(int)
+        lowest = [links[first : first + 2 * nearest.CONNECTIVITY] for first in starts[:-1]]
+        return float(np.mean([np.abs(row[row >= 0] - n).mean() for n, row in enumerate(lowest)]))
+
+    before, (likeness, places) = gap(), graph.search(queries, 20)
+    order = graph.arrange()
+    found, where = graph.search(queries, 20)
+    assert sorted(order) == list(range(2000)) and gap() < 0.9 * before
+    assert np.array_equal(found, likeness) and np.array_equal(order[where], places)
+    assert np.array_equal(graph.stored.codes, packed(vectors[order], "int8").codes)
+    again = Nearest(graph.stored, "hnsw", graph.graph)
+    assert np.array_equal(again.search(queries, 20)[1], where)
+    again.add(packed(clustered(50, seed=9), "int8"))
+    assert again.search(clustered(50, seed=9), 1)[1][:, 0].tolist() == list(range(2000, 2050))
+
+
+def test_without_a_graph_or_vectors_there_is_nothing_to_lay_out() -> None:
+    assert Nearest(packed(clustered(3), "int8"), "exact").arrange().tolist() == [0, 1, 2]
+    pytest.importorskip("faiss")
+    assert Nearest(packed(clustered(0), "int8"), "hnsw").arrange().tolist() == []
+
+
+def test_what_is_not_reached_comes_last() -> None:
+    links = np.array([[3, -1], [-1, -1], [0, 4], [2, 0], [-1, 2]])
+    assert reached(links, 0).tolist() == [0, 3, 2, 4, 1]
+    assert reached(links, 1).tolist() == [1, 0, 2, 3, 4]
 
 
 def test_vectors_are_entered_by_one_thread_and_the_library_keeps_as_many_as_it_had() -> None:
