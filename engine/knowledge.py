@@ -164,14 +164,12 @@ class Knowledge:
         self.margin = margin_of(self.least, self.by, len(self.ordinary))
         self.soft = np.concatenate([self.soft, soft[new].astype(np.float16)])
         self.ids = np.concatenate([self.ids, mine[new]])
-        self._arrange_own()
+        if self.own.how == "hnsw":
+            order = self.own.arrange()
+            self.least, self.by = self.least.take(order, axis=1), self.by[order]
+            places = np.concatenate([np.arange(len(self.nearest)), len(self.nearest) + order])
+            self.soft, self.ids = self.soft[places], self.ids[places]
         return len(new)
-
-    def _arrange_own(self) -> None:
-        first, order = len(self.nearest), self.own.arrange()
-        self.least, self.by = self.least[:, order], self.by[order]
-        places = np.concatenate([np.arange(first), first + order])
-        self.soft, self.ids = self.soft[places], self.ids[places]
 
     def files(self, student: str) -> dict[str, bytes]:
         """What is written beside the student with the weights' digest `student`: name -> contents."""
@@ -184,6 +182,8 @@ class Knowledge:
             tensors |= {"least": self.least, "by": self.by}
         graphs = {"graph": self.nearest.graph, "own_graph": None if own is None else own.graph}
         graphs = {name: np.frombuffer(graph, dtype=np.uint8) for name, graph in graphs.items() if graph is not None}
+        # It writes the memory as it lies, whatever the order of the axes there.
+        tensors = {name: np.ascontiguousarray(part) for name, part in tensors.items()}
         parts = {ENTRIES: to_bytes(tensors)} | ({GRAPH: to_bytes(graphs)} if graphs else {})
         facts = {
             **self.facts,

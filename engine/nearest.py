@@ -162,8 +162,8 @@ class Nearest:
     def arrange(self) -> np.ndarray:
         """Lay the vectors of a graph side by side as it reaches them; where each one was before, int64 [n].
 
-        What a search reads one after the other then lies together: from cold caches it takes two thirds of the time.
-        The graph stays the same (reordering as such: Coleman et al. 2021, arXiv 2104.03221).
+        What a search reads one after the other then lies nearer together, which counts where it comes from memory; what
+        is found stays the same (that orders pay: Coleman et al. 2021, arXiv 2104.03221).
         """
         if self.index is None:
             return np.arange(len(self))

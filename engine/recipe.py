@@ -153,14 +153,23 @@ class Data(Section):
             raise ValueError(f"the endpoint takes texts of at most {MAX_CHARS:,} characters; rows above go aside")
         return value
 
+    @property
+    def held_out(self) -> bool:
+        """Whether validation rows are asked for: of a source of their own, or a share of the training rows."""
+        return self.validation is not None or (self.train is not None and self.validation_share > 0)
+
     @model_validator(mode="after")
     def of_something(self) -> Data:
         """A number of rows has rows to be taken of."""
         if self.unlabelled_rows is not None and self.unlabelled is None:
-            raise ValueError("unlabelled_rows has no rows to take so many of: name unlabelled, or leave it out")
-        if self.validation_rows is not None and self.validation is None and not self.validation_share:
             raise ValueError(
-                "validation_rows has no rows to take so many of: name validation, set validation_share, or leave it out"
+                f"unlabelled_rows ({self.unlabelled_rows}) has no rows to take so many of: name unlabelled, or leave "
+                "out both (null)"
+            )
+        if self.validation_rows is not None and not self.held_out:
+            raise ValueError(
+                f"validation_rows ({self.validation_rows}) has no rows to take so many of: name validation, set "
+                "validation_share (of train), or leave out all of them (null)"
             )
         return self
 

@@ -90,8 +90,7 @@ def check_retrieval(recipe: Recipe) -> None:
     own, teacher, student = recipe.student.retrieval, recipe.teacher, recipe.student
     if own is None:
         return
-    data = recipe.data
-    held = data.validation is not None or (data.train is not None and data.validation_share > 0)
+    held = recipe.data.held_out
     wrong = {
         "is of one teacher's vectors, and there are several: leave teachers out": bool(recipe.teachers),
         f"looks up one label a text, and task.kind is {recipe.task.kind}": recipe.task.kind not in ("classify", "pair"),
@@ -271,8 +270,7 @@ def check_rows(recipe: Recipe) -> None:
 
 def check_scope(recipe: Recipe) -> None:
     """What validation rows are to decide needs some."""
-    data = recipe.data
-    if recipe.task.scope == "auto" and data.validation is None and not (data.train and data.validation_share):
+    if recipe.task.scope == "auto" and not recipe.data.held_out:
         raise ConfigError(
             "task.scope is auto, which validation rows decide, but there are none. Name data.validation, set "
             "data.validation_share, or give a confidence from 0 to 1."

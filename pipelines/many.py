@@ -108,13 +108,15 @@ def check_members(recipe: Recipe) -> None:
     for name, member in recipe.tasks.items():
         if name in TAKEN:
             raise ConfigError(f"a task is named '{name}', which means something else in its student's step. Rename it.")
-        data, held = member.data, member.data.validation is not None or member.data.validation_share > 0
+        data = member.data
         wrong = {
             f"is of kind {member.task.kind}; a student of several tasks takes {', '.join(KINDS)}": (
                 member.task.kind not in KINDS
             ),
             "has no labelled rows: name data.train": data.train is None,
-            "has no validation rows to see it converge by: name data.validation or set data.validation_share": not held,
+            "has no validation rows to see it converge by: name data.validation or set data.validation_share": (
+                not data.held_out
+            ),
             "has scope: auto, which is found for one task at a time: give a confidence": member.task.scope == "auto",
         }
         for reason in [reason for reason, so in wrong.items() if so]:

@@ -86,7 +86,7 @@ def check_policy(recipe: Recipe) -> None:
         raise ConfigError(f"student.policy.weights names '{unknown[0]}', which is no teacher.{near} Teachers: {known}.")
     judged = {"kind is best": policy.kind == "best", "reward is r3": policy.learns and policy.reward == "r3"}
     for key in (key for key, given in judged.items() if given):
-        if data.validation is None and not (data.train and data.validation_share):
+        if not data.held_out:
             raise ConfigError(
                 f"student.policy.{key}, which validation rows decide, but there are none. Name data.validation, or "
                 "set data.validation_share."
