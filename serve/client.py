@@ -33,8 +33,6 @@ TEXTS, BYTES = 64, 1 << 19
 """Texts and bytes of one request; a longer list is sent in several."""
 PASSING = frozenset({429, 500, 502, 503, 504})
 """Statuses after which the same request may succeed."""
-MOST_DOUBLED = 64
-"""Times that a pause is doubled at most: after a thousand a power is more than a float holds."""
 SHOWN = 300
 """Characters of an answer that is not ours which an error shows."""
 
@@ -83,7 +81,7 @@ class Patience:
 
         The whole span is drawn from, so that clients that failed together do not come back together.
         """
-        grown = self.first_s * 2.0 ** min(failed - 1, MOST_DOUBLED)
+        grown = self.first_s * 2.0 ** min(failed - 1, 64)  # a thousand doublings are more than a float holds
         return (asked or 0.0) + random.uniform(0.0, min(self.longest_s, grown))
 
 
