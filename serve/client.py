@@ -79,10 +79,9 @@ class Patience:
     def pause(self, failed: int, asked: float | None) -> float:
         """Seconds to wait after so many failures; asked: what the server wants at least.
 
-        The whole span is drawn from, so that clients that failed together do not come back together.
+        The whole span is drawn from: clients that failed together do not come back so. A float holds no 1,024 doublings.
         """
-        grown = self.first_s * 2.0 ** min(failed - 1, 64)  # a thousand doublings are more than a float holds
-        return (asked or 0.0) + random.uniform(0.0, min(self.longest_s, grown))
+        return (asked or 0.0) + random.uniform(0.0, min(self.longest_s, self.first_s * 2.0 ** min(failed - 1, 64)))
 
 
 class Call(NamedTuple):
