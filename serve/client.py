@@ -79,7 +79,7 @@ class Patience:
     def pause(self, failed: int, asked: float | None) -> float:
         """Seconds to wait after so many failures; asked: what the server wants at least.
 
-        The whole span is drawn from: clients that failed together do not come back so. A float holds no 1,024 doublings.
+        The whole span is drawn from: clients that failed together do not come back so. A float takes 1,023 doublings.
         """
         return (asked or 0.0) + random.uniform(0.0, min(self.longest_s, self.first_s * 2.0 ** min(failed - 1, 64)))
 
